@@ -1,0 +1,147 @@
+"""moe-inspect: what is in a pack, and is it whole.
+
+moe-inspect show PACK
+moe-inspect verify PACK --quick
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from moepack.layout.console import (
+    EXIT_CODES,
+    VERSION,
+    create_app,
+    log,
+    open_progress,
+    print_json,
+    print_table,
+    run_app,
+)
+from moepack.layout.errors import EXIT_DAMAGED, UsageError
+from moepack.layout.reader import Pack
+from moepack.layout.sizes import format_size
+from moepack.layout.summary import summarize
+from moepack.layout.verify import Problem, list_regions, verify_contents, verify_structure
+
+app = create_app("moe-inspect")
+PACK = typer.Argument(metavar="PACK", help="Directory that moe-convert wrote.", show_default=False)
+JSON = typer.Option(False, "--json", help="Print one JSON object on stdout.")
+
+
+def main() -> None:
+    """Entry point of moe-inspect."""
+    run_app(app)
+
+
+@app.callback(epilog=EXIT_CODES)
+def options(version: bool = VERSION) -> None:
+    """Look into a pack: its layout and sizes, and whether every byte of it is right."""
+
+
+@app.command()
+def show(pack: Path = PACK, as_json: bool = JSON) -> None:
+    """Print the model, the sizes, bits per weight, blocks and provenance of a pack. Reads the manifest only."""
+    with Pack.open(pack) as opened:
+        facts = summarize(opened)
+    if as_json:
+        print_json(facts)
+    else:
+        _print_summary(facts)
+
+
+@app.command()
+def verify(
+    pack: Path = PACK,
+    quick: bool = typer.Option(False, "--quick", help="Structure only: manifest, sizes, strays, headers."),
+    sample: str = typer.Option(None, "--sample", help="Read a random share of the blocks, as in 5%."),
+    as_json: bool = JSON,
+) -> None:
+    """Check every byte of a pack against its checksums; name each problem with file, layer, expert and offset.
+
+    Exit code 3 if anything is wrong.
+    """
+    share = _parse_share(sample)
+    if quick and sample:
+        raise UsageError("--quick reads no blocks: leave out --sample, or --quick")
+    opened, problems = verify_structure(pack)
+    structural = {problem.file for problem in problems}
+    regions = [] if quick else list_regions(opened, share)
+    regions = [region for region in regions if str(pack / region.file) not in structural]
+    total = sum(region.size_bytes for region in regions)
+    if regions:
+        with opened, open_progress(total, "verify") as progress:
+            problems += verify_contents(opened, regions, progress.update)
+    blocks = sum(region.what == "block" for region in regions)
+    if as_json:
+        print_json({"ok": not problems, "bytes_read": total, "blocks": blocks, "problems": [vars(p) for p in problems]})
+    else:
+        _print_verdict(pack, problems, "structure only" if quick else f"{blocks} blocks, {format_size(total)} read")
+    if problems:
+        raise typer.Exit(EXIT_DAMAGED)
+
+
+def _parse_share(text: str | None) -> float:
+    if text is None:
+        return 1.0
+    try:
+        share = float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UsageError(f"--sample {text}: expected a share of the blocks such as 5% or 0.05")
+    return share
+
+
+def _print_verdict(pack: Path, problems: list[Problem], extent: str) -> None:
+    for problem in problems:
+        print(problem.text)
+    if not problems:
+        print(f"{pack}: well ({extent})")
+        return
+    print(f"{pack}: {len(problems)} problem{'s' * (len(problems) > 1)} ({extent})")
+    for repair, count in Counter(problem.repair for problem in problems).items():
+        log(f"for {count} of them: {repair}")
+
+
+def _print_summary(facts: dict[str, Any]) -> None:
+    print(f"{facts['pack']}: {facts['architecture']}, format version {facts['format_version']}")
+    print(
+        f"{facts['num_hidden_layers']} layers, {facts['num_experts']} experts of "
+        f"{facts['moe_intermediate_size']} x {facts['hidden_size']}, {facts['num_experts_per_tok']} per token; "
+        f"{format_size(facts['size_bytes'])} in {facts['num_files']} files\n"
+    )
+    rows: list[tuple[str, ...]] = [("weights", "count", "size", "bits per weight")]
+    for title, part in (("experts", facts["experts"]), ("mtp experts", facts["mtp_experts"])):
+        if part:
+            rows.append(_row(title, part["weights"], part["payload_bytes"], part["bits_per_weight"]))
+    for title, part in facts["resident"]["classes"].items():
+        rows.append(_row(title, part["weights"], part["size_bytes"], part["bits_per_weight"]))
+    print_table(rows)
+    for title, part in (("experts", facts["experts"]), ("mtp experts", facts["mtp_experts"])):
+        if part:
+            share = part["padding_bytes"] / part["size_bytes"]
+            print(f"\n{title}: {part['blocks']} blocks in {part['layers']} files, {share:.1%} padding")
+            for tier, count in part["tiers"].items():
+                print(f"  {count} x {tier}")
+    print(f"\ncopied files: {', '.join(facts['copied_files']) or 'none'}")
+    provenance = facts["provenance"]
+    settings = _object(provenance.get("settings"))
+    arguments = ", ".join(f"{key} {value}" for key, value in _object(settings.get("arguments")).items())
+    print(f"converted from {provenance.get('source')} by moepack {settings.get('tool_version')}: {arguments}")
+    notes = provenance.get("notes")
+    for note in notes if isinstance(notes, list) else []:
+        print(f"note: {note}")
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """Provenance is free-form: what is no object counts as an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def _row(title: str, weights: int, size_bytes: int, bits_per_weight: float) -> tuple[str, ...]:
+    return title, f"{weights:,}", format_size(size_bytes), f"{bits_per_weight:.3f}"

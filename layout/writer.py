@@ -1,0 +1,187 @@
+"""Write the files of a pack so that a kill at any instant leaves either the old state or the new one.
+
+Each file goes to a temporary name, is flushed to the disk and renamed; its checksums are computed from the bytes on
+their way. The manifest comes last. What order the files are written in, and what is kept of an interrupted run, is the
+business of the caller (convert/pipeline.py).
+
+    entry = write_expert_file(directory, 3, manifest_shape, tiers, expert_tiers, blocks)
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from moepack.layout.errors import NotEnoughSpace
+from moepack.layout.geometry import BlockGeometry, LayerGeometry, Scheme
+from moepack.layout.manifest import (
+    BlockSchemes,
+    CopiedFile,
+    ExpertFile,
+    Manifest,
+    ModelShape,
+    ResidentFile,
+    ResidentTensor,
+    block_geometry,
+)
+from moepack.layout.spec import MANIFEST_NAME, PARTIAL_SUFFIX, RESIDENT_NAME, expert_file_name
+from moepack.layout.tensor_file import TensorSpec, layout_tensors
+
+NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+COPY_CHUNK_BYTES = 2**20
+
+
+@contextmanager
+def partial_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file under its temporary name and flush it to the disk; a failure removes it.
+
+    Raises NotEnoughSpace where the disk, the quota or the file size limit ends.
+    """
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in NO_SPACE_ERRNOS:
+            raise NotEnoughSpace(
+                f"{path}: {error.strerror}: make space (or raise the limit), then run the same command again "
+                "to go on from here"
+            ) from None
+        raise
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file under a temporary name and, when it is safe on the disk, give it its own. Raises NotEnoughSpace."""
+    with partial_file(path) as file:
+        yield file
+    finish_partial(path)
+
+
+def finish_partial(path: Path) -> None:
+    """Give a file that is safe under its temporary name its own, durably."""
+    os.replace(path.with_name(path.name + PARTIAL_SUFFIX), path)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def assemble_block(geometry: BlockGeometry, arrays: Mapping[str, bytes | memoryview]) -> bytearray:
+    """One expert's block from its sections ("gate_proj.w_q" -> bytes): gaps and padding zero.
+
+    Raises ValueError if a section is missing, unknown or has the wrong size.
+    """
+    block = bytearray(geometry.block_stride)
+    if set(arrays) != {section.name for section in geometry.sections}:
+        raise ValueError(f"a block needs the sections {[section.name for section in geometry.sections]}")
+    for section in geometry.sections:
+        data = memoryview(arrays[section.name]).cast("B")
+        if len(data) != section.size_bytes:
+            raise ValueError(f"section {section.name} is {section.size_bytes} bytes long, got {len(data)}")
+        block[section.offset_bytes : section.offset_bytes + section.size_bytes] = data
+    return block
+
+
+def write_expert_file(
+    directory: Path,
+    layer: int,
+    shape: ModelShape,
+    tiers: Sequence[BlockSchemes],
+    expert_tiers: Sequence[int],
+    blocks: Iterable[bytes | bytearray],
+) -> ExpertFile:
+    """Write one layer's blocks, expert 0 first, and return the manifest's entry for the file.
+
+    Raises ValueError if a block has the wrong size or their number is wrong; NotEnoughSpace.
+    """
+    name = expert_file_name(layer, shape.num_hidden_layers)
+    geometry = LayerGeometry([block_geometry(shape, tier) for tier in tiers], expert_tiers)
+    whole = hashlib.sha256()
+    digests: list[str] = []
+    with atomic_file(directory / name) as file:
+        for block in blocks:
+            expert = len(digests)
+            if expert == geometry.num_experts or len(block) != geometry.block(expert).block_stride:
+                raise ValueError(f"{name}: unexpected block of {len(block)} bytes for expert {expert}")
+            digests.append(hashlib.sha256(block).hexdigest())
+            whole.update(block)
+            file.write(block)
+        if len(digests) != geometry.num_experts:
+            raise ValueError(f"{name}: {len(digests)} blocks of {geometry.num_experts}")
+    return ExpertFile(
+        name, layer, geometry.size_bytes, whole.hexdigest(), tuple(tiers), tuple(expert_tiers), tuple(digests)
+    )
+
+
+def write_resident_file(
+    directory: Path,
+    arrays: Iterable[tuple[str, str, tuple[int, ...]]],
+    quantized: dict[str, Scheme],
+    read: Callable[[TensorSpec], Iterable[bytes | memoryview]],
+) -> ResidentFile:
+    """Write resident.safetensors and return the manifest's entry for it.
+
+    arrays     (name, dtype, shape) of every array
+    quantized  matrix name -> scheme
+    read       gives the bytes of one array, in pieces; called in the order of the file
+
+    Raises ValueError if an array's bytes do not have its size; NotEnoughSpace.
+    """
+    header, specs = layout_tensors(arrays)
+    whole, tensors, size_bytes = hashlib.sha256(header), {}, len(header)
+    with atomic_file(directory / RESIDENT_NAME) as file:
+        file.write(header)
+        for spec in specs:
+            digest, written = hashlib.sha256(), 0
+            for piece in read(spec):
+                data = memoryview(piece).cast("B")
+                file.write(data)
+                digest.update(data)
+                whole.update(data)
+                written += len(data)
+            if written != spec.size_bytes:
+                raise ValueError(f"{spec.name} is {spec.size_bytes} bytes long, got {written}")
+            tensors[spec.name] = ResidentTensor(
+                spec.dtype, spec.shape, spec.offset_bytes, spec.size_bytes, digest.hexdigest()
+            )
+            size_bytes += written
+    return ResidentFile(size_bytes, whole.hexdigest(), hashlib.sha256(header).hexdigest(), tensors, quantized)
+
+
+def copy_file(source: Path, directory: Path) -> CopiedFile:
+    """Copy a file of the source into the pack byte for byte and return the manifest's entry for it."""
+    digest, size_bytes = hashlib.sha256(), 0
+    with open(source, "rb") as origin, atomic_file(directory / source.name) as file:
+        while piece := origin.read(COPY_CHUNK_BYTES):
+            file.write(piece)
+            digest.update(piece)
+            size_bytes += len(piece)
+    return CopiedFile(source.name, size_bytes, digest.hexdigest())
+
+
+def write_manifest(directory: Path, manifest: Manifest, when_written: Callable[[], None] = lambda: None) -> None:
+    """Write the manifest: from here on the directory is a pack.
+
+    when_written   called when the manifest is safe on the disk under its temporary name and only the rename is left
+    """
+    path = directory / MANIFEST_NAME
+    with partial_file(path) as file:
+        file.write(manifest.to_bytes())
+    when_written()
+    finish_partial(path)
