@@ -1,0 +1,157 @@
+"""moe-convert: from an original checkpoint to a pack.
+
+moe-convert Qwen3.5-397B-A17B qwen397b.moepack --bits 4
+moe-convert demo/checkpoint demo.moepack --bits 2 --group-size 32 --dry-run
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from moepack.convert.journal import finish_interrupted_manifest
+from moepack.convert.pipeline import convert, estimate_seconds
+from moepack.convert.plan import (
+    ConversionPlan,
+    check_free_space,
+    find_finished,
+    finish_interrupted_removal,
+    plan_conversion,
+    remove_output,
+)
+from moepack.convert.quantizers import AUTO_QUANTIZER, QUANTIZERS
+from moepack.convert.recipe import Recipe
+from moepack.layout.console import (
+    EXIT_CODES,
+    VERSION,
+    create_app,
+    log,
+    open_progress,
+    print_json,
+    print_table,
+    run_app,
+)
+from moepack.layout.errors import Interrupted, NotEnoughSpace, UsageError
+from moepack.layout.sizes import format_size
+from moepack.layout.spec import GROUP_SIZES, QUANTIZED_BITS, UNQUANTIZED_BITS
+
+RESIDENT_BITS = (4, 8, UNQUANTIZED_BITS)
+
+
+def main() -> None:
+    """Entry point of moe-convert."""
+    run_app(app)
+
+
+app = create_app("moe-convert")
+
+
+@app.command(epilog=EXIT_CODES)
+def convert_checkpoint(
+    source: Path = typer.Argument(metavar="SRC", help="Directory of the original checkpoint.", show_default=False),
+    out: Path = typer.Argument(metavar="OUT", help="Directory to write the pack into.", show_default=False),
+    bits: int = typer.Option(4, help="Bits of the routed experts: 2, 3, 4, 8, or 16 for bf16 as it is."),
+    group_size: int = typer.Option(64, help="Weights that share a scale and a bias: 32, 64 or 128."),
+    resident_bits: int = typer.Option(8, help="Bits of the other large matrices: 4, 8, or 16 for as they are."),
+    quantizer: str = typer.Option("auto", help=f"auto or {', '.join(QUANTIZERS)}; auto takes {AUTO_QUANTIZER}."),
+    workers: int = typer.Option(None, help="Experts quantized side by side.  [default: number of cores]", min=1),
+    overwrite: bool = typer.Option(
+        False, "--overwrite/--resume", help="Replace what is at OUT, or go on with an unfinished conversion."
+    ),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Check the source, print sizes and time, write nothing."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
+    version: bool = VERSION,
+) -> None:
+    """Quantize a checkpoint's experts and repack each into one page-aligned block of a pack.
+
+    Safe to stop at any time: the same command goes on where it ended, and writes the same bytes.
+    """
+    recipe = _make_recipe(bits, group_size, resident_bits, quantizer)
+    plan = plan_conversion(source, out, recipe)
+    workers = workers or os.cpu_count() or 1
+    if not dry_run:
+        if overwrite:
+            check_free_space(plan)  # before anything is deleted for it
+            remove_output(plan)
+        else:
+            finish_interrupted_manifest(out)
+            finish_interrupted_removal(plan)
+    finished = None if overwrite else find_finished(plan)
+    for note in plan.notes:
+        log(f"note: {note}")
+    if dry_run:
+        _print_forecast(plan, estimate_seconds(plan, workers), as_json)
+        return
+    if finished:
+        log(f"{out}: converted already with these settings: nothing to do")
+    started = time.perf_counter()
+    if not finished:
+        _run(plan, workers)
+    seconds = time.perf_counter() - started
+    facts = {**_describe(plan), "seconds": round(seconds, 3), "already_converted": finished is not None}
+    if as_json:
+        print_json(facts)
+    elif not finished:
+        size, bpw = format_size(plan.forecast.total_bytes), plan.forecast.bits_per_weight
+        print(f"{out}: {size}, {bpw:.2f} bits per weight, {seconds:.1f} s")
+
+
+def _make_recipe(bits: int, group_size: int, resident_bits: int, quantizer: str) -> Recipe:
+    choices: list[tuple[str, Any, tuple[Any, ...]]] = [
+        ("--bits", bits, (*QUANTIZED_BITS, UNQUANTIZED_BITS)),
+        ("--group-size", group_size, GROUP_SIZES),
+        ("--resident-bits", resident_bits, RESIDENT_BITS),
+        ("--quantizer", quantizer, ("auto", *QUANTIZERS)),
+    ]
+    for option, value, allowed in choices:
+        if value not in allowed:
+            raise UsageError(f"{option} {value}: expected one of {', '.join(map(str, allowed))}")
+    return Recipe(bits, group_size, resident_bits, AUTO_QUANTIZER if quantizer == "auto" else quantizer)
+
+
+def _run(plan: ConversionPlan, workers: int) -> None:
+    with open_progress(plan.bytes_to_read, "convert") as progress:
+        try:
+            convert(plan, workers, progress.update)
+        except KeyboardInterrupt:
+            raise Interrupted(f"{plan.out}: stopped; the same command goes on from here") from None
+
+
+def _describe(plan: ConversionPlan) -> dict[str, Any]:
+    forecast = plan.forecast
+    return {
+        "source": str(plan.checkpoint.directory),
+        "pack": str(plan.out),
+        **vars(plan.recipe),
+        "expert_files": forecast.num_expert_files,
+        "expert_file_bytes": forecast.expert_file_bytes,
+        "resident_bytes": forecast.resident_bytes,
+        "total_bytes": forecast.total_bytes,
+        "weights": forecast.num_weights,
+        "bits_per_weight": forecast.bits_per_weight,
+        "notes": list(plan.notes),
+    }
+
+
+def _print_forecast(plan: ConversionPlan, seconds: float, as_json: bool) -> None:
+    facts = {**_describe(plan), "expected_seconds": round(seconds, 1)}
+    try:
+        facts["needed_bytes"], facts["free_bytes"] = check_free_space(plan)
+        shortage = None
+    except NotEnoughSpace as error:
+        shortage = error
+    if as_json and not shortage:
+        print_json(facts)
+    elif not as_json:
+        forecast = plan.forecast
+        rows = [("", "size"), ("experts", f"{forecast.num_expert_files} x {format_size(forecast.expert_file_bytes)}")]
+        rows += [("resident", format_size(forecast.resident_bytes)), ("in all", format_size(forecast.total_bytes))]
+        rows += [("bits per weight", f"{forecast.bits_per_weight:.3f}"), ("expected time", f"{seconds:.0f} s")]
+        rows += [] if shortage else [("free on the disk", format_size(facts["free_bytes"]))]
+        print_table(rows)
+    if shortage:
+        raise shortage

@@ -1,0 +1,276 @@
+"""Everything about a conversion that can be known and refused before the first byte is written.
+
+plan = plan_conversion(Path("checkpoint"), Path("pack"), Recipe(4, 64, 8, "minmax"))
+plan.forecast.total_bytes, plan.notes
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from moepack.convert.checkpoint import CONFIG_NAME, Checkpoint, read_json
+from moepack.convert.journal import JOURNAL_NAME, SETTINGS_FILE, locked
+from moepack.convert.names import SourceMap, map_tensors
+from moepack.convert.recipe import Forecast, Recipe
+from moepack.layout.architecture import Architecture
+from moepack.layout.errors import CheckpointError, MoepackError, NotEnoughSpace, UsageError
+from moepack.layout.manifest import Manifest, ModelShape
+from moepack.layout.reader import Pack
+from moepack.layout.spec import (
+    FORMAT_VERSION,
+    MAGIC,
+    MANIFEST_NAME,
+    PARTIAL_SUFFIX,
+    RESIDENT_NAME,
+    UNQUANTIZED_BITS,
+    expert_file_name,
+)
+from moepack.layout.tensor_file import LENGTH_BYTES
+
+TOKENIZER_NAME = "tokenizer.json"
+# Copied where present. Without a tokenizer nothing can be run; the absence of some others is worth a word.
+COPIED_FILES = (
+    *(CONFIG_NAME, TOKENIZER_NAME, "tokenizer_config.json", "generation_config.json", "chat_template.jinja"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "LICENSE", "README.md"),
+)
+MISSED_FILES = {
+    "generation_config.json": "sampling defaults and some end tokens are unknown",
+    "tokenizer_config.json": "the end token of a turn may be unknown",
+}
+QUANTIZATION_KEYS = ("quantization_config", "quantization")  # transformers' and mlx's
+MARGIN_BYTES = 16 * 2**20  # manifest, journal, the file system's own needs
+MANIFEST_PARTIAL = MANIFEST_NAME + PARTIAL_SUFFIX
+SAMPLES, SAMPLE_BYTES = 16, 4096  # of a shard's data, to tell it from another of the same shapes
+EXPERT_FILE = re.compile(rf"(layer|mtp)_\d+\.bin({re.escape(PARTIAL_SUFFIX)})?")
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """A conversion that has been checked and can start.
+
+    settings   what decides the output's bytes: fingerprints of the source, arguments, tool and format version
+    notes      facts about the result that the user should be told
+    """
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    source: SourceMap
+    recipe: Recipe
+    forecast: Forecast
+    shape: ModelShape
+    out: Path
+    settings: dict[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def layer_source_bytes(self) -> list[int]:
+        """Source bytes of each layer's experts."""
+        matrix_weights = 3 * self.shape.hidden_size * self.shape.moe_intermediate_size * self.shape.num_experts
+        places = [experts[0]["gate_proj"].name for experts in self.source.experts]
+        return [matrix_weights * self.checkpoint.item_bytes(name) for name in places]
+
+    @property
+    def resident_source_bytes(self) -> int:
+        return sum(self.checkpoint.tensors[name].size_bytes for name in self.source.residents.values())
+
+    @property
+    def shard_bytes(self) -> dict[str, int]:
+        return {shard: (self.checkpoint.directory / shard).stat().st_size for shard in self.checkpoint.shards}
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Every used tensor once, and every shard once more for its hash."""
+        return sum(self.layer_source_bytes) + self.resident_source_bytes + sum(self.shard_bytes.values())
+
+    def describes(self, manifest: Manifest) -> bool:
+        """Whether a finished pack is what this plan would write."""
+        return bool(manifest.provenance.get("settings") == self.settings)
+
+
+def plan_conversion(directory: Path, out: Path, recipe: Recipe) -> ConversionPlan:
+    """Read the source's headers, assign every tensor, compute every size. Nothing is written.
+
+    Raises CheckpointError or UsageError.
+    """
+    checkpoint = Checkpoint.open(directory)
+    config_path = directory / CONFIG_NAME
+    text_config = checkpoint.config.get("text_config")
+    holders = [checkpoint.config, text_config if isinstance(text_config, dict) else {}]
+    quantization = [holder[key] for holder in holders for key in QUANTIZATION_KEYS if holder.get(key)]
+    if quantization:
+        method = quantization[0].get("quant_method", "mlx") if isinstance(quantization[0], dict) else quantization[0]
+        raise CheckpointError(f"{config_path}: already quantized ({method}): give the original BF16 release")
+    if not (directory / TOKENIZER_NAME).exists():
+        raise CheckpointError(f"{directory}: lacks {TOKENIZER_NAME}: download it from where the weights came from")
+    for path in list_copied_files(directory):
+        if path.suffix == ".json":
+            read_json(path)  # half a download is found here, not when the pack is first run
+    try:
+        architecture = Architecture.from_config(checkpoint.config)
+    except ValueError as error:
+        raise CheckpointError(f"{config_path}: {error}") from None
+    try:
+        source = map_tensors(checkpoint.tensors, architecture)
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: {error}") from None
+    shape = ModelShape(
+        architecture.hidden_size,
+        architecture.moe_intermediate_size,
+        architecture.num_experts,
+        architecture.num_hidden_layers,
+    )
+    settings = {
+        "source": {path.name: _fingerprint(path) for path in list_copied_files(directory)}
+        | {shard: _fingerprint(directory / shard) for shard in checkpoint.shards},
+        "arguments": vars(recipe),
+        "tool_version": version("moepack"),
+        "format_version": FORMAT_VERSION,
+    }
+    forecast = Forecast.of(recipe, source, checkpoint, shape)
+    notes = tuple(_notes(checkpoint, architecture, source, recipe))
+    return ConversionPlan(checkpoint, architecture, source, recipe, forecast, shape, out, settings, notes)
+
+
+def find_finished(plan: ConversionPlan) -> Manifest | None:
+    """The manifest of a finished pack that is what the plan would write, None if there is no pack yet.
+
+    Raises UsageError if the output holds anything else: another pack, or files that are not ours.
+    """
+    out = plan.out
+    if not _is_directory(out) or not any(out.iterdir()):
+        return None
+    if (out / MANIFEST_NAME).exists():
+        try:
+            with Pack.open(out) as pack:
+                manifest = pack.manifest
+        except MoepackError as error:
+            raise UsageError(f"{error}; or start over with --overwrite") from None
+        if not plan.describes(manifest):
+            raise UsageError(
+                f"{out}: holds a pack of another source or with other settings: choose another directory, "
+                "or replace it with --overwrite"
+            )
+        return manifest
+    if not (out / JOURNAL_NAME).is_dir():
+        raise UsageError(f"{out}: is not empty and no conversion of ours: choose another directory")
+    return None
+
+
+def remove_output(plan: ConversionPlan) -> None:
+    """Delete the pack or unfinished conversion at the output, manifest first.
+
+    Raises UsageError, with nothing deleted, if the directory holds anything that moe-convert did not write or
+    another process is at work in it.
+    """
+    out = plan.out
+    if not _is_directory(out) or not any(out.iterdir()):
+        return
+    ours = {MANIFEST_NAME, RESIDENT_NAME, JOURNAL_NAME, *COPIED_FILES, "experts"}
+    entries = list(out.iterdir())
+    foreign = [entry.name for entry in entries if entry.name.removesuffix(PARTIAL_SUFFIX) not in ours]
+    inside = (out / "experts").iterdir() if (out / "experts").is_dir() else ()
+    foreign += [f"experts/{entry.name}" for entry in inside if not EXPERT_FILE.fullmatch(entry.name)]
+    if foreign or (entries and not _is_ours(out)):
+        found = f"holds {', '.join(sorted(foreign)[:4])}" if foreign else "is no pack"
+        raise UsageError(f"{out}: {found}: --overwrite deletes packs only; move your files away first")
+    with locked(out):
+        if (out / MANIFEST_NAME).exists():
+            os.replace(out / MANIFEST_NAME, out / MANIFEST_PARTIAL)  # no pack any more, but known as ours
+        (out / JOURNAL_NAME).mkdir(exist_ok=True)
+        (out / JOURNAL_NAME / SETTINGS_FILE).unlink(missing_ok=True)  # killed from here on: finish_interrupted_removal
+        for entry in sorted(out.iterdir(), key=lambda entry: entry.name != MANIFEST_PARTIAL):
+            if entry.is_symlink() or not entry.is_dir():
+                entry.unlink()
+            elif entry.name != JOURNAL_NAME:
+                shutil.rmtree(entry)
+        shutil.rmtree(out / JOURNAL_NAME)
+
+
+def finish_interrupted_removal(plan: ConversionPlan) -> None:
+    """Delete the rest of an output whose replacement was killed, as a journal without settings shows."""
+    journal = plan.out / JOURNAL_NAME
+    if journal.is_dir() and not (journal / SETTINGS_FILE).exists():
+        remove_output(plan)
+
+
+def check_free_space(plan: ConversionPlan) -> tuple[int, int]:
+    """(bytes still to write, bytes free). Raises NotEnoughSpace with both where they do not fit."""
+    folder = next(parent for parent in (plan.out, *plan.out.resolve().parents) if parent.is_dir())
+    written = 0
+    layers = range(len(plan.source.experts))
+    names = [expert_file_name(layer, plan.shape.num_hidden_layers) for layer in layers]
+    for name in (*names, RESIDENT_NAME):
+        paths = (plan.out / name, plan.out / (name + PARTIAL_SUFFIX))  # what a kill left is written over
+        written += sum(path.stat().st_size for path in paths if path.exists())
+    copied = sum(path.stat().st_size for path in list_copied_files(plan.checkpoint.directory))
+    needed = max(0, plan.forecast.total_bytes - written) + copied + MARGIN_BYTES
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise NotEnoughSpace(
+            f"{plan.out}: {needed:,} bytes are still to be written, {free:,} are free: make space or change disks"
+        )
+    return needed, free
+
+
+def _notes(checkpoint: Checkpoint, architecture: Architecture, source: SourceMap, recipe: Recipe) -> list[str]:
+    notes = [f"skipped {count} tensors ({reason})" for reason, count in source.skipped.items()]
+    if architecture.mtp_num_hidden_layers and not source.num_mtp_layers(architecture):
+        notes.append("the config names an MTP head, the checkpoint has none: the pack is without it")
+    dtypes = {checkpoint.tensors[place.name].dtype for layer in source.experts for place in layer[0].values()}
+    if recipe.bits == UNQUANTIZED_BITS and dtypes != {"BF16"}:
+        notes.append(f"experts are {', '.join(sorted(dtypes))} in the source: 16 bits rounds them to bf16")
+    directory = checkpoint.directory
+    notes += [f"{name} is missing: {loss}" for name, loss in MISSED_FILES.items() if not (directory / name).exists()]
+    has_template = (directory / "chat_template.jinja").exists() or '"chat_template"' in _read_text(
+        directory / "tokenizer_config.json"
+    )
+    if not has_template:
+        notes.append("no chat template: the pack answers raw prompts only")
+    return notes
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def list_copied_files(directory: Path) -> list[Path]:
+    """The files of a source that go into the pack as they are."""
+    return [directory / name for name in COPIED_FILES if (directory / name).exists()]
+
+
+def _is_ours(out: Path) -> bool:
+    manifests = [path for path in (out / MANIFEST_NAME, out / MANIFEST_PARTIAL) if path.exists()]
+    return (out / JOURNAL_NAME).is_dir() or any(f'"{MAGIC}"'.encode() in path.read_bytes() for path in manifests)
+
+
+def _is_directory(out: Path) -> bool:
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path}: is a file, expected a directory to write the pack into")
+    return out.exists()
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    """Size and hash of a small file; of a shard the hash of its header and of samples spread over its data.
+
+    Enough to tell a source from another, a fine-tune of the same shapes included, without reading all of it.
+    """
+    size_bytes, digest = path.stat().st_size, hashlib.sha256()
+    with open(path, "rb") as file:
+        if path.suffix != ".safetensors":
+            digest.update(file.read())
+        else:
+            head = file.read(LENGTH_BYTES)
+            digest.update(head + file.read(int.from_bytes(head, "little")))
+            start = file.tell()
+            for sample in range(SAMPLES):
+                file.seek(start + max(0, size_bytes - start - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return {"size_bytes": size_bytes, "fingerprint": digest.hexdigest()}

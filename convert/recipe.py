@@ -1,0 +1,113 @@
+"""What a conversion will write: the scheme of every matrix, and from that every size, before any work.
+
+Routed experts get `bits`; the other large matrices `resident_bits`. What is small and steers the model (norms, router,
+gates, convolution, decay) stays as it is: it is below a thousandth of the bytes, and rounding it costs far more.
+
+    recipe = Recipe(bits=4, group_size=64, resident_bits=8)
+    forecast = Forecast.of(recipe, source, checkpoint, shape)
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from moepack.convert.checkpoint import Checkpoint
+from moepack.convert.names import SourceMap
+from moepack.layout.errors import UsageError
+from moepack.layout.geometry import MatrixGeometry, Scheme, uniform_schemes
+from moepack.layout.manifest import BlockSchemes, ModelShape, block_geometry
+from moepack.layout.spec import UNQUANTIZED_BITS
+from moepack.layout.tensor_file import layout_tensors
+
+# Matrices outside the routed experts that may be quantized; everything else keeps the source's type and bits.
+QUANTIZABLE = re.compile(
+    r"model\.embed_tokens|lm_head|mtp\.fc"
+    r"|.+\.linear_attn\.(in_proj_qkv|in_proj_z|out_proj)"
+    r"|.+\.self_attn\.[qkvo]_proj"
+    r"|.+\.mlp\.shared_expert\.(gate|up|down)_proj"
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The user's choice. bits and resident_bits of 16 mean bf16 (resident: the source's type) as it is."""
+
+    bits: int
+    group_size: int
+    resident_bits: int
+    quantizer: str
+
+    @property
+    def expert_schemes(self) -> BlockSchemes:
+        """Scheme of each projection of a routed expert."""
+        return uniform_schemes(self.bits, self.group_size)
+
+    def resident_scheme(self, matrix: str) -> Scheme | None:
+        """Scheme of a resident matrix by its name without ".weight"; None where it stays as it is."""
+        if self.resident_bits == UNQUANTIZED_BITS or not QUANTIZABLE.fullmatch(matrix):
+            return None
+        return Scheme.of(self.resident_bits, self.group_size)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Everything a conversion will write, by size.
+
+    resident_arrays   (name, dtype, shape) of every array of resident.safetensors
+    quantized         resident matrix -> scheme
+    """
+
+    expert_file_bytes: int
+    num_expert_files: int
+    resident_bytes: int
+    num_weights: int
+    payload_bytes: int
+    resident_arrays: tuple[tuple[str, str, tuple[int, ...]], ...]
+    quantized: dict[str, Scheme]
+
+    @classmethod
+    def of(cls, recipe: Recipe, source: SourceMap, checkpoint: Checkpoint, shape: ModelShape) -> Forecast:
+        """Compute all sizes. Raises UsageError where a group size does not divide a row, naming it and its length."""
+        try:
+            block = block_geometry(shape, recipe.expert_schemes)
+        except ValueError as error:
+            raise UsageError(f"routed experts: {error}: choose another --group-size") from None
+        arrays, quantized, weights, payload = [], {}, 0, 0
+        for name, original in source.residents.items():
+            spec = checkpoint.tensors[original]
+            matrix = name.removesuffix(".weight")
+            scheme = recipe.resident_scheme(matrix)
+            weights += math.prod(spec.shape)
+            if scheme is None:
+                arrays.append((name, spec.dtype, spec.shape))
+                payload += spec.size_bytes
+                continue
+            try:
+                geometry = MatrixGeometry(spec.shape[0], spec.shape[1], scheme)
+            except ValueError as error:
+                raise UsageError(f"{name}: {error}: choose another --group-size, or --resident-bits 16") from None
+            quantized[matrix] = scheme
+            payload += geometry.payload_bytes
+            for part, dtype, part_shape in geometry.arrays:
+                arrays.append((f"{matrix}.{'weight' if part == 'w_q' else part}", dtype, part_shape))
+        header, specs = layout_tensors(arrays)
+        blocks = shape.num_experts * len(source.experts)
+        return cls(
+            expert_file_bytes=block.block_stride * shape.num_experts,
+            num_expert_files=len(source.experts),
+            resident_bytes=len(header) + sum(spec.size_bytes for spec in specs),
+            num_weights=weights + blocks * block.num_weights,
+            payload_bytes=payload + blocks * block.payload_bytes,
+            resident_arrays=tuple(arrays),
+            quantized=quantized,
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        return self.expert_file_bytes * self.num_expert_files + self.resident_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.payload_bytes / self.num_weights
