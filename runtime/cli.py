@@ -1,0 +1,226 @@
+"""moe-run: tokens from a pack, its experts streamed from the SSD.
+
+moe-run generate PACK "Tell me a story about a fox" --memory 8GiB
+moe-run eval PACK --text book.txt --reference PACK16
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from moepack.layout.console import EXIT_CODES, VERSION, create_app, log, open_progress, print_json, print_table, run_app
+from moepack.layout.errors import Interrupted, UsageError
+from moepack.layout.sizes import parse_size
+
+if TYPE_CHECKING:  # imported where they are used: torch takes seconds, --help should not
+    from moepack.runtime.engine import Engine
+    from moepack.runtime.generate import Generation
+
+PACK = typer.Argument(metavar="PACK", help="Directory that moe-convert wrote.", show_default=False)
+MEMORY = typer.Option(
+    None, "--memory", help="Budget of the whole process, as in 8GiB.  [default: what the machine can give]"
+)
+DEVICE = typer.Option("auto", "--device", help="auto or cpu.")
+THREADS = typer.Option(None, "--threads", help="Threads of the arithmetic.  [default: one per core]", min=1)
+EXPERTS = typer.Option(
+    None, "--experts-per-token", help="Run this many experts per token instead of the model's number.", min=1
+)
+EXACT = typer.Option(False, "--exact", help="float32 arithmetic on every backend.")
+JSON = typer.Option(False, "--json", help="Print one JSON object on stdout.")
+
+app = create_app("moe-run")
+
+
+def main() -> None:
+    """Entry point of moe-run."""
+    run_app(app)
+
+
+@app.callback(epilog=EXIT_CODES)
+def options(version: bool = VERSION) -> None:
+    """Run a model far larger than memory: its experts stream from the SSD."""
+
+
+@app.command()
+def generate(
+    pack: Path = PACK,
+    prompt: str = typer.Argument(None, metavar="[PROMPT]", help="What to say to the model.", show_default=False),
+    prompt_file: Path = typer.Option(None, "--prompt-file", help="Read the prompt from a file; - is stdin."),
+    token_ids: Path = typer.Option(None, "--token-ids", help="Read token ids from a file: JSON list or numbers."),
+    raw: bool = typer.Option(False, "--raw", help="Feed the prompt as it is, without the chat template."),
+    system: str = typer.Option(None, "--system", help="System message for the chat template."),
+    think: bool = typer.Option(
+        None, "--think/--no-think", help="Let the model think first.  [default: the template's choice]"
+    ),
+    max_tokens: int = typer.Option(None, "--max-tokens", help="Longest answer.  [default: 2048]", min=1),
+    temperature: float = typer.Option(None, help="0 is greedy.  [default: the model's own, as for the next three]"),
+    top_p: float = typer.Option(None, help="Smallest set of tokens with this probability."),
+    top_k: int = typer.Option(None, help="This many most probable tokens; 0 is off."),
+    min_p: float = typer.Option(None, help="Tokens with at least this share of the best one's probability."),
+    presence_penalty: float = typer.Option(None, help="Taken off the score of tokens already generated."),
+    repetition_penalty: float = typer.Option(None, help="Divides the score of tokens already seen."),
+    seed: int = typer.Option(0, help="Of the random choices: the same seed gives the same answer."),
+    ignore_eos: bool = typer.Option(False, "--ignore-eos", help="Go on past end tokens."),
+    exact: bool = EXACT,
+    experts_per_token: int = EXPERTS,
+    threads: int = THREADS,
+    memory: str = MEMORY,
+    device: str = DEVICE,
+    stats: bool = typer.Option(False, "--stats", help="Print how the memory budget was split."),
+    as_json: bool = JSON,
+) -> None:
+    """Answer one prompt, streaming the text; ends with a line of statistics on stderr."""
+    from moepack.layout.reader import Pack
+    from moepack.runtime.chat import ChatTemplate
+    from moepack.runtime.engine import Engine, check_prompt, read_architecture
+    from moepack.runtime.generate import answer_limit
+    from moepack.runtime.prompt import PromptSource, read_prompt
+    from moepack.runtime.tokenizer import Tokenizer
+
+    budget = None if memory is None else parse_size(memory)
+    with Pack.open(pack) as opened:  # everything about the prompt is known, and refused, before weights are loaded
+        tokenizer, architecture = Tokenizer.load(pack), read_architecture(opened, experts_per_token)
+        _note_changes(architecture.num_experts_per_tok, opened.manifest.model["text_config"])
+    source = PromptSource(prompt, prompt_file, token_ids, raw, system, think)
+    ids = read_prompt(tokenizer, ChatTemplate.load(pack), source)
+    limit = architecture.max_position_embeddings
+    check_prompt(ids, architecture, tokenizer, limit)
+    engine = Engine.open(
+        pack,
+        memory=budget,
+        device=device,
+        exact=exact,
+        threads=threads,
+        experts_per_token=experts_per_token,
+        max_context=len(ids) + answer_limit(len(ids), max_tokens, limit),
+        tokenizer=tokenizer,
+    )
+    sampling = engine.default_sampling(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        presence_penalty=presence_penalty,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        max_tokens=max_tokens,
+        ignore_eos=ignore_eos,
+    )
+    if stats:
+        _print_memory_plan(engine)
+    generation = engine.generate(ids, sampling)
+    _run_generation(engine, generation, as_json)
+
+
+@app.command(name="eval")
+def evaluate(
+    pack: Path = PACK,
+    text: Path = typer.Option(None, "--text", help="Text file: perplexity over windows of 2048 tokens."),
+    tools: Path = typer.Option(None, "--tools", help="Tool prompts with expected calls, a JSON object per line."),
+    reference: Path = typer.Option(None, "--reference", help="Pack to compare with: KL and top-1 agreement."),
+    exact: bool = EXACT,
+    experts_per_token: int = EXPERTS,
+    threads: int = THREADS,
+    memory: str = MEMORY,
+    device: str = DEVICE,
+    as_json: bool = JSON,
+) -> None:
+    """Measure a pack: perplexity on a text, distance to a reference pack, tool calls that come out right."""
+    from moepack.runtime.engine import Engine
+    from moepack.runtime.evaluate import WINDOW, encode_text, evaluate_text, evaluate_tools, read_tool_prompts
+    from moepack.runtime.memory import default_budget_bytes, resident_set_bytes
+    from moepack.runtime.prompt import read_text
+    from moepack.runtime.tokenizer import Tokenizer
+
+    if text is None and tools is None:
+        raise UsageError("expected --text FILE or --tools FILE, found neither")
+    if reference and text is None:
+        raise UsageError("--reference compares on a text: give --text FILE too")
+    passage = None if text is None else encode_text(Tokenizer.load(pack), read_text(text))
+    prompts = None if tools is None else read_tool_prompts(tools)
+    budget = default_budget_bytes() if memory is None else parse_size(memory)
+    common: dict[str, Any] = {"device": device, "exact": exact, "threads": threads}
+    common["max_context"] = WINDOW if prompts is None else None
+    if reference:
+        log("note: --reference opens a second pack: they share the memory budget")
+    process = resident_set_bytes()
+    share = process + max(0, budget - process) // 2 if reference else budget
+    engine = Engine.open(pack, memory=share, experts_per_token=experts_per_token, **common)
+    _note_changes(engine.architecture.num_experts_per_tok, engine.pack.manifest.model["text_config"])
+    other = None
+    if reference:
+        other = Engine.open(reference, memory=budget, process_bytes=engine.memory_plan.total_bytes, **common)
+    facts: dict[str, Any] = {"tokens": None, "nll": None, "perplexity": None}
+    if passage is not None:
+        with open_progress(len(passage), "text", "tok") as progress:
+            scores = vars(evaluate_text(engine, passage, other, progress.update))
+        facts |= {key: value for key, value in scores.items() if reference or value is not None}
+    if prompts is not None:
+        with open_progress(len(prompts), "tools", "prompt") as progress:
+            facts["tool_calls"] = vars(evaluate_tools(engine, prompts, progress.update))
+    if as_json:
+        print_json(facts)
+    else:
+        _print_scores(facts)
+
+
+def _run_generation(engine: Engine, generation: Generation, as_json: bool) -> None:
+    from moepack.runtime.stats import format_stats
+
+    stream = engine.tokenizer.decoder()
+    pieces: list[str] = []
+
+    def show(piece: str) -> None:
+        pieces.append(piece)
+        if not as_json:
+            print(piece, end="", flush=True)
+
+    try:
+        for token_id in generation:
+            show(stream.push(token_id))
+        show(stream.finish())
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped after {len(generation.token_ids)} tokens") from None
+    finally:
+        if not as_json:
+            print(flush=True)
+            log(format_stats(generation.stats()))
+    if as_json:
+        print_json(
+            {
+                "text": "".join(pieces),
+                "token_ids": generation.token_ids,
+                "finish_reason": generation.finish_reason,
+                "stats": vars(generation.stats()),
+            }
+        )
+
+
+def _note_changes(experts_per_token: int, text_config: dict[str, Any]) -> None:
+    """What makes the answer another one than the model's is said, always."""
+    trained = text_config.get("num_experts_per_tok", experts_per_token)
+    if experts_per_token != trained:
+        log(f"note: {experts_per_token} experts per token, the model was trained with {trained}: its answers change")
+
+
+def _print_memory_plan(engine: Engine) -> None:
+    from moepack.layout.sizes import format_size
+
+    plan = engine.memory_plan
+    rows = [
+        (name.removesuffix("_bytes"), format_size(size)) for name, size in vars(plan).items() if name != "num_slots"
+    ]
+    for name, size in (*rows, ("slots", str(plan.num_slots))):
+        log(f"memory: {name:10} {size:>12}")
+
+
+def _print_scores(facts: dict[str, Any]) -> None:
+    tool_calls = facts.pop("tool_calls", None)
+    rows: list[tuple[str, ...]] = [("measure", "value")]
+    for name, value in {**facts, **{f"tool calls: {key}": value for key, value in (tool_calls or {}).items()}}.items():
+        if value is not None:
+            rows.append((name, f"{value:.4f}" if isinstance(value, float) else str(value)))
+    print_table(rows)

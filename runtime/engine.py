@@ -1,0 +1,227 @@
+"""An opened pack, ready to compute: the model with its weights, the expert store, the tokenizer.
+
+One sequence at a time; the arithmetic does not depend on the memory budget, so a small budget gives the same logits
+bit for bit as everything in memory.
+
+    engine = Engine.open("model.moepack", memory="8GiB")
+    for token_id in engine.generate(engine.tokenizer.encode("Hello"), SamplingParams(temperature=0, max_tokens=20)):
+        ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from numbers import Integral
+from pathlib import Path
+
+import torch
+
+from moepack.kernels.backend import choose_backend
+from moepack.layout.architecture import Architecture
+from moepack.layout.errors import DamagedPack, MemoryBudgetError, UsageError
+from moepack.layout.reader import Pack
+from moepack.layout.sizes import parse_size
+from moepack.layout.spec import MANIFEST_NAME
+from moepack.runtime.chat import ChatTemplate
+from moepack.runtime.expert_store import ExpertStore
+from moepack.runtime.generate import Generation
+from moepack.runtime.memory import (
+    PREFILL_CHUNK,
+    MemoryPlan,
+    default_budget_bytes,
+    logit_rows,
+    plan_memory,
+)
+from moepack.runtime.qwen35 import Qwen35
+from moepack.runtime.resident import ResidentWeights
+from moepack.runtime.sampling import SamplingParams
+from moepack.runtime.state import FLOAT_BYTES, SequenceState
+from moepack.runtime.tokenizer import Tokenizer
+
+DEFAULT_CONTEXT = 16384  # positions planned for where the caller does not say, if the model has as many
+MOST_THREADS = 256  # far above any gain; thousands exhaust the system
+GENERATION_CONFIG = "generation_config.json"
+
+
+class Engine:
+    """A model ready to run. Make one with Engine.open.
+
+    memory_plan   how the budget was split
+    max_context   positions (prompt and answer) that fit the plan
+    """
+
+    def __init__(
+        self,
+        pack: Pack,
+        architecture: Architecture,
+        model: Qwen35,
+        store: ExpertStore,
+        tokenizer: Tokenizer,
+        memory_plan: MemoryPlan,
+        max_context: int,
+        device: str,
+    ):
+        self.pack, self.architecture, self.model, self.store = pack, architecture, model, store
+        self.tokenizer, self.memory_plan, self.max_context, self.device = tokenizer, memory_plan, max_context, device
+
+    @classmethod
+    def open(
+        cls,
+        pack: str | Path,
+        *,
+        memory: str | int | None = None,
+        device: str = "auto",
+        exact: bool = False,
+        threads: int | None = None,
+        experts_per_token: int | None = None,
+        max_context: int | None = None,
+        process_bytes: int | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> Engine:
+        """Open a pack and load its resident weights.
+
+        memory              budget of the whole process, as "8GiB" or bytes; default: what the machine can give
+        device              auto or cpu
+        exact               float32 arithmetic. The reference operations are never anything else, so it changes nothing
+        threads             threads of the arithmetic; default: torch's choice
+        experts_per_token   run that many of the experts a token is routed to, instead of the model's number
+        max_context         positions to plan memory for; default: the model's, at most 16384
+        process_bytes       memory that the process takes beside this engine; measured if not given
+        tokenizer           the pack's tokenizer, if the caller has loaded it already
+
+        Raises DamagedPack, UnsupportedVersion, UsageError, or MemoryBudgetError with the numbers.
+        """
+        ops, device = choose_backend(device)
+        if threads is not None:
+            most = max(MOST_THREADS, os.cpu_count() or 1)
+            if not 1 <= threads <= most:
+                raise UsageError(f"--threads {threads}: expected 1 to {most}")
+            torch.set_num_threads(threads)
+        opened = Pack.open(pack)
+        architecture = read_architecture(opened, experts_per_token)
+        tokenizer = tokenizer or Tokenizer.load(opened.directory)
+        context = _choose_context(architecture, max_context)
+        budget = parse_size(memory) if isinstance(memory, str) else memory
+        budget = default_budget_bytes() if budget is None else budget
+        plan = plan_memory(opened, architecture, budget, context, process_bytes)
+        store = ExpertStore(opened, plan.num_slots)
+        weights = ResidentWeights.load(opened, architecture)
+        model = Qwen35(architecture, weights, store, ops)
+        return cls(opened, architecture, model, store, tokenizer, plan, context, device)
+
+    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Scores after every position: float32 [T, vocab_size], unmasked (rows beyond the tokenizer too).
+
+        Raises UsageError for a bad prompt and MemoryBudgetError if the result itself does not fit the budget.
+        """
+        self.check_prompt(token_ids)
+        plan, result_bytes = self.memory_plan, FLOAT_BYTES * len(token_ids) * self.architecture.vocab_size
+        if plan.total_bytes + result_bytes > plan.budget_bytes:
+            raise MemoryBudgetError(
+                f"logits of {len(token_ids)} positions take {result_bytes:,} bytes beside the {plan.total_bytes:,} "
+                f"planned: more than the budget of {plan.budget_bytes:,}; use fewer tokens, or iter_logits"
+            )
+        result = torch.empty(len(token_ids), self.architecture.vocab_size)
+        done = 0
+        for piece in self.iter_logits(token_ids):
+            result[done : done + len(piece)] = piece
+            done += len(piece)
+        return result
+
+    @torch.inference_mode()  # as a decorator it holds while a piece is computed, not in between
+    def iter_logits(self, token_ids: Sequence[int]) -> Iterator[torch.Tensor]:
+        """The same scores in pieces of a few positions, so that they fit any budget."""
+        self.check_prompt(token_ids)
+        state = self.new_state(len(token_ids))
+        for hidden in self.prefill(token_ids, state):
+            for rows in hidden.split(logit_rows(self.architecture)):
+                yield self.model.logits(rows)
+
+    def prefill(self, token_ids: Sequence[int], state: SequenceState) -> Iterator[torch.Tensor]:
+        """Run a prompt chunk by chunk; yields the hidden states [T, D] of each chunk."""
+        for chunk in torch.tensor(token_ids).split(PREFILL_CHUNK):
+            yield self.model(chunk, state)
+
+    def new_state(self, max_positions: int) -> SequenceState:
+        """State of a new sequence of at most max_positions tokens; within the plan up to max_context."""
+        return SequenceState(self.architecture, max_positions)
+
+    def generate(self, token_ids: Sequence[int], sampling: SamplingParams | None = None) -> Generation:
+        """Continue a prompt: an iterator of token ids, the end token included.
+
+        sampling   default: the model's own generation_config
+
+        Raises UsageError for a bad prompt, at once; DamagedPack while iterating if an expert cannot be read.
+        """
+        self.check_prompt(token_ids)
+        return Generation(self, token_ids, sampling or self.default_sampling())
+
+    def default_sampling(self, **overrides: float | int | bool | None) -> SamplingParams:
+        """The sampling that the model's makers suggest, with the given values in place of theirs."""
+        raw = self.pack.read_file(GENERATION_CONFIG)
+        return SamplingParams.from_generation_config(json.loads(raw) if raw else {}, **overrides)
+
+    def chat_template(self) -> ChatTemplate | None:
+        """The pack's chat template, None if it has none."""
+        return ChatTemplate.load(self.pack.directory)
+
+    def check_prompt(self, token_ids: Sequence[int]) -> None:
+        """Raise UsageError if a prompt is empty, too long, or holds what this model does not have."""
+        check_prompt(token_ids, self.architecture, self.tokenizer, self.max_context)
+
+    def close(self) -> None:
+        """Close the pack's files."""
+        self.pack.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def check_prompt(token_ids: Sequence[int], architecture: Architecture, tokenizer: Tokenizer, max_context: int) -> None:
+    """Raise UsageError if a prompt is empty, does not fit, or holds ids that the model does not have."""
+    if not len(token_ids):
+        raise UsageError("the prompt is empty: expected at least one token")
+    limit = architecture.max_position_embeddings
+    if len(token_ids) > limit:
+        raise UsageError(f"the prompt has {len(token_ids)} tokens, the model's context holds {limit}: shorten it")
+    if len(token_ids) > max_context:
+        raise UsageError(
+            f"the prompt has {len(token_ids)} tokens, memory was planned for {max_context}: open the engine with a "
+            "larger max_context"
+        )
+    for token_id in token_ids:
+        if not isinstance(token_id, Integral) or isinstance(token_id, bool):
+            raise UsageError(f"token id {token_id!r}: expected an integer")
+        if not 0 <= token_id < architecture.vocab_size:
+            raise UsageError(f"token id {token_id} is outside the vocabulary of {architecture.vocab_size}")
+        if token_id in tokenizer.vision_token_ids:
+            raise UsageError(f"token id {token_id} stands for an image or a video: this pack holds the text model only")
+
+
+def read_architecture(pack: Pack, experts_per_token: int | None = None) -> Architecture:
+    """The model's sizes from a pack, with another number of experts per token if one is given. Raises UsageError."""
+    config = pack.manifest.model["text_config"]
+    try:
+        architecture = Architecture.from_config(config)
+    except ValueError as error:
+        raise DamagedPack(pack.directory / MANIFEST_NAME, f"{error}: convert again") from None
+    if "num_experts_per_tok" not in config:
+        raise DamagedPack(pack.directory / MANIFEST_NAME, "text_config lacks num_experts_per_tok: convert again")
+    if experts_per_token is None:
+        return architecture
+    if not 1 <= experts_per_token <= architecture.num_experts:
+        raise UsageError(f"--experts-per-token {experts_per_token}: expected 1 to {architecture.num_experts}")
+    return dataclasses.replace(architecture, num_experts_per_tok=experts_per_token)
+
+
+def _choose_context(architecture: Architecture, max_context: int | None) -> int:
+    limit = architecture.max_position_embeddings
+    if max_context is not None and max_context < 1:
+        raise UsageError(f"max_context {max_context}: expected at least 1")
+    return min(limit, max_context or DEFAULT_CONTEXT)

@@ -1,0 +1,201 @@
+"""How good a pack's answers are: perplexity on a text, distance to a reference pack, tool calls that come out right.
+
+Text is scored in windows of 2048 tokens that do not overlap (a rest shorter than a window is left out if there is a
+whole one, and said); the first token of a window is given, the others are predicted. Tool prompts are answered
+greedily, with thinking off, and every call is compared with the expected one after typing by the schema.
+
+    evaluate_text(engine, token_ids, reference=None)
+    evaluate_tools(engine, prompts)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moepack.layout.errors import MoepackError, UsageError
+from moepack.runtime.chat import parse_tool_calls
+from moepack.runtime.engine import Engine
+from moepack.runtime.prompt import read_text
+from moepack.runtime.sampling import SamplingParams
+from moepack.runtime.tokenizer import Tokenizer
+
+WINDOW = 2048
+MAX_ANSWER_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """nll is the mean over scored tokens, in nats; the last three are None without a reference."""
+
+    tokens: int
+    skipped_tokens: int
+    nll: float
+    perplexity: float
+    kl_mean: float | None
+    kl_p99: float | None
+    top1_agreement: float | None
+
+
+@dataclass(frozen=True)
+class ToolPrompt:
+    """A conversation with tools and the calls (name, arguments) that answer it."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+    expected: list[tuple[str, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class ToolScores:
+    """Shares of n prompts whose answer is well-formed, calls the right functions, and is right in every argument."""
+
+    n: int
+    well_formed: float
+    right_function: float
+    correct: float
+
+
+def evaluate_text(
+    engine: Engine,
+    token_ids: Sequence[int],
+    reference: Engine | None = None,
+    on_tokens: Callable[[int], object] = lambda count: None,
+) -> TextScores:
+    """Score a text, and compare the distribution of every position with a reference engine's.
+
+    Raises UsageError if there are fewer than two tokens or the reference is another model.
+    """
+    if reference and reference.architecture.vocab_size != engine.architecture.vocab_size:
+        raise UsageError(
+            f"--reference: vocabulary of {reference.architecture.vocab_size}, expected "
+            f"{engine.architecture.vocab_size}: a pack of the same model is needed"
+        )
+    windows, skipped = split_windows(token_ids, min(WINDOW, engine.max_context))
+    nll, divergences, agreements = 0.0, [], 0
+    scored = sum(len(window) - 1 for window in windows)
+    for window in windows:
+        for targets, scores, reference_scores in _scored_pieces(engine, reference, window):
+            log_p = _log_softmax(scores, engine)
+            nll -= log_p.gather(1, targets[:, None]).double().sum().item()
+            if reference_scores is not None:
+                log_r = _log_softmax(reference_scores, reference)
+                divergences.append((log_r.exp() * (log_r - log_p)).sum(-1))
+                agreements += int((scores.argmax(-1) == reference_scores.argmax(-1)).sum())
+            on_tokens(len(targets))
+    kl = torch.cat(divergences).double() if divergences else None
+    return TextScores(
+        tokens=scored,
+        skipped_tokens=skipped,
+        nll=nll / scored,
+        perplexity=math.exp(nll / scored),
+        kl_mean=None if kl is None else kl.mean().item(),
+        kl_p99=None if kl is None else kl.quantile(0.99).item(),
+        top1_agreement=None if kl is None else agreements / scored,
+    )
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> Sequence[int]:
+    """Token ids of a long text, four bytes each: a list of Python's integers would burst a small budget."""
+    ids = array("I")
+    for piece in tokenizer.encode_pieces(text):
+        ids.extend(piece)
+    return ids
+
+
+def split_windows(token_ids: Sequence[int], size: int) -> tuple[list[Sequence[int]], int]:
+    """Windows of `size` tokens and the number of tokens left out. Raises UsageError below two tokens."""
+    if len(token_ids) < 2 or size < 2:
+        raise UsageError(f"{len(token_ids)} tokens in windows of {size}: expected at least two of both")
+    whole = len(token_ids) // size
+    if not whole:
+        return [list(token_ids)], 0
+    return [list(token_ids[size * index : size * (index + 1)]) for index in range(whole)], len(token_ids) - size * whole
+
+
+def _scored_pieces(
+    engine: Engine, reference: Engine | None, window: Sequence[int]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """(targets, scores, reference scores) of the positions of a window that have a next token, piece by piece."""
+    targets = torch.tensor(window[1:])
+    references = reference.iter_logits(window) if reference else iter(lambda: None, 0)
+    done = 0
+    for scores, reference_scores in zip(engine.iter_logits(window), references):
+        wanted = targets[done : done + len(scores)]
+        done += len(scores)
+        if len(wanted):
+            kept = None if reference_scores is None else reference_scores[: len(wanted)]
+            yield wanted, scores[: len(wanted)], kept
+
+
+def _log_softmax(scores: torch.Tensor, engine: Engine | None) -> torch.Tensor:
+    if not scores.isfinite().all():
+        place = engine.pack.directory if engine else "the model"
+        raise MoepackError(f"{place}: scores are not finite: run moe-inspect verify on the pack")
+    return scores.log_softmax(-1)
+
+
+def read_tool_prompts(path: Path) -> list[ToolPrompt]:
+    """Prompts with expected calls, one JSON object a line: messages, tools, expected_calls. Raises UsageError."""
+    lines = read_text(path).splitlines()
+    prompts = [
+        _parse_prompt(line, f"{path}: line {number}") for number, line in enumerate(lines, start=1) if line.strip()
+    ]
+    if not prompts:
+        raise UsageError(f"{path}: holds no prompts")
+    return prompts
+
+
+def evaluate_tools(
+    engine: Engine, prompts: Sequence[ToolPrompt], on_prompt: Callable[[int], object] = lambda count: None
+) -> ToolScores:
+    """Answer tool prompts greedily and compare the calls.
+
+    Raises UsageError if the pack has no chat template or a prompt does not fit the context.
+    """
+    template = engine.chat_template()
+    if template is None:
+        raise UsageError(f"{engine.pack.directory}: has no chat template, tool prompts need one")
+    sampling = SamplingParams(temperature=0, max_tokens=MAX_ANSWER_TOKENS)
+    well_formed = right_function = correct = 0
+    for prompt in prompts:
+        text = template.render(prompt.messages, tools=prompt.tools, enable_thinking=False)
+        answer = engine.tokenizer.decode(list(engine.generate(engine.tokenizer.encode(text), sampling)))
+        rest, calls = parse_tool_calls(answer, prompt.tools)
+        expected = prompt.expected
+        is_whole = "<tool_call>" not in rest and bool(calls or not expected)
+        well_formed += is_whole
+        right_function += is_whole and [call.name for call in calls] == [name for name, _ in expected]
+        correct += is_whole and [(call.name, call.arguments) for call in calls] == expected
+        on_prompt(1)
+    n = len(prompts)
+    return ToolScores(n, well_formed / n, right_function / n, correct / n)
+
+
+def _parse_prompt(line: str, where: str) -> ToolPrompt:
+    try:
+        prompt = json.loads(line)
+        functions = [call["function"] for call in prompt["expected_calls"]]
+        expected = [(function["name"], _as_object(function["arguments"])) for function in functions]
+        messages, tools = prompt["messages"], prompt["tools"]
+        for entries in (messages, tools):
+            if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+                raise TypeError("messages and tools are lists of objects")
+        return ToolPrompt(messages, tools, expected)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(f"{where}: expected an object with messages, tools, expected_calls: {error!r}") from None
+
+
+def _as_object(arguments: str | dict[str, Any]) -> dict[str, Any]:
+    """Arguments as an object; OpenAI's form has them as JSON text."""
+    value = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(value, dict):
+        raise TypeError("arguments are an object")
+    return value

@@ -1,0 +1,102 @@
+"""The decode loop: prefill the prompt, then one token at a time until an end token or a limit.
+
+A Generation is an iterator of token ids that knows afterwards (and meanwhile) why it ended and what it cost. Only the
+time spent in here is counted, not what the caller does between two tokens.
+
+    generation = engine.generate(prompt_ids, sampling)
+    for token_id in generation: ...
+    generation.finish_reason, generation.stats()
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from moepack.runtime.memory import peak_rss_bytes
+from moepack.runtime.sampling import Sampler, SamplingParams
+from moepack.runtime.stats import GenerationStats
+
+if TYPE_CHECKING:
+    from moepack.runtime.engine import Engine
+
+DEFAULT_MAX_TOKENS = 2048
+
+
+class Generation(Iterator[int]):
+    """One answer in the making.
+
+    finish_reason   "stop" at an end token, "length" at max_tokens or the end of the context, None before
+    token_ids       what has been generated so far, an end token included
+    """
+
+    def __init__(self, engine: Engine, prompt_ids: Sequence[int], sampling: SamplingParams):
+        self.finish_reason: str | None = None
+        self.token_ids: list[int] = []
+        self._engine, self._prompt_ids, self._sampling = engine, list(prompt_ids), sampling
+        self._limit = answer_limit(len(self._prompt_ids), sampling.max_tokens, engine.max_context)
+        self._stop_ids = frozenset() if sampling.ignore_eos else engine.tokenizer.stop_token_ids
+        self._started_counts = engine.store.counts.copy()
+        self._first_counts = self._started_counts
+        self._step_seconds: list[float] = []  # the first includes the prefill
+        self._steps = self._run()
+
+    def __next__(self) -> int:
+        started = time.perf_counter()
+        with torch.inference_mode():
+            token_id = next(self._steps)
+        self._step_seconds.append(time.perf_counter() - started)
+        if len(self.token_ids) == 1:
+            self._first_counts = self._engine.store.counts.copy()
+        return token_id
+
+    def stats(self) -> GenerationStats:
+        """What the generation has cost so far."""
+        engine, counts = self._engine, self._engine.store.counts
+        total, decode = counts.since(self._started_counts), counts.since(self._first_counts)
+        seconds, decoded = self._step_seconds, len(self.token_ids) - 1
+        decode_s = sum(seconds[1:])
+        return GenerationStats(
+            prompt_tokens=len(self._prompt_ids),
+            generated_tokens=len(self.token_ids),
+            ttft_s=seconds[0] if seconds else None,
+            prefill_tok_s=len(self._prompt_ids) / seconds[0] if seconds else None,
+            decode_tok_s=decoded / decode_s if decode_s else None,
+            bytes_read=total.bytes_read,
+            bytes_per_token=decode.bytes_read / decoded if decoded > 0 else None,
+            expert_hits=total.hits,
+            expert_misses=total.misses,
+            io_wait_s=total.io_wait_s,
+            compute_s=sum(seconds) - total.io_wait_s,
+            peak_rss_bytes=peak_rss_bytes(),
+            memory_budget_bytes=engine.memory_plan.budget_bytes,
+            experts_per_token=engine.architecture.num_experts_per_tok,
+            device=engine.device,
+        )
+
+    def _run(self) -> Iterator[int]:
+        engine = self._engine
+        state = engine.new_state(len(self._prompt_ids) + self._limit - 1)  # the last token is not fed back
+        sampler = Sampler(self._sampling, self._prompt_ids)
+        for hidden in engine.prefill(self._prompt_ids, state):
+            last = hidden[-1:]
+        while True:
+            token_id = sampler.next(engine.model.logits(last)[0].numpy())
+            self.token_ids.append(token_id)
+            if token_id in self._stop_ids:
+                self.finish_reason = "stop"
+            elif len(self.token_ids) == self._limit:
+                self.finish_reason = "length"
+            yield token_id
+            if self.finish_reason:
+                return
+            last = engine.model(torch.tensor([token_id]), state)
+
+
+def answer_limit(num_prompt_tokens: int, max_tokens: int | None, max_context: int) -> int:
+    """Tokens that an answer may have: what was asked for, or a default, as far as the context goes; at least one."""
+    wanted = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
+    return max(1, min(wanted, max_context - num_prompt_tokens))

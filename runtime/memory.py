@@ -1,0 +1,146 @@
+"""The memory budget: what must be in memory, what is left for experts, and whether that is enough.
+
+A budget covers the whole process: interpreter and libraries (measured), resident weights, one sequence's state,
+scratch of the operations (bounded from the sizes), and the slots that hold experts. It is split once, before
+anything large is allocated; nothing allocated later grows beyond its share. Pages of files that the system
+caches for us come on top and are given back under pressure.
+
+    plan = plan_memory(pack, architecture, budget_bytes=8 * 2**30, max_positions=4096)
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from moepack.kernels.reference import SCORE_TILE
+from moepack.layout.architecture import LINEAR, Architecture
+from moepack.layout.errors import MemoryBudgetError
+from moepack.layout.reader import Pack
+from moepack.runtime.expert_store import largest_block
+from moepack.runtime.resident import ResidentWeights
+from moepack.runtime.state import FLOAT_BYTES, SequenceState
+
+PREFILL_CHUNK = 512  # prompt tokens run together; a constant, so that the budget never changes the arithmetic
+LOGIT_ELEMENTS = 2**22  # scores that exist at the same time where every position is scored
+ALLOCATOR_BYTES = 48 * 2**20  # arenas, thread stacks, fragmentation, the tables of Python objects
+DEFAULT_SHARE = 0.9  # of what is available, so that a default run never makes the machine swap
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The split of a budget; all in bytes but num_slots."""
+
+    budget_bytes: int
+    process_bytes: int
+    resident_bytes: int
+    state_bytes: int
+    scratch_bytes: int
+    slot_bytes: int
+    num_slots: int
+
+    @property
+    def total_bytes(self) -> int:
+        """What is spoken for, at most the budget."""
+        fixed = self.process_bytes + self.resident_bytes + self.state_bytes + self.scratch_bytes
+        return fixed + self.num_slots * self.slot_bytes
+
+
+def plan_memory(
+    pack: Pack, architecture: Architecture, budget_bytes: int, max_positions: int, process_bytes: int | None = None
+) -> MemoryPlan:
+    """Split a budget. Slots are as many as fit, at most one for every expert.
+
+    process_bytes   what the process takes without this engine; measured if not given
+
+    Raises MemoryBudgetError with the numbers if one token's experts do not fit: with fewer slots than a token
+    uses, each expert would be read again for every token.
+    """
+    process_bytes = resident_set_bytes() if process_bytes is None else process_bytes
+    resident = ResidentWeights.size_bytes(pack)
+    state = SequenceState.size_bytes(architecture, max_positions)
+    scratch = scratch_bytes(architecture, max_positions)
+    slot = largest_block(pack)
+    all_experts = architecture.num_hidden_layers * architecture.num_experts
+    one_token = min(all_experts, architecture.num_hidden_layers * architecture.num_experts_per_tok)
+    fixed = process_bytes + resident + state + scratch
+    num_slots = min(all_experts, (budget_bytes - fixed) // slot)
+    if num_slots < one_token:
+        mib = [f"{size / 2**20:,.0f}" for size in (process_bytes, resident, state, scratch, one_token * slot)]
+        raise MemoryBudgetError(
+            f"memory budget of {budget_bytes / 2**20:,.0f} MiB is too small: {(fixed + one_token * slot) / 2**20:,.0f} "
+            f"MiB are needed (process {mib[0]}, resident weights {mib[1]}, state for {max_positions} positions "
+            f"{mib[2]}, scratch {mib[3]}, the {one_token} experts of one token {mib[4]}): raise --memory, "
+            "shorten the context, or convert to fewer bits"
+        )
+    return MemoryPlan(budget_bytes, process_bytes, resident, state, scratch, slot, num_slots)
+
+
+def scratch_bytes(a: Architecture, max_positions: int) -> int:
+    """Upper bound of what the operations hold at once beside weights and state, for a chunk of prefill."""
+    delta = 6 * a.conv_dim + 12 * a.linear_value_dim
+    attention = 8 * a.num_attention_heads * a.head_dim
+    mixers = max(delta if LINEAR in a.layer_types else 0, attention)
+    experts = 6 * a.hidden_size + 4 * (a.moe_intermediate_size + a.shared_expert_intermediate_size) + 2 * a.num_experts
+    activations = PREFILL_CHUNK * (6 * a.hidden_size + mixers + experts)
+    logits = 3 * logit_rows(a) * a.vocab_size
+    scores = 3 * max(SCORE_TILE, a.num_attention_heads * max_positions)  # one query at a time, at the least
+    return FLOAT_BYTES * (activations + logits + scores) + ALLOCATOR_BYTES
+
+
+def logit_rows(a: Architecture) -> int:
+    """Positions whose scores are computed together; like the chunk, independent of the budget."""
+    return min(PREFILL_CHUNK, max(1, LOGIT_ELEMENTS // a.vocab_size))
+
+
+def default_budget_bytes() -> int:
+    """What this process may take without making the machine swap: its own pages and most of what is available."""
+    return resident_set_bytes() + int(DEFAULT_SHARE * available_bytes())
+
+
+def available_bytes() -> int:
+    """Memory that can be had now: the system's own estimate, or a control group's limit where that is lower."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = _read(Path("/proc/meminfo"))
+    found = [line.split()[1] for line in meminfo.splitlines() if line.startswith("MemAvailable:")]
+    available = int(found[0]) * 1024 if found else total // 2  # elsewhere: half of the memory is a safe start
+    for group in _control_groups():
+        limit, used = (_read(group / name).strip() for name in ("memory.max", "memory.current"))
+        if limit.isdigit() and used.isdigit():
+            statistics = dict(line.split() for line in _read(group / "memory.stat").splitlines())
+            cached = int(statistics.get("inactive_file", 0))  # pages of files, given back when needed
+            available = min(available, max(0, int(limit) - int(used) + cached))
+    return available
+
+
+def _control_groups() -> list[Path]:
+    """This process's control group and those above it (version 2), where the system has any."""
+    root = Path("/sys/fs/cgroup")
+    paths = [line.removeprefix("0::") for line in _read(Path("/proc/self/cgroup")).splitlines() if line[:3] == "0::"]
+    own = root / paths[0].strip("/") if paths else root
+    return [own, *(parent for parent in own.parents if parent.is_relative_to(root))]
+
+
+def resident_set_bytes() -> int:
+    """Memory of this process now; where the system does not say, its peak."""
+    statm = _read(Path("/proc/self/statm"))
+    return int(statm.split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm else peak_rss_bytes()
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has had. (getrusage would count a parent's, from before exec, on Linux.)"""
+    for line in _read(Path("/proc/self/status")).splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

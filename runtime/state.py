@@ -1,0 +1,73 @@
+"""What a sequence remembers: keys and values of the attention layers, two states of each DeltaNet layer.
+
+All of it is float32 and allocated once for a fixed number of positions. The recurrent state of a DeltaNet layer
+cannot be cut back to an earlier position: a sequence only ever grows.
+
+    state = SequenceState(architecture, max_positions=2048)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moepack.layout.architecture import LINEAR, Architecture
+
+FLOAT_BYTES = 4
+
+
+@dataclass
+class DeltaState:
+    """One DeltaNet layer: conv_state [W-1, C] are the inputs before the next token, recurrent_state [H, Dk, Dv]."""
+
+    conv_state: torch.Tensor
+    recurrent_state: torch.Tensor
+
+
+@dataclass
+class KeyValueCache:
+    """One attention layer: keys and values [Hkv, max_positions, Dh], of which the first ones are filled."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    position: int = 0
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store keys and values [T, Hkv, Dh] of the next T positions and return all so far, [Hkv, S, Dh]."""
+        start, end = self.position, self.position + keys.shape[0]
+        self.keys[:, start:end] = keys.transpose(0, 1)
+        self.values[:, start:end] = values.transpose(0, 1)
+        self.position = end
+        return self.keys[:, :end], self.values[:, :end]
+
+
+class SequenceState:
+    """All layers' state of one sequence of at most max_positions tokens."""
+
+    def __init__(self, architecture: Architecture, max_positions: int):
+        self.layers = [
+            _new_delta_state(architecture) if kind == LINEAR else _new_cache(architecture, max_positions)
+            for kind in architecture.layer_types
+        ]
+
+    @staticmethod
+    def size_bytes(architecture: Architecture, max_positions: int) -> int:
+        """Memory that a state takes."""
+        a = architecture
+        delta = (a.linear_conv_kernel_dim - 1) * a.conv_dim
+        delta += a.linear_num_value_heads * a.linear_key_head_dim * a.linear_value_head_dim
+        cache = 2 * a.num_key_value_heads * a.head_dim * max_positions
+        return FLOAT_BYTES * sum(delta if kind == LINEAR else cache for kind in a.layer_types)
+
+
+def _new_delta_state(a: Architecture) -> DeltaState:
+    return DeltaState(
+        torch.zeros(a.linear_conv_kernel_dim - 1, a.conv_dim),
+        torch.zeros(a.linear_num_value_heads, a.linear_key_head_dim, a.linear_value_head_dim),
+    )
+
+
+def _new_cache(a: Architecture, max_positions: int) -> KeyValueCache:
+    shape = (a.num_key_value_heads, max_positions, a.head_dim)
+    return KeyValueCache(torch.zeros(shape), torch.zeros(shape))
