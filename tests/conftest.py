@@ -1,0 +1,56 @@
+"""Packs that many tests read: made once a session, by the real commands' own code."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from moepack.convert.pipeline import convert
+from moepack.convert.plan import plan_conversion
+from moepack.convert.recipe import Recipe
+from tiny_checkpoint import write_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "demo" / "checkpoint"
+
+torch.set_num_threads(1)  # the suite runs in several processes
+
+
+def make_pack(source: Path, out: Path, bits: int = 4, group_size: int = 32, resident_bits: int = 8) -> Path:
+    """Convert a checkpoint as moe-convert does."""
+    convert(plan_conversion(source, out, Recipe(bits, group_size, resident_bits, "minmax")), 2, lambda count: None)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default tiny checkpoint."""
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "source")
+
+
+@pytest.fixture(scope="session")
+def tiny_pack(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 4-bit pack of it, its blocks no whole number of pages. Not to be changed."""
+    return make_pack(tiny_source, tmp_path_factory.mktemp("tiny_pack") / "pack")
+
+
+@pytest.fixture(scope="session")
+def demo_pack(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Packs of the demo model by bits; 16 is bf16 throughout, the others have 8-bit resident weights."""
+    folder = tmp_path_factory.mktemp("demo")
+
+    def pack_of(bits: int) -> Path:
+        out = folder / f"demo{bits}"
+        return out if out.exists() else make_pack(DEMO, out, bits, 64, 16 if bits == 16 else 8)
+
+    return pack_of
+
+
+@pytest.fixture
+def tiny_copy(tiny_pack: Path, tmp_path: Path) -> Path:
+    """A tiny pack of the test's own, to be damaged."""
+    return Path(shutil.copytree(tiny_pack, tmp_path / "pack"))

@@ -1,0 +1,207 @@
+"""The engine on tiny and demo packs: decode equals prefill, streaming equals resident, seeds, limits, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import make_pack
+from moepack.layout.errors import DamagedPack, MemoryBudgetError, UsageError
+from moepack.runtime import Engine, SamplingParams
+from moepack.runtime.state import SequenceState
+from tiny_checkpoint import TOKEN_IDS, TinyModel, write_checkpoint
+
+# Decode runs matrix-vector products and the recurrence where prefill runs matrix products and chunks: the same sums in
+# another order, in float32.
+DECODE_TOLERANCE = 1e-4  # of the largest logit
+IDS = torch.randint(0, 256, (150,), generator=torch.Generator().manual_seed(1)).tolist()
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_pack: Path) -> Engine:
+    return Engine.open(tiny_pack)
+
+
+def test_decode_one_token_at_a_time_equals_prefill(engine: Engine) -> None:
+    prefill = engine.logits(IDS)
+    state = SequenceState(engine.architecture, len(IDS))
+    with torch.inference_mode():
+        steps = [engine.model.logits(engine.model(torch.tensor([token]), state)) for token in IDS]
+    difference = (torch.cat(steps) - prefill).abs().max()
+    assert difference <= DECODE_TOLERANCE * prefill.abs().max(), f"max difference {difference}"
+
+
+def test_prefill_in_two_parts_equals_one(engine: Engine) -> None:
+    """Chunks that end at odd places: the state carries over."""
+    whole, state = engine.logits(IDS), SequenceState(engine.architecture, len(IDS))
+    with torch.inference_mode():
+        parts = [
+            engine.model.logits(engine.model(torch.tensor(part), state)) for part in (IDS[:70], IDS[70:71], IDS[71:])
+        ]
+    assert (torch.cat(parts) - whole).abs().max() <= DECODE_TOLERANCE * whole.abs().max()
+
+
+def test_a_prompt_longer_than_a_prefill_chunk(tiny_pack: Path) -> None:
+    engine = Engine.open(tiny_pack)
+    ids = (IDS * 5)[:700]
+    assert (engine.logits(ids)[:150] - engine.logits(ids[:150])).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("bits", [2, 4, 16])
+def test_streaming_with_the_smallest_budget_equals_all_resident_bit_for_bit(
+    demo_pack: Callable[[int], Path], bits: int
+) -> None:
+    pack, ids = demo_pack(bits), IDS[:80]
+    resident = Engine.open(pack, max_context=128)
+    plan = resident.memory_plan
+    budget = plan.total_bytes - (plan.num_slots - 48) * plan.slot_bytes  # 8 layers with 6 experts per token
+    small = Engine.open(pack, memory=budget, max_context=128, process_bytes=plan.process_bytes)
+    assert small.store.num_slots == 48
+    assert resident.store.num_slots == 8 * 48
+    everything = [torch.cat(list(engine.iter_logits(ids))) for engine in (resident, small)]
+    assert torch.equal(*everything)
+    generated = [list(engine.generate(ids, GREEDY)) for engine in (resident, small)]
+    assert generated[0] == generated[1]
+    assert small.store.counts.misses > resident.store.counts.misses
+
+
+def test_the_same_seed_gives_the_same_tokens(engine: Engine) -> None:
+    def sample(seed: int) -> list[int]:
+        return list(
+            engine.generate(IDS[:5], SamplingParams(temperature=1.5, seed=seed, max_tokens=20, ignore_eos=True))
+        )
+
+    assert sample(7) == sample(7)
+    assert sample(7) != sample(8)
+
+
+def test_logits_cover_every_position_and_padding_rows(engine: Engine) -> None:
+    logits = engine.logits(IDS[:9])
+    assert logits.shape == (9, 320)
+    assert logits.dtype == torch.float32
+    assert logits.isfinite().all()
+    assert engine.tokenizer.decode([300, 319]) == ""
+
+
+def test_generation_ends_at_max_tokens_and_knows_why(engine: Engine) -> None:
+    generation = engine.generate(IDS[:4], GREEDY)
+    assert generation.finish_reason is None
+    tokens = list(generation)
+    assert len(tokens) == 12
+    assert generation.token_ids == tokens
+    assert generation.finish_reason == "length"
+    stats = generation.stats()
+    assert stats.generated_tokens == 12
+    assert stats.prompt_tokens == 4
+    assert stats.expert_hits + stats.expert_misses > 0
+    assert stats.bytes_read == stats.expert_misses * engine.memory_plan.slot_bytes
+    assert stats.compute_s > 0
+    assert stats.experts_per_token == 2
+
+
+def test_one_token_has_no_decode_rate(engine: Engine) -> None:
+    generation = engine.generate(IDS[:4], SamplingParams(temperature=0, max_tokens=1))
+    list(generation)
+    assert generation.stats().decode_tok_s is None
+    assert generation.stats().bytes_per_token is None
+
+
+def test_generation_stops_on_every_end_id(demo_pack: Callable[[int], Path]) -> None:
+    """The config names <|endoftext|>, generation_config and tokenizer <|im_end|>: the demo model ends with that."""
+    engine = Engine.open(demo_pack(4))
+    assert engine.tokenizer.stop_token_ids == {4070, 4072}
+    template = engine.chat_template()
+    assert template is not None
+    prompt = engine.tokenizer.encode(template.render([{"role": "user", "content": "Hello"}], enable_thinking=False))
+    generation = engine.generate(prompt, SamplingParams(temperature=0, max_tokens=60))
+    tokens = list(generation)
+    assert generation.finish_reason == "stop"
+    assert tokens[-1] == 4072
+    longer = list(engine.generate(prompt, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)))
+    assert longer[: len(tokens)] == tokens
+    assert len(longer) == 60
+
+
+def test_default_sampling_is_the_models_own(engine: Engine, demo_pack: Callable[[int], Path]) -> None:
+    sampling = Engine.open(demo_pack(4)).default_sampling(top_k=None, seed=3)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0.7, 0.8, 20, 3)
+
+
+def test_fewer_experts_per_token_change_the_answer(tiny_pack: Path, engine: Engine) -> None:
+    one = Engine.open(tiny_pack, experts_per_token=1)
+    assert one.architecture.num_experts_per_tok == 1
+    assert not torch.equal(one.logits(IDS[:5]), engine.logits(IDS[:5]))
+    with pytest.raises(UsageError, match="experts-per-token 7: expected 1 to 6"):
+        Engine.open(tiny_pack, experts_per_token=7)
+
+
+def test_exact_is_the_same_arithmetic(tiny_pack: Path, engine: Engine) -> None:
+    assert torch.equal(Engine.open(tiny_pack, exact=True).logits(IDS[:20]), engine.logits(IDS[:20]))
+
+
+@pytest.mark.parametrize(
+    ("ids", "text"),
+    [
+        ([], "the prompt is empty"),
+        ([1] * 1025, "the prompt has 1025 tokens, the model's context holds 1024"),
+        ([5, 320], "token id 320 is outside the vocabulary of 320"),
+        ([-1], "token id -1 is outside the vocabulary of 320"),
+        ([5, TOKEN_IDS["<|image_pad|>"]], "stands for an image or a video: this pack holds the text model only"),
+    ],
+)
+def test_bad_prompts_are_refused(engine: Engine, ids: list[int], text: str) -> None:
+    with pytest.raises(UsageError, match=text.replace("(", r"\(")):
+        engine.generate(ids, GREEDY)
+    with pytest.raises(UsageError):
+        engine.logits(ids)
+
+
+def test_a_prompt_past_the_planned_context_is_refused_with_both_numbers(tiny_pack: Path) -> None:
+    engine = Engine.open(tiny_pack, max_context=100)
+    with pytest.raises(UsageError, match="has 101 tokens, memory was planned for 100"):
+        engine.generate([1] * 101, GREEDY)
+    generation = engine.generate([1] * 100, GREEDY)
+    assert len(list(generation)) == 1  # the last position still predicts a token
+    assert generation.finish_reason == "length"
+
+
+def test_an_impossible_budget_is_refused_with_the_numbers(tiny_pack: Path) -> None:
+    with pytest.raises(MemoryBudgetError, match=r"memory budget of 10 MiB is too small: \d+ MiB are needed \(process"):
+        Engine.open(tiny_pack, memory="10MiB")
+    plan = Engine.open(tiny_pack, max_context=64).memory_plan
+    smallest = plan.total_bytes - (plan.num_slots - 8) * plan.slot_bytes  # 4 layers with 2 experts per token
+    Engine.open(tiny_pack, memory=smallest, max_context=64, process_bytes=plan.process_bytes)
+    with pytest.raises(MemoryBudgetError, match="the 8 experts of one token"):
+        Engine.open(tiny_pack, memory=smallest - 1, max_context=64, process_bytes=plan.process_bytes)
+
+
+def test_unknown_device_is_refused(tiny_pack: Path) -> None:
+    with pytest.raises(UsageError, match="--device metal: this version computes on cpu only"):
+        Engine.open(tiny_pack, device="metal")
+
+
+def test_a_block_that_cannot_be_read_stops_generation_and_is_named(tiny_copy: Path) -> None:
+    engine = Engine.open(tiny_copy)
+    file = tiny_copy / "experts" / "layer_01.bin"
+    with open(file, "r+b") as opened:
+        opened.truncate(1)
+    with pytest.raises(DamagedPack, match=r"layer_01.bin: layer 1 expert \d at byte \d+: read of \d+ bytes") as caught:
+        engine.logits(IDS)
+    assert caught.value.layer == 1
+    assert caught.value.expert is not None
+
+
+def test_an_odd_model_runs(tmp_path: Path) -> None:
+    """One layer of each kind, one expert per token, key and value heads of different size, tied embeddings."""
+    model = TinyModel(layers=2, full_attention_interval=2, experts=3, experts_per_tok=1, linear_key_head_dim=8,
+                      linear_value_head_dim=24, conv_kernel=3, tie=True, mtp=False)  # fmt: skip
+    pack = make_pack(write_checkpoint(tmp_path / "source", model), tmp_path / "pack", bits=3)
+    engine = Engine.open(pack)
+    prefill, state = engine.logits(IDS[:70]), SequenceState(engine.architecture, 70)
+    with torch.inference_mode():
+        steps = [engine.model.logits(engine.model(torch.tensor([token]), state)) for token in IDS[:70]]
+    assert (torch.cat(steps) - prefill).abs().max() <= DECODE_TOLERANCE * prefill.abs().max()

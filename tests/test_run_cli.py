@@ -1,0 +1,224 @@
+"""moe-run as a user meets it: a process, its two outputs, its exit code."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conftest import make_pack
+from moepack.runtime.cli import main
+from moepack.runtime.tokenizer import Tokenizer
+from tiny_checkpoint import TinyModel, write_checkpoint
+
+RUN = [sys.executable, "-c", "from moepack.runtime.cli import main; main()"]
+STATS = {
+    *("prompt_tokens", "generated_tokens", "ttft_s", "prefill_tok_s", "decode_tok_s", "bytes_read", "bytes_per_token"),
+    *("expert_hits", "expert_misses", "io_wait_s", "compute_s", "peak_rss_bytes", "memory_budget_bytes"),
+    *("experts_per_token", "device"),
+}
+
+
+Result = subprocess.CompletedProcess[str]
+
+
+def moe_run(*arguments: object, stdin: str | None = None) -> Result:
+    """Run moe-run in a process of its own."""
+    command = [*RUN, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, input=stdin, timeout=120, check=False)
+
+
+@pytest.fixture
+def moe_run_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """The same without a new process, which takes seconds to import torch."""
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["moe-run", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        return subprocess.CompletedProcess([], code if isinstance(code, int) else 1, *capsys.readouterr())
+
+    return run
+
+
+def smallest_budget(pack: Path, *arguments: object) -> str:
+    """The budget that the refusal of an impossible one names, with a little for the process's own variation."""
+    refused = moe_run("generate", pack, *arguments, "--memory", "1MiB")
+    assert refused.returncode == 1
+    needed = re.search(r"([\d,]+) MiB are needed", refused.stderr)
+    assert needed, refused.stderr
+    return f"{int(needed[1].replace(',', '')) + 4}MiB"
+
+
+def test_generate_streams_text_and_ends_with_statistics(demo_pack: Callable[[int], Path]) -> None:
+    run = moe_run("generate", demo_pack(4), "Hello", "--no-think", "--temperature", 0)
+    assert run.returncode == 0
+    assert run.stdout.startswith("Hello! It is nice to meet you.")
+    assert "<|im_end|>" not in run.stdout
+    assert re.fullmatch(
+        r"\[\d+ prompt \+ \d+ tokens \| .* tok/s .* experts per token, .* read \| .* \| cpu\]\n", run.stderr
+    )
+
+
+def test_generate_json_has_every_field_and_holds_its_memory(demo_pack: Callable[[int], Path]) -> None:
+    options = ("Tell me a story.", "--temperature", 0, "--max-tokens", 40, "--threads", 1)
+    memory = smallest_budget(demo_pack(4), *options)
+    run = moe_run("generate", demo_pack(4), *options, "--memory", memory, "--json")
+    assert run.returncode == 0, run.stderr
+    answer = json.loads(run.stdout)
+    assert set(answer) == {"text", "token_ids", "finish_reason", "stats"}
+    assert set(answer["stats"]) >= STATS
+    stats = answer["stats"]
+    assert stats["generated_tokens"] == len(answer["token_ids"])
+    assert stats["memory_budget_bytes"] == int(memory.removesuffix("MiB")) * 2**20
+    assert stats["peak_rss_bytes"] <= stats["memory_budget_bytes"]
+    assert stats["expert_misses"] > 48  # fewer slots than the answer's experts
+    again = moe_run("generate", demo_pack(4), *options, "--json")
+    assert json.loads(again.stdout)["token_ids"] == answer["token_ids"]
+
+
+@pytest.mark.slow
+def test_a_pack_larger_than_the_budget_stays_within_it(tmp_path: Path) -> None:
+    """Experts of 400 MiB under the smallest legal budget, through a prefill of several chunks."""
+    model = TinyModel(hidden=512, experts=64, experts_per_tok=4, moe_intermediate=512, max_positions=4096)
+    pack = make_pack(write_checkpoint(tmp_path / "source", model), tmp_path / "pack", bits=16)
+    options = ("--prompt-file", "-", "--raw", "--temperature", 0, "--max-tokens", 20, "--ignore-eos")
+    prompt = "and the theory of the thing " * 100
+    needed = moe_run("generate", pack, *options, "--memory", "1MiB", stdin=prompt)
+    mib = int(re.search(r"([\d,]+) MiB are needed", needed.stderr)[1].replace(",", "")) + 4  # type: ignore[index]
+    run = moe_run("generate", pack, *options, "--memory", f"{mib}MiB", "--json", stdin=prompt)
+    stats = json.loads(run.stdout)["stats"]
+    assert stats["prompt_tokens"] > 1024
+    assert stats["peak_rss_bytes"] <= mib * 2**20
+    free = json.loads(moe_run("generate", pack, *options, "--json", stdin=prompt).stdout)
+    assert free["token_ids"] == json.loads(run.stdout)["token_ids"]
+
+
+def test_prompts_from_file_stdin_and_ids_are_the_same(
+    moe_run_here: Callable[..., Result], demo_pack: Callable[[int], Path], tmp_path: Path
+) -> None:
+    pack, text = demo_pack(4), "The old man said"
+    (tmp_path / "prompt.txt").write_text(text)
+    (tmp_path / "ids.json").write_text(str(Tokenizer.load(pack).encode(text)))
+    options = ("--raw", "--max-tokens", 5, "--seed", 3, "--json")
+    runs = [
+        moe_run_here("generate", pack, "--prompt-file", tmp_path / "prompt.txt", *options),
+        moe_run_here("generate", pack, "--token-ids", tmp_path / "ids.json", *options),
+        moe_run_here("generate", pack, text, *options),
+        moe_run("generate", pack, "--prompt-file", "-", *options, stdin=text),
+    ]
+    answers = [json.loads(run.stdout)["token_ids"] for run in runs]
+    assert answers == [answers[0]] * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--raw"], 2, "expected one of PROMPT, --prompt-file and --token-ids, found 0"),
+        (["hi", "--prompt-file", "x"], 2, "found 2"),
+        (["--prompt-file", "nowhere.txt"], 2, "nowhere.txt: cannot be read: No such file or directory"),
+        (["hi", "--temperature", "-1"], 2, "temperature"),
+        (["hi", "--top-p", "0"], 2, "top_p"),
+        (["hi", "--memory", "lots"], 2, "size 'lots': expected a number with KiB"),
+        (["hi", "--memory", "20MiB"], 1, "memory budget of 20 MiB is too small"),
+        (["hi", "--device", "metal"], 2, "--device metal: this version computes on cpu only"),
+        (["hi", "--experts-per-token", "49"], 2, "--experts-per-token 49: expected 1 to 48"),
+        (["<|image_pad|>", "--raw"], 2, "this pack holds the text model only"),
+        (["a " * 3000, "--raw"], 2, "the model's context holds 2048"),
+    ],
+)
+def test_bad_requests_get_one_line_and_their_exit_code(
+    moe_run_here: Callable[..., Result], demo_pack: Callable[[int], Path], arguments: list[str], code: int, text: str
+) -> None:
+    run = moe_run_here("generate", demo_pack(4), *arguments)
+    assert run.returncode == code
+    assert text in run.stderr
+    errors = [line for line in run.stderr.splitlines() if not line.startswith("note:")]
+    assert len(errors) == 1, run.stderr
+    assert run.stdout == ""
+
+
+def test_a_missing_damaged_or_future_pack_is_told_apart(
+    moe_run_here: Callable[..., Result], tiny_copy: Path, tmp_path: Path
+) -> None:
+    missing = moe_run_here("generate", tmp_path / "nothing", "hi")
+    assert missing.returncode == 3
+    assert "not a pack" in missing.stderr
+    manifest = tiny_copy / "manifest.json"
+    text = manifest.read_text()
+    manifest.write_text(text.replace('"format_version": 1', '"format_version": 9'))
+    future = moe_run_here("generate", tiny_copy, "hi")
+    assert future.returncode == 4
+    assert "format version 9, but this moepack reads version 1" in future.stderr
+    manifest.write_text(text)
+    (tiny_copy / "experts" / "layer_00.bin").unlink()
+    assert moe_run_here("generate", tiny_copy, "hi").returncode == 3
+
+
+def test_fewer_experts_are_said(moe_run_here: Callable[..., Result], demo_pack: Callable[[int], Path]) -> None:
+    run = moe_run_here("generate", demo_pack(4), "hi", "--experts-per-token", 2, "--max-tokens", 2)
+    assert "note: 2 experts per token, the model was trained with 6: its answers change" in run.stderr
+
+
+def test_ctrl_c_stops_generation_cleanly(demo_pack: Callable[[int], Path]) -> None:
+    command = [*RUN, "generate", str(demo_pack(4)), "Tell me a story.", "--ignore-eos", "--max-tokens", "2000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.read(10)  # the answer has begun
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"error: stopped after" in errors
+    assert b"Traceback" not in errors
+
+
+def test_eval_prints_the_measures(
+    moe_run_here: Callable[..., Result], demo_pack: Callable[[int], Path], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("It was a cold night, and the old man sat by the fire. " * 20)
+    tools = Path(__file__).parent / "data" / "tools.jsonl"
+    few = tmp_path / "tools.jsonl"
+    few.write_text("".join(line + "\n" for line in tools.read_text().splitlines()[:3]))
+    run = moe_run_here("eval", demo_pack(4), "--text", text, "--tools", few, "--reference", demo_pack(16), "--json")
+    assert run.returncode == 0, run.stderr
+    facts = json.loads(run.stdout)
+    assert facts["tokens"] > 100
+    assert facts["perplexity"] > 1
+    assert 0 < facts["kl_mean"] < 0.2
+    assert 0.7 < facts["top1_agreement"] <= 1
+    assert facts["tool_calls"]["n"] == 3
+
+
+def test_eval_refuses_what_it_cannot_do(
+    moe_run_here: Callable[..., Result], demo_pack: Callable[[int], Path], tiny_pack: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("one two three")
+    (tmp_path / "tools.jsonl").write_text("{}\n")
+    for arguments, text in (
+        ([], "expected --text FILE or --tools FILE, found neither"),
+        (["--tools", tmp_path / "tools.jsonl"], "line 1: expected an object with messages, tools, expected_calls"),
+        (["--text", tmp_path / "text.txt", "--reference", tiny_pack], "a pack of the same model is needed"),
+    ):
+        run = moe_run_here("eval", demo_pack(4), *arguments)
+        assert run.returncode == 2
+        assert text in run.stderr
+
+
+def test_version_and_help_are_quick_and_complete() -> None:
+    started = time.perf_counter()
+    assert moe_run("--version").stdout.startswith("moepack ")
+    assert time.perf_counter() - started < 10  # torch is not imported; generous for a busy machine
+    overview = moe_run("--help").stdout
+    assert "generate" in overview
+    assert "3 damaged pack" in " ".join(overview.split())
+    assert moe_run("generate", "--no-such-option").returncode == 2
+    assert "--install-completion" in overview
