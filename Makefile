@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACK := demo/demo.moepack
 PACKAGES := convert kernels layout runtime
+NATIVE := setup.py $(wildcard kernels/native/*)
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --constraint constraints.txt
 
 .PHONY: help demo test test-parity test-slow fuzz golden-check lint typecheck bench clean
@@ -52,7 +53,7 @@ $(BIN)/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "moepack needs Python 3.10 or newer, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
+$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/pip
 	$(INSTALL) --editable .
 	touch $@
 

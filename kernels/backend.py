@@ -1,24 +1,45 @@
 """Which backend runs the operations: chosen once, by name, when an engine is opened.
 
-A backend is a module with the functions of reference.py. Nothing outside this folder asks which one it is.
+A backend has the functions of reference.py as its own. Nothing outside this folder asks which one it is.
 
     ops, device = choose_backend("auto")
 """
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import Any
+
+import torch
 
 from moepack.kernels import reference
+from moepack.kernels.native_library import count_threads, isa, set_threads
+from moepack.kernels.native_ops import NativeOps
 from moepack.layout.errors import UsageError
 
-BACKENDS: dict[str, ModuleType] = {"cpu": reference}
+DEVICES = ("cpu", "reference")
 AUTO_DEVICE = "cpu"
 
 
-def choose_backend(device: str) -> tuple[ModuleType, str]:
-    """The backend for a device and the device's name; "auto" takes the best one here. Raises UsageError."""
+def choose_backend(device: str, exact: bool = False, threads: int = 1) -> tuple[Any, str]:
+    """The backend for a device and the device's name; "auto" takes the best one here. Raises UsageError.
+
+    device   cpu: the native kernels. reference: their definition in plain torch, slow, always exact
+    exact    float32 arithmetic throughout
+    threads  of the arithmetic, for the whole process
+    """
     name = AUTO_DEVICE if device == "auto" else device
-    if name not in BACKENDS:
-        raise UsageError(f"--device {device}: this version computes on {', '.join(BACKENDS)} only")
-    return BACKENDS[name], name
+    if name not in DEVICES:
+        raise UsageError(f"--device {device}: this version computes on {', '.join(DEVICES)} only")
+    if name == "reference":
+        torch.set_num_threads(threads)
+        return reference, name
+    torch.set_num_threads(1)  # what is left to torch is small, and two pools would fight for the cores
+    set_threads(threads)
+    return NativeOps(exact), name
+
+
+def describe_backend(ops: Any) -> str:
+    """A backend's arithmetic, instruction set and threads in words."""
+    if ops is reference:
+        return f"reference, float32, {torch.get_num_threads()} threads"
+    return f"{'float32' if ops.exact else 'int8 activations'}, {isa()}, {count_threads()} threads"

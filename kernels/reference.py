@@ -8,6 +8,8 @@ needs more than a few MiB beside its operands. Shapes: T tokens, D hidden, N x K
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -55,6 +57,11 @@ def linear(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
     return result
 
 
+def linears(x: torch.Tensor, matrices: Sequence[Matrix]) -> list[torch.Tensor]:
+    """x [T, K] times several matrices of the same K: what shares an input is multiplied together."""
+    return [linear(x, matrix) for matrix in matrices]
+
+
 def embed(matrix: Matrix, token_ids: torch.Tensor) -> torch.Tensor:
     """Rows of the embedding [V, D] for token ids [T]: float32 [T, D]."""
     return dequantize(matrix.take_rows(token_ids), 0, len(token_ids))
@@ -68,6 +75,16 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def gated_rms_norm(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / rms(x) * weight * silu(gate) over the last dimension: here the weight is plain."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight * F.silu(gate)
+
+
+def gated(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(gate)."""
+    return x * gate.sigmoid()
+
+
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up."""
+    return F.silu(gate) * up
 
 
 def causal_conv(x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
@@ -90,7 +107,7 @@ def gated_delta(
 ) -> torch.Tensor:
     """The gated delta rule: one token by the recurrence, several by chunks. Returns [T, H, Dv], updates `state`.
 
-    q, k    [T, H, Dk], not yet normalized
+    q, k    [T, Hk, Dk], not yet normalized; value head h reads key head h // (H/Hk)
     v       [T, H, Dv]
     decay   [T, H], logarithm of the forgetting factor, <= 0
     beta    [T, H], strength of the update, 0..1
@@ -98,8 +115,9 @@ def gated_delta(
 
     S = exp(decay) S;  S = S + k (beta (v - S^T k))^T;  o = S^T q
     """
-    q = _l2_norm(q) * q.shape[-1] ** -0.5
-    k = _l2_norm(k)
+    shared = v.shape[1] // q.shape[1]
+    q = (_l2_norm(q) * q.shape[-1] ** -0.5).repeat_interleave(shared, dim=1)
+    k = _l2_norm(k).repeat_interleave(shared, dim=1)
     if q.shape[0] == 1:
         return gated_delta_step(q[0], k[0], v[0], decay[0], beta[0], state).unsqueeze(0)
     chunks = [slice(first, first + DELTA_CHUNK) for first in range(0, q.shape[0], DELTA_CHUNK)]
@@ -179,14 +197,42 @@ def attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torc
 
 def route(x: torch.Tensor, router: Matrix, num_chosen: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose experts: (expert_ids [T, K], expert_weights [T, K]); the weights of a token sum to one."""
-    probabilities = linear(x, router).softmax(-1)
-    weights, expert_ids = probabilities.topk(num_chosen, dim=-1)
+    return choose_experts(linear(x, router), num_chosen)
+
+
+def choose_experts(logits: torch.Tensor, num_chosen: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most probable of E experts per token, best first, a tie to the lower id: (ids [T, K], weights [T, K]).
+
+    Probabilities are the softmax of logits [T, E]; the weights are those of the chosen, scaled to sum to one.
+    """
+    expert_ids = logits.sort(dim=-1, descending=True, stable=True).indices[:, :num_chosen]
+    weights = logits.softmax(-1).gather(-1, expert_ids)
     return expert_ids, weights / weights.sum(-1, keepdim=True)
 
 
 def run_expert(x: torch.Tensor, expert: Expert) -> torch.Tensor:
     """down(silu(gate(x)) * up(x)): [T, D] -> [T, D]."""
-    return linear(F.silu(linear(x, expert.gate_proj)) * linear(x, expert.up_proj), expert.down_proj)
+    return linear(silu_mul(linear(x, expert.gate_proj), linear(x, expert.up_proj)), expert.down_proj)
+
+
+def run_experts(x: torch.Tensor, experts: Sequence[Expert], out: torch.Tensor, rows: Sequence[int]) -> None:
+    """out[rows[i]] = experts[i](x): several experts of one token, each by itself.
+
+    x     [1, D]
+    out   [R, D]
+    """
+    for row, expert in zip(rows, experts):
+        out[row] = run_expert(x, expert)[0]
+
+
+def add_expert(out: torch.Tensor, x: torch.Tensor, expert: Expert, tokens: torch.Tensor, weights: torch.Tensor) -> None:
+    """out[tokens] += weights * expert(x[tokens]): one expert for those of T tokens that chose it.
+
+    out, x   [T, D]
+    tokens   int64 [n], distinct rows
+    weights  [n]
+    """
+    out.index_add_(0, tokens, run_expert(x[tokens], expert) * weights.unsqueeze(-1))
 
 
 def decay_and_strength(

@@ -67,6 +67,13 @@ def test_norms() -> None:
     close(ops.gated_rms_norm(*tensors, 1e-6), x * scale * weight * silu)
 
 
+def test_gates() -> None:
+    x, gate = normal(3, 16), normal(3, 16)
+    sigmoid = 1 / (1 + np.exp(-gate.astype(np.float64)))
+    close(ops.gated(torch.from_numpy(x), torch.from_numpy(gate)), x * sigmoid)
+    close(ops.silu_mul(torch.from_numpy(gate), torch.from_numpy(x)), gate * sigmoid * x)
+
+
 @pytest.mark.parametrize("width", [2, 4])
 def test_causal_conv_carries_its_state(width: int) -> None:
     x, weight = normal(7, 5), normal(5, width)
@@ -83,8 +90,8 @@ def test_causal_conv_carries_its_state(width: int) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 150])
 def test_gated_delta_is_the_recurrence(tokens: int) -> None:
-    heads, key, value = 3, 8, 12
-    q, k = normal(tokens, heads, key), normal(tokens, heads, key)
+    heads, key_heads, key, value = 4, 2, 8, 12
+    q, k = normal(tokens, key_heads, key), normal(tokens, key_heads, key)
     v, decay, beta = (
         normal(tokens, heads, value),
         -np.abs(normal(tokens, heads)),
@@ -94,8 +101,9 @@ def test_gated_delta_is_the_recurrence(tokens: int) -> None:
     memory, expected = start.astype(np.float64), np.empty((tokens, heads, value))
     for t in range(tokens):
         for h in range(heads):
-            unit_q = q[t, h] / np.sqrt((q[t, h] ** 2).sum() + 1e-6) / np.sqrt(key)
-            unit_k = k[t, h] / np.sqrt((k[t, h] ** 2).sum() + 1e-6)
+            head_q, head_k = q[t, h // 2], k[t, h // 2]
+            unit_q = head_q / np.sqrt((head_q**2).sum() + 1e-6) / np.sqrt(key)
+            unit_k = head_k / np.sqrt((head_k**2).sum() + 1e-6)
             memory[h] *= np.exp(decay[t, h])
             memory[h] += np.outer(unit_k, beta[t, h] * (v[t, h] - memory[h].T @ unit_k))
             expected[t, h] = memory[h].T @ unit_q
@@ -141,6 +149,12 @@ def test_route_takes_the_best_and_their_weights_sum_to_one() -> None:
     assert np.array_equal(ids.numpy(), order)
     chosen = np.exp(np.take_along_axis(logits, order, 1))
     close(weights, chosen / chosen.sum(1, keepdims=True))
+
+
+def test_a_tie_goes_to_the_lower_expert() -> None:
+    ids, weights = ops.choose_experts(torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0]]), 3)
+    assert ids.tolist() == [[1, 3, 0]]
+    close(weights, np.exp([[2.0, 2.0, 1.0]]) / np.exp([2.0, 2.0, 1.0]).sum())
 
 
 def test_an_expert_is_read_from_its_block_where_it_lies() -> None:

@@ -1,0 +1,56 @@
+"""The native core: one shared library of plain C functions, called through ctypes. Everything else: pyproject.toml.
+
+It is not an extension module: it links neither Python nor torch, so one wheel of a platform serves every Python.
+"""
+
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+NATIVE = Path("kernels/native")
+
+
+class BuildLibrary(build_ext):
+    """A shared library under its plain name, without a Python version in it."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel for any Python 3 of this platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "moepack.kernels.native_core",
+            sources=sorted(str(path) for path in NATIVE.glob("*.cpp")),
+            depends=sorted(str(path) for path in [*NATIVE.glob("*.h"), *NATIVE.glob("*.inl")]),
+            # contract: a * b + c is one fused instruction where there is one. Not -ffast-math: sums keep their order.
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-ffp-contract=fast",
+                "-fno-math-errno",
+                "-fvisibility=hidden",
+                "-pthread",
+                "-Wall",
+                "-Wextra",
+                "-Wno-psabi",
+                "-Wno-unknown-pragmas",
+                "-Wno-maybe-uninitialized",
+            ],
+            extra_link_args=["-pthread"],
+        )
+    ],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
+)
