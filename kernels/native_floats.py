@@ -106,8 +106,8 @@ class FloatOps:
     def rope(self, x: torch.Tensor, first_position: int, theta: float, rotary_dim: int) -> torch.Tensor:
         x = floats(x)
         out, (tokens, heads, width) = torch.empty_like(x), x.shape
-        angles = _angles(first_position, tokens, theta, rotary_dim)
-        self._rope(out.data_ptr(), x.data_ptr(), angles.data_ptr(), tokens, heads, width, rotary_dim // 2)
+        turns = angles(first_position, tokens, theta, rotary_dim)
+        self._rope(out.data_ptr(), x.data_ptr(), turns.data_ptr(), tokens, heads, width, rotary_dim // 2)
         return out
 
     def attention(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -158,10 +158,10 @@ def _in_place(state: torch.Tensor) -> int:
 
 
 @functools.lru_cache(maxsize=1)  # a token's queries and keys, in every layer, turn by the same angles
-def _angles(first_position: int, tokens: int, theta: float, rotary_dim: int) -> torch.Tensor:
+def angles(first_position: int, tokens: int, theta: float, rotary_dim: int) -> torch.Tensor:
     """Cosines and sines [T, 2, rotary_dim/2], computed in double: in float32 position 262144 is 0.01 radians off."""
     half = rotary_dim // 2
     frequencies = theta ** -(torch.arange(half, dtype=torch.float64) / half)
     positions = torch.arange(first_position, first_position + tokens, dtype=torch.float64)
-    angles = positions[:, None, None] * frequencies  # [T, 1, half]
-    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+    turns = positions[:, None, None] * frequencies  # [T, 1, half]
+    return torch.cat([turns.cos(), turns.sin()], dim=1).float()

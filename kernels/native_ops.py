@@ -17,39 +17,18 @@ import torch
 
 from moepack.kernels.matrix import Expert, Matrix
 from moepack.kernels.native_floats import FloatOps
-from moepack.kernels.native_library import ADDRESS, INT, declare, floats
+from moepack.kernels.native_library import ADDRESS, INT, declare, floats, place
+from moepack.kernels.native_token import TokenOps
 
-STORAGES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-QUANTIZED = 0
 FLOAT_BYTES = 4
 
 
-class _Matrix(ctypes.Structure):
-    """struct Matrix of native/matrix_kernels.h."""
-
-    _fields_ = [
-        ("data", ADDRESS),
-        ("scales", ADDRESS),
-        ("biases", ADDRESS),
-        ("rows", INT),
-        ("columns", INT),
-        ("bits", ctypes.c_int32),
-        ("group_size", ctypes.c_int32),
-        ("storage", ctypes.c_int32),
-    ]
-
-
-class _Expert(ctypes.Structure):
-    """struct Expert of native/matrix_kernels.h."""
-
-    _fields_ = [("gate", ADDRESS), ("up", ADDRESS), ("down", ADDRESS)]
-
-
-class NativeOps(FloatOps):
+class NativeOps(FloatOps, TokenOps):
     """One backend, with its arithmetic chosen. Threads: native_library.set_threads."""
 
     def __init__(self, exact: bool = False):
-        super().__init__()
+        FloatOps.__init__(self)
+        TokenOps.__init__(self)
         self.exact = exact
         self._linear = declare("linear", ADDRESS, ADDRESS, INT, ADDRESS, INT, ctypes.c_int)
         self._run_experts = declare("run_experts", ADDRESS, ADDRESS, ADDRESS, INT, ctypes.c_int)
@@ -63,21 +42,21 @@ class NativeOps(FloatOps):
         x, tokens = floats(x), x.shape[0]
         outs = [torch.empty(tokens, matrix.out_features) for matrix in matrices]
         addresses = (ADDRESS * len(outs))(*[out.data_ptr() for out in outs])
-        places = (ADDRESS * len(outs))(*[_place(matrix) for matrix in matrices])
+        places = (ADDRESS * len(outs))(*[place(matrix) for matrix in matrices])
         self._linear(addresses, x.data_ptr(), tokens, places, len(outs), self.exact)
         return outs
 
     def embed(self, matrix: Matrix, token_ids: torch.Tensor) -> torch.Tensor:
         out = torch.empty(len(token_ids), matrix.in_features)
         token_ids = token_ids.contiguous()
-        self._embed(out.data_ptr(), _place(matrix), token_ids.data_ptr(), len(token_ids))
+        self._embed(out.data_ptr(), place(matrix), token_ids.data_ptr(), len(token_ids))
         return out
 
     def run_experts(self, x: torch.Tensor, experts: Sequence[Expert], out: torch.Tensor, rows: Sequence[int]) -> None:
         x, count = floats(x), len(experts)
         base, row_bytes = out.data_ptr(), out.stride(0) * FLOAT_BYTES
         outs = (ADDRESS * count)(*[base + row * row_bytes for row in rows])
-        places = (ADDRESS * count)(*[_place(expert) for expert in experts])
+        places = (ADDRESS * count)(*[place(expert) for expert in experts])
         self._run_experts(outs, x.data_ptr(), places, count, self.exact)
 
     def add_expert(
@@ -90,7 +69,7 @@ class NativeOps(FloatOps):
             tokens.data_ptr(),
             weights.data_ptr(),
             len(tokens),
-            _place(expert),
+            place(expert),
             self.exact,
         )
 
@@ -101,38 +80,3 @@ class NativeOps(FloatOps):
 def read_stream(memory: torch.Tensor) -> None:
     """Read a tensor once with all threads: what memory delivers is the limit of the other operations."""
     declare("read_stream", ADDRESS, INT, returns=INT)(memory.data_ptr(), memory.numel() * memory.element_size())
-
-
-def _place(weights: Matrix | Expert) -> int:
-    """Address of the native description of a matrix or an expert, made once and kept with it."""
-    place = weights.__dict__.get("_native")
-    if place is None:
-        native = _describe_matrix(weights) if isinstance(weights, Matrix) else _describe_expert(weights)
-        # Frozen dataclasses: what they are does not change, this only remembers it.
-        object.__setattr__(weights, "_native_struct", native)
-        object.__setattr__(weights, "_native", place := ctypes.addressof(native))
-    return place
-
-
-def _describe_matrix(matrix: Matrix) -> _Matrix:
-    data, scales, biases = matrix.data, matrix.scales, matrix.biases
-    if not all(part is None or part.is_contiguous() for part in (data, scales, biases)):
-        raise ValueError("a matrix must be contiguous")
-    if scales is None or biases is None:
-        storage = STORAGES[data.dtype]
-        return _Matrix(data.data_ptr(), None, None, matrix.out_features, matrix.in_features, matrix.bits, 0, storage)
-    group_size = matrix.in_features // scales.shape[1]
-    return _Matrix(
-        data.data_ptr(),
-        scales.data_ptr(),
-        biases.data_ptr(),
-        matrix.out_features,
-        matrix.in_features,
-        matrix.bits,
-        group_size,
-        QUANTIZED,
-    )
-
-
-def _describe_expert(expert: Expert) -> _Expert:
-    return _Expert(_place(expert.gate_proj), _place(expert.up_proj), _place(expert.down_proj))

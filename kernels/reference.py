@@ -18,6 +18,7 @@ from moepack.kernels.matrix import Expert, Matrix
 TILE_WEIGHTS = 2**20  # weights widened at a time: 4 MiB of float32, small enough to stay in cache
 DELTA_CHUNK = 64  # tokens solved together in the gated delta rule; the model's own choice
 SCORE_TILE = 2**22  # attention scores held at a time: 16 MiB
+fuses_tokens = False  # a backend that does has fuse_delta_net and its like: native_token.py
 ELEMENTS_PER_UNIT = {2: (1, 4), 3: (3, 8), 4: (1, 2), 8: (1, 1)}  # bits -> (bytes of a unit, elements in it)
 
 
@@ -233,6 +234,11 @@ def add_expert(out: torch.Tensor, x: torch.Tensor, expert: Expert, tokens: torch
     weights  [n]
     """
     out.index_add_(0, tokens, run_expert(x[tokens], expert) * weights.unsqueeze(-1))
+
+
+def add_rows(x: torch.Tensor, rows: torch.Tensor, weights: Sequence[float]) -> None:
+    """x [1, D] += the sum of rows [R, D], each with its weight."""
+    x += torch.tensor([weights]) @ rows
 
 
 def decay_and_strength(

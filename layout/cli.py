@@ -2,6 +2,7 @@
 
 moe-inspect show PACK
 moe-inspect verify PACK --quick
+moe-inspect trace ROUTING.jsonl --slots 500,40%
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from moepack.layout.errors import EXIT_DAMAGED, UsageError
 from moepack.layout.reader import Pack
 from moepack.layout.sizes import format_size
 from moepack.layout.summary import summarize
+from moepack.layout.trace import Replay, Trace, compare_policies, read_trace
 from moepack.layout.verify import Problem, list_regions, verify_contents, verify_structure
 
 app = create_app("moe-inspect")
@@ -40,7 +42,7 @@ def main() -> None:
 
 @app.callback(epilog=EXIT_CODES)
 def options(version: bool = VERSION) -> None:
-    """Look into a pack: its layout and sizes, and whether every byte of it is right."""
+    """Look into a pack: its layout and sizes, and whether every byte of it is right; replay what a run asked for."""
 
 
 @app.command()
@@ -83,6 +85,52 @@ def verify(
         _print_verdict(pack, problems, "structure only" if quick else f"{blocks} blocks, {format_size(total)} read")
     if problems:
         raise typer.Exit(EXIT_DAMAGED)
+
+
+@app.command()
+def trace(
+    file: Path = typer.Argument(metavar="FILE", help="Written by moe-run generate --trace.", show_default=False),
+    slots: str = typer.Option(
+        "10%,20%,40%,60%,80%", "--slots", help="Experts in memory: numbers, or shares of all, separated by commas."
+    ),
+    as_json: bool = JSON,
+) -> None:
+    """Replay a routing trace: which share of the experts would have been in memory, by policy and size of memory.
+
+    lru, lfu and lrfu decide as moe-run can; belady knows the future: nothing hits more.
+    """
+    recorded = read_trace(file)
+    sizes = [_parse_slots(text.strip(), recorded) for text in slots.split(",")]
+    rows = [(num_slots, compare_policies(recorded, num_slots)) for num_slots in sizes]
+    if as_json:
+        print_json(_list_replays(recorded, rows))
+        return
+    print(f"{file}: {recorded.num_tokens} tokens decoded; hits in decode:\n")
+    table: list[tuple[str, ...]] = [("slots", "of all", *rows[0][1])]
+    for num_slots, by_policy in rows:
+        rates = ("-" if found.hit_rate is None else f"{found.hit_rate:.1%}" for found in by_policy.values())
+        table.append((str(num_slots), f"{num_slots / recorded.num_blocks:.0%}", *rates))
+    print_table(table)
+
+
+def _list_replays(recorded: Trace, rows: list[tuple[int, dict[str, Replay]]]) -> dict[str, Any]:
+    facts = {name: value for name, value in vars(recorded).items() if name != "requests"}
+    replays = [
+        {"slots": slots} | {name: {**vars(found), "hit_rate": found.hit_rate} for name, found in by_policy.items()}
+        for slots, by_policy in rows
+    ]
+    return {**facts, "decoded_tokens": recorded.num_tokens, "replays": replays}
+
+
+def _parse_slots(text: str, recorded: Trace) -> int:
+    share = text.endswith("%")
+    try:
+        number = float(text.removesuffix("%")) / 100 * recorded.num_blocks if share else int(text)
+    except ValueError:
+        number = 0
+    if not 1 <= number <= recorded.num_blocks:
+        raise UsageError(f"--slots {text}: expected 1 to {recorded.num_blocks}, or a share such as 40%")
+    return int(number)
 
 
 def _parse_share(text: str | None) -> float:

@@ -68,10 +68,11 @@ def run_app(app: typer.Typer) -> NoReturn:
         sys.exit(EXIT_FAILED)
 
 
-def open_progress(total: int, title: str, unit: str = "B") -> tqdm:
+def open_progress(total: int, title: str, unit: str = "B", shown: bool = True) -> tqdm:
     """A progress bar on stderr with rate and time left; rare lines where stderr is no terminal."""
     return tqdm(
         total=total,
+        disable=not shown,
         desc=title,
         unit=unit,
         unit_scale=unit == "B",

@@ -10,9 +10,7 @@ does not bear out. Reading does not check contents: verify.py does, and `Pack.ch
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from moepack.layout.geometry import LayerGeometry
 from moepack.layout.manifest import Manifest
 from moepack.layout.quantized import bf16_to_float32, dequantize
 from moepack.layout.spec import RESIDENT_NAME
+from moepack.layout.storage import DataFile
 from moepack.layout.tensor_file import read_tensor_header
 
 NUMPY_DTYPES = {
@@ -49,7 +48,7 @@ class Pack:
     def __init__(self, directory: Path, manifest: Manifest):
         self.directory, self.manifest = directory, manifest
         self._geometries = [manifest.layer_geometry(layer) for layer in range(len(manifest.expert_files))]
-        self._descriptors: dict[str, int] = {}
+        self._files: dict[tuple[str, bool], DataFile] = {}
 
     @classmethod
     def open(cls, directory: str | Path) -> Pack:
@@ -109,30 +108,37 @@ class Pack:
         buffer is too small.
         """
         geometry = self._geometries[layer]
-        offset, size = geometry.offsets[expert], geometry.block(expert).block_stride
+        size = geometry.block(expert).block_stride
         if into.nbytes < size:
             raise ValueError(f"the block of layer {layer} expert {expert} has {size} bytes, the buffer {into.nbytes}")
         name = self.manifest.expert_files[layer].file
         try:
-            self._read(name, offset, into[:size])
+            self.read_range(name, geometry.offsets[expert], into[:size])
         except OSError as error:
-            text = f"read of {size} bytes failed twice: {error.strerror}"
-            path = self.directory / name
-            raise DamagedPack(path, text, layer=layer, expert=expert, offset_bytes=offset) from None
+            raise self.damaged_block(layer, expert, f"read of {size} bytes failed twice: {error.strerror}") from None
         return size
 
     def check_block(self, layer: int, expert: int, block: memoryview) -> None:
         """Compare a block that was read with its checksum. Raises DamagedPack naming layer, expert and offset."""
-        entry, geometry = self.manifest.expert_files[layer], self._geometries[layer]
-        found, expected = hashlib.sha256(block).hexdigest(), entry.block_sha256[expert]
+        found, expected = hashlib.sha256(block).hexdigest(), self.manifest.expert_files[layer].block_sha256[expert]
         if found != expected:
-            raise DamagedPack(
-                self.directory / entry.file,
-                f"sha256 is {found[:12]}…, the manifest says {expected[:12]}…",
-                layer=layer,
-                expert=expert,
-                offset_bytes=geometry.offsets[expert],
-            )
+            text = f"sha256 is {found[:12]}…, the manifest says {expected[:12]}…"
+            raise self.damaged_block(layer, expert, text)
+
+    def damaged_block(self, layer: int, expert: int, text: str) -> DamagedPack:
+        """The error that says what is wrong with one block, and where it lies."""
+        path, offset = self.directory / self.manifest.expert_files[layer].file, self._geometries[layer].offsets[expert]
+        return DamagedPack(path, text, layer=layer, expert=expert, offset_bytes=offset)
+
+    def open_file(self, name: str, direct: bool = False) -> DataFile:
+        """A file of the pack, opened once for each way of reading it."""
+        file = self._files.get((name, direct))
+        if file is None:
+            opened = DataFile(self.directory / name, direct)
+            file = self._files.setdefault((name, direct), opened)
+            if file is not opened:  # another thread was first
+                opened.close()
+        return file
 
     def read_resident(self, name: str, into: memoryview | None = None) -> np.ndarray:
         """One array of the resident weights, by its name in the manifest (BF16 as uint16 bit patterns).
@@ -142,7 +148,7 @@ class Pack:
         tensor = self.manifest.resident.tensors[name]
         buffer = into if into is not None else memoryview(bytearray(tensor.size_bytes))
         try:
-            self._read(RESIDENT_NAME, tensor.offset_bytes, buffer)
+            self.read_range(RESIDENT_NAME, tensor.offset_bytes, buffer)
         except OSError as error:
             text = f"tensor {name} cannot be read, tried twice: {error.strerror}"
             raise DamagedPack(self.directory / RESIDENT_NAME, text, offset_bytes=tensor.offset_bytes) from None
@@ -164,42 +170,35 @@ class Pack:
             if entry.file == name:
                 buffer = bytearray(entry.size_bytes)
                 try:
-                    self._read(name, 0, memoryview(buffer))
+                    self.read_range(name, 0, memoryview(buffer))
                 except OSError as error:
                     text = f"cannot be read, tried twice: {error.strerror}"
                     raise DamagedPack(self.directory / name, text) from None
                 return bytes(buffer)
         return None
 
+    def read_range(
+        self, name: str, offset: int, into: memoryview, *, needed_bytes: int | None = None, direct: bool = False
+    ) -> None:
+        """Fill a buffer from a file of the pack; a failed or short read is tried once more.
+
+        needed_bytes   how much of it must be there, where a direct read is rounded up past the end of the file
+
+        Raises OSError.
+        """
+        try:
+            self.open_file(name, direct).read_into([into], offset, needed_bytes)
+        except OSError:
+            self.open_file(name, direct).read_into([into], offset, needed_bytes)
+
     def close(self) -> None:
         """Close the files. Reading afterwards opens them again."""
-        descriptors, self._descriptors = self._descriptors, {}
-        for descriptor in descriptors.values():
-            os.close(descriptor)
+        files, self._files = self._files, {}
+        for file in files.values():
+            file.close()
 
     def __enter__(self) -> Pack:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _read(self, name: str, offset: int, into: memoryview) -> None:
-        """Fill a buffer from a file; a failed or short read is tried once more. Raises OSError."""
-        try:
-            self._read_once(name, offset, into)
-        except OSError:
-            self._read_once(name, offset, into)
-
-    def _read_once(self, name: str, offset: int, into: memoryview) -> None:
-        descriptor = self._descriptors.get(name)
-        if descriptor is None:
-            opened = os.open(self.directory / name, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            descriptor = self._descriptors.setdefault(name, opened)
-            if descriptor != opened:  # another thread was first
-                os.close(opened)
-        done = 0
-        while done < len(into):
-            count = os.preadv(descriptor, [into[done:]], offset + done)
-            if count == 0:
-                raise OSError(errno.EIO, f"the file ends after {done} of them")
-            done += count

@@ -16,6 +16,8 @@ from moepack.layout.errors import Interrupted, UsageError
 from moepack.layout.sizes import parse_size
 
 if TYPE_CHECKING:  # imported where they are used: torch takes seconds, --help should not
+    from tqdm import tqdm
+
     from moepack.runtime.engine import Engine
     from moepack.runtime.generate import Generation
 
@@ -29,6 +31,12 @@ EXPERTS = typer.Option(
     None, "--experts-per-token", help="Run this many experts per token instead of the model's number.", min=1
 )
 EXACT = typer.Option(False, "--exact", help="float32 arithmetic on every backend.")
+VERIFY_READS = typer.Option(False, "--verify-reads", help="Check every block that is read against its checksum.")
+PREFETCH = typer.Option(
+    False, "--prefetch/--no-prefetch", help="While the disk is idle, read what the next layer's router would pick now."
+)
+LONG_PROMPT = 256  # tokens from which the prefill shows a progress bar
+
 JSON = typer.Option(False, "--json", help="Print one JSON object on stdout.")
 
 app = create_app("moe-run")
@@ -69,7 +77,9 @@ def generate(
     threads: int = THREADS,
     memory: str = MEMORY,
     device: str = DEVICE,
-    stats: bool = typer.Option(False, "--stats", help="Print how the memory budget was split."),
+    verify_reads: bool = VERIFY_READS,
+    prefetch: bool = PREFETCH,
+    stats: bool = typer.Option(False, "--stats", help="Print how memory was split and how experts are read."),
     as_json: bool = JSON,
 ) -> None:
     """Answer one prompt, streaming the text; ends with a line of statistics on stderr."""
@@ -97,6 +107,8 @@ def generate(
         experts_per_token=experts_per_token,
         max_context=len(ids) + answer_limit(len(ids), max_tokens, limit),
         tokenizer=tokenizer,
+        verify_reads=verify_reads,
+        prefetch=prefetch,
     )
     sampling = engine.default_sampling(
         temperature=temperature,
@@ -110,9 +122,9 @@ def generate(
         ignore_eos=ignore_eos,
     )
     if stats:
-        _print_memory_plan(engine)
-    generation = engine.generate(ids, sampling)
-    _run_generation(engine, generation, as_json)
+        _print_plan(engine)
+    with open_progress(len(ids), "prompt", "tok", shown=len(ids) >= LONG_PROMPT) as progress:
+        _run_generation(engine, engine.generate(ids, sampling, progress.update), progress, as_json)
 
 
 @app.command(name="eval")
@@ -167,7 +179,7 @@ def evaluate(
         _print_scores(facts)
 
 
-def _run_generation(engine: Engine, generation: Generation, as_json: bool) -> None:
+def _run_generation(engine: Engine, generation: Generation, progress: tqdm, as_json: bool) -> None:
     from moepack.runtime.stats import format_stats
 
     stream = engine.tokenizer.decoder()
@@ -180,11 +192,13 @@ def _run_generation(engine: Engine, generation: Generation, as_json: bool) -> No
 
     try:
         for token_id in generation:
+            progress.close()  # the prompt is done
             show(stream.push(token_id))
         show(stream.finish())
     except KeyboardInterrupt:
         raise Interrupted(f"stopped after {len(generation.token_ids)} tokens") from None
     finally:
+        progress.close()
         if not as_json:
             print(flush=True)
             log(format_stats(generation.stats()))
@@ -206,15 +220,14 @@ def _note_changes(experts_per_token: int, text_config: dict[str, Any]) -> None:
         log(f"note: {experts_per_token} experts per token, the model was trained with {trained}: its answers change")
 
 
-def _print_memory_plan(engine: Engine) -> None:
+def _print_plan(engine: Engine) -> None:
     from moepack.layout.sizes import format_size
 
-    plan = engine.memory_plan
-    rows = [
-        (name.removesuffix("_bytes"), format_size(size)) for name, size in vars(plan).items() if name != "num_slots"
-    ]
-    for name, size in (*rows, ("slots", str(plan.num_slots))):
-        log(f"memory: {name:10} {size:>12}")
+    for name, value in vars(engine.memory_plan).items():
+        title, is_size = name.removesuffix("_bytes"), name.endswith("_bytes")
+        log(f"memory: {title:14} {format_size(value) if is_size else value:>12}")
+    for name, value in engine.describe().items():
+        log(f"{name}: {value}")
 
 
 def _print_scores(facts: dict[str, Any]) -> None:

@@ -11,30 +11,26 @@ bit for bit as everything in memory.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 
 import torch
 
-from moepack.kernels.backend import choose_backend
+from moepack.kernels.backend import choose_backend, describe_backend
 from moepack.layout.architecture import Architecture
 from moepack.layout.errors import DamagedPack, MemoryBudgetError, UsageError
+from moepack.layout.eviction import POLICIES, LeastRecentlyUsed
 from moepack.layout.reader import Pack
 from moepack.layout.sizes import parse_size
 from moepack.layout.spec import MANIFEST_NAME
 from moepack.runtime.chat import ChatTemplate
 from moepack.runtime.expert_store import ExpertStore
 from moepack.runtime.generate import Generation
-from moepack.runtime.memory import (
-    PREFILL_CHUNK,
-    MemoryPlan,
-    default_budget_bytes,
-    logit_rows,
-    plan_memory,
-)
+from moepack.runtime.memory import MemoryPlan, default_budget_bytes, logit_rows, plan_memory
 from moepack.runtime.qwen35 import Qwen35
 from moepack.runtime.resident import ResidentWeights
 from moepack.runtime.sampling import SamplingParams
@@ -63,7 +59,9 @@ class Engine:
         memory_plan: MemoryPlan,
         max_context: int,
         device: str,
+        weights_locked: bool,
     ):
+        self.weights_locked = weights_locked
         self.pack, self.architecture, self.model, self.store = pack, architecture, model, store
         self.tokenizer, self.memory_plan, self.max_context, self.device = tokenizer, memory_plan, max_context, device
 
@@ -80,26 +78,27 @@ class Engine:
         max_context: int | None = None,
         process_bytes: int | None = None,
         tokenizer: Tokenizer | None = None,
+        verify_reads: bool = False,
+        prefetch: bool = False,
+        policy: str = LeastRecentlyUsed.name,
     ) -> Engine:
         """Open a pack and load its resident weights.
 
         memory              budget of the whole process, as "8GiB" or bytes; default: what the machine can give
-        device              auto or cpu
-        exact               float32 arithmetic. The reference operations are never anything else, so it changes nothing
-        threads             threads of the arithmetic; default: torch's choice
+        device              auto, cpu, or reference (plain torch, slow, for comparison; its scratch is not planned for)
+        exact               float32 arithmetic; otherwise activations meet quantized weights as int8
+        threads             threads of the arithmetic, for the whole process; default: one per core
         experts_per_token   run that many of the experts a token is routed to, instead of the model's number
         max_context         positions to plan memory for; default: the model's, at most 16384
         process_bytes       memory that the process takes beside this engine; measured if not given
         tokenizer           the pack's tokenizer, if the caller has loaded it already
+        verify_reads        compare every block that is read with its checksum
+        prefetch            read the experts that the next layer's router would pick now, while the disk is idle
+        policy              which expert makes room for another: a name of layout/eviction.py
 
         Raises DamagedPack, UnsupportedVersion, UsageError, or MemoryBudgetError with the numbers.
         """
-        ops, device = choose_backend(device)
-        if threads is not None:
-            most = max(MOST_THREADS, os.cpu_count() or 1)
-            if not 1 <= threads <= most:
-                raise UsageError(f"--threads {threads}: expected 1 to {most}")
-            torch.set_num_threads(threads)
+        ops, device = choose_backend(device, exact, _choose_threads(threads))
         opened = Pack.open(pack)
         architecture = read_architecture(opened, experts_per_token)
         tokenizer = tokenizer or Tokenizer.load(opened.directory)
@@ -107,10 +106,10 @@ class Engine:
         budget = parse_size(memory) if isinstance(memory, str) else memory
         budget = default_budget_bytes() if budget is None else budget
         plan = plan_memory(opened, architecture, budget, context, process_bytes)
-        store = ExpertStore(opened, plan.num_slots)
+        store = ExpertStore(opened, plan.num_slots, policy=POLICIES[policy](), verify_reads=verify_reads)
         weights = ResidentWeights.load(opened, architecture)
-        model = Qwen35(architecture, weights, store, ops)
-        return cls(opened, architecture, model, store, tokenizer, plan, context, device)
+        model = Qwen35(architecture, weights, store, ops, prefetch)
+        return cls(opened, architecture, model, store, tokenizer, plan, context, device, weights.is_locked)
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Scores after every position: float32 [T, vocab_size], unmasked (rows beyond the tokenizer too).
@@ -140,24 +139,41 @@ class Engine:
             for rows in hidden.split(logit_rows(self.architecture)):
                 yield self.model.logits(rows)
 
-    def prefill(self, token_ids: Sequence[int], state: SequenceState) -> Iterator[torch.Tensor]:
-        """Run a prompt chunk by chunk; yields the hidden states [T, D] of each chunk."""
-        for chunk in torch.tensor(token_ids).split(PREFILL_CHUNK):
-            yield self.model(chunk, state)
+    def prefill(
+        self,
+        token_ids: Sequence[int],
+        state: SequenceState,
+        on_progress: Callable[[float], object] = lambda tokens: None,
+    ) -> Iterator[torch.Tensor]:
+        """Run a prompt chunk by chunk; yields the hidden states [T, D] of each chunk.
+
+        on_progress   called after every layer with the prompt tokens done since the last call, in parts of one
+
+        Where the chunks are cut does not change what a token computes: they end at multiples of DeltaNet's own chunk.
+        """
+        for chunk in split_chunks(torch.tensor(token_ids), self.memory_plan.prefill_chunk):
+            part = len(chunk) / self.architecture.num_hidden_layers
+            yield self.model(chunk, state, functools.partial(on_progress, part))
 
     def new_state(self, max_positions: int) -> SequenceState:
         """State of a new sequence of at most max_positions tokens; within the plan up to max_context."""
         return SequenceState(self.architecture, max_positions)
 
-    def generate(self, token_ids: Sequence[int], sampling: SamplingParams | None = None) -> Generation:
+    def generate(
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingParams | None = None,
+        on_prefill: Callable[[float], object] = lambda tokens: None,
+    ) -> Generation:
         """Continue a prompt: an iterator of token ids, the end token included.
 
-        sampling   default: the model's own generation_config
+        sampling     default: the model's own generation_config
+        on_prefill   called with the prompt tokens done since the last call, several times before the first token
 
         Raises UsageError for a bad prompt, at once; DamagedPack while iterating if an expert cannot be read.
         """
         self.check_prompt(token_ids)
-        return Generation(self, token_ids, sampling or self.default_sampling())
+        return Generation(self, token_ids, sampling or self.default_sampling(), on_prefill)
 
     def default_sampling(self, **overrides: float | int | bool | None) -> SamplingParams:
         """The sampling that the model's makers suggest, with the given values in place of theirs."""
@@ -172,8 +188,20 @@ class Engine:
         """Raise UsageError if a prompt is empty, too long, or holds what this model does not have."""
         check_prompt(token_ids, self.architecture, self.tokenizer, self.max_context)
 
+    def describe(self) -> dict[str, str]:
+        """What was chosen for this machine, for people: how it computes and how it reads."""
+        experts = self.store.describe()
+        size = "huge" if experts["huge_pages"] else "plain"
+        return {
+            "arithmetic": describe_backend(self.model.ops),
+            "expert reads": f"{experts['method']}, {experts['queue_depth']} at a time, into {size} pages",
+            "expert eviction": str(experts["policy"]),
+            "resident weights": "locked in memory" if self.weights_locked else "not locked in memory (ulimit -l)",
+        }
+
     def close(self) -> None:
-        """Close the pack's files."""
+        """End the reading threads and close the pack's files."""
+        self.store.close()
         self.pack.close()
 
     def __enter__(self) -> Engine:
@@ -181,6 +209,14 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def split_chunks(token_ids: torch.Tensor, chunk: int) -> list[torch.Tensor]:
+    """Chunks of a prompt [T]. A last one of a single token joins its neighbour: one token has operations of its own."""
+    chunks = list(token_ids.split(chunk))
+    if len(chunks) > 1 and len(chunks[-1]) == 1:
+        chunks[-2:] = [torch.cat(chunks[-2:])]
+    return chunks
 
 
 def check_prompt(token_ids: Sequence[int], architecture: Architecture, tokenizer: Tokenizer, max_context: int) -> None:
@@ -218,6 +254,13 @@ def read_architecture(pack: Pack, experts_per_token: int | None = None) -> Archi
     if not 1 <= experts_per_token <= architecture.num_experts:
         raise UsageError(f"--experts-per-token {experts_per_token}: expected 1 to {architecture.num_experts}")
     return dataclasses.replace(architecture, num_experts_per_tok=experts_per_token)
+
+
+def _choose_threads(threads: int | None) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if threads is not None and not 1 <= threads <= max(MOST_THREADS, cores):
+        raise UsageError(f"--threads {threads}: expected 1 to {max(MOST_THREADS, cores)}")
+    return threads or cores
 
 
 def _choose_context(architecture: Architecture, max_context: int | None) -> int:

@@ -1,34 +1,57 @@
-"""Experts in memory: a fixed number of slots, filled from the SSD on demand, the least recently used one reused.
+"""Experts in memory: a fixed number of slots, filled from the SSD in the background while the caller computes.
 
-The slots are one anonymous mapping, sized once from the memory budget; the system backs a slot when it is first
-filled. A block is read whole into its slot and used there, without a copy. Reads are plain and one at a time: what
-hides their latency comes on top of this interface.
+The slots are one run of huge pages, sized once from the memory budget; the system backs a slot when it is first filled.
+A block is read whole into its slot and used there, without a copy. All misses of a fetch are queued at once, and the
+hits are handed out before anything is waited for:
 
-    for expert_id, expert in store.fetch(layer, expert_ids): ...
+    for batch in store.fetch(layer, expert_ids):                    # decode: what is here first
+        for expert_id, expert in batch: ...
+    for batch in store.fetch(layer, expert_ids, in_order=True):     # prefill: a scan, read ahead of its consumer
+
+One fetch at a time, from one thread. Reads start with the call, before the first batch is asked for.
 """
 
 from __future__ import annotations
 
-import mmap
-import time
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 
 from moepack.kernels.matrix import Expert
+from moepack.layout.eviction import EvictionPolicy, Key, LeastRecentlyUsed, is_flushing_scan
+from moepack.layout.geometry import BlockGeometry
 from moepack.layout.reader import Pack
+from moepack.runtime.expert_io import BlockReader, Read, ReadOptions, ReadQueue
+from moepack.runtime.pages import Pages
+
+JOINED_BYTES = 4 * 2**20  # neighbours read in one call, in order
+READ_AHEAD_BYTES = 32 * 2**20  # how far reads run ahead of the consumer, in order
+MAX_HINTS = 4  # reads that nobody has asked for yet
+
+Batch = list[tuple[int, Expert]]
 
 
 @dataclass
 class StoreCounts:
-    """What a store has done. io_wait_s is the time in which the caller waited for reads."""
+    """What a store has done since it was made.
+
+    hits, misses    experts fetched that were in memory (or on their way), and that had to be read
+    bytes_read      of all reads, hints included
+    io_wait_s       time in which the caller waited for reads
+    prefetched      experts read because of a hint; prefetch_used: those of them that were then fetched
+    retries         reads that failed and were tried once more
+    """
 
     hits: int = 0
     misses: int = 0
     bytes_read: int = 0
     io_wait_s: float = 0.0
+    prefetched: int = 0
+    prefetch_used: int = 0
+    retries: int = 0
 
     def since(self, earlier: StoreCounts) -> StoreCounts:
         return StoreCounts(*(now - then for now, then in zip(vars(self).values(), vars(earlier).values())))
@@ -37,55 +60,330 @@ class StoreCounts:
         return StoreCounts(**vars(self))
 
 
-class ExpertStore:
-    """Experts of a pack by layer and id, at most num_slots of them in memory."""
+class _Held:
+    """An expert that has a slot. While it loads or is pinned, the slot is not given away.
 
-    def __init__(self, pack: Pack, num_slots: int):
+    is_hinted   read because of a hint, not fetched yet
+    """
+
+    __slots__ = ("is_hinted", "is_loading", "is_pinned", "slot")
+
+    def __init__(self, slot: int, is_hinted: bool):
+        self.slot, self.is_loading, self.is_pinned, self.is_hinted = slot, True, not is_hinted, is_hinted
+
+    @property
+    def is_busy(self) -> bool:
+        return self.is_loading or self.is_pinned
+
+
+class _Fetch:
+    """One fetch under way.
+
+    is_cold   what it reads will not be needed soon
+    planned   ids before this position are held, or their reads are queued
+    left      ids that the caller has not done with, in the order given
+    missed    those of them that had to be read and have a slot
+    """
+
+    def __init__(self, layer: int, expert_ids: Sequence[int], in_order: bool, is_cold: bool):
+        self.layer, self.expert_ids, self.in_order, self.is_cold = layer, list(expert_ids), in_order, is_cold
+        self.planned = 0
+        self.left = dict.fromkeys(self.expert_ids)
+        self.missed: set[int] = set()
+
+    @property
+    def is_planned(self) -> bool:
+        return self.planned == len(self.expert_ids)
+
+
+class ExpertStore:
+    """Experts of a pack by layer and id, at most num_slots of them in memory. Close it when done.
+
+    io             how blocks are read
+    policy         which expert makes room; least recently used by default
+    verify_reads   compare each block that is read with its checksum
+    counts         what it has done so far
+    on_fetch       called with the arguments of every fetch, as TraceWriter.record takes them; None at first
+    """
+
+    def __init__(
+        self,
+        pack: Pack,
+        num_slots: int,
+        *,
+        io: ReadOptions = ReadOptions(),
+        policy: EvictionPolicy | None = None,
+        verify_reads: bool = False,
+    ):
         if num_slots < 1:
             raise ValueError(f"a store needs at least one slot, got {num_slots}")
-        self.pack, self.num_slots = pack, num_slots
+        self.pack, self.num_slots, self.slot_bytes = pack, num_slots, largest_block(pack)
         self.counts = StoreCounts()
-        self._slot_bytes = largest_block(pack)
-        self._memory = mmap.mmap(-1, num_slots * self._slot_bytes)
-        self._buffer = memoryview(self._memory)
-        self._slots = torch.frombuffer(self._memory, dtype=torch.uint8).view(num_slots, self._slot_bytes)
+        self.on_fetch: Callable[[int, Sequence[int], bool], object] | None = None
+        self._pages = Pages(num_slots * self.slot_bytes, io.huge_pages)
+        self._views = SlotViews(pack, self._pages, self.slot_bytes)
         self._free = list(range(num_slots - 1, -1, -1))
-        self._held: OrderedDict[tuple[int, int], tuple[int, Expert]] = OrderedDict()  # least recently used first
+        self._held: dict[Key, _Held] = {}
+        self._num_layers = pack.manifest.shape.num_hidden_layers
+        self._policy = policy or LeastRecentlyUsed()
+        self._fetch: _Fetch | None = None
+        self._reads, self._hints = 0, 0  # under way, of all and of hints
+        self._reader = BlockReader(pack, io.direct, verify_reads)
+        self._queue = ReadQueue(self._reader.read, io.queue_depth)
+        self._close = weakref.finalize(self, self._queue.close)
+        # In order: neighbours that one read brings, and slots that are computed from or read ahead into.
+        self._joined = max(1, min(JOINED_BYTES // self.slot_bytes, num_slots // 8))
+        self._ahead = max(2 * self._joined, min(READ_AHEAD_BYTES // self.slot_bytes, num_slots // 4))
 
-    def fetch(self, layer: int, expert_ids: Sequence[int]) -> Iterator[tuple[int, Expert]]:
-        """Every expert of expert_ids once, in the order given; each is valid until the next one is asked for.
+    def fetch(self, layer: int, expert_ids: Sequence[int], in_order: bool = False) -> Iterator[Batch]:
+        """Every expert of expert_ids once, in batches; those of a batch are valid until the next one is asked for.
 
-        expert_ids   distinct ids, known all at once so that reads can be planned
+        expert_ids   distinct ids, more than there are slots if need be
+        in_order     hand them out in the order given, which should be that of the file. Otherwise the first batch is
+                     what is in memory, be it nothing, and the others follow as they come off the disk.
 
-        Raises DamagedPack naming layer, expert and offset if a block cannot be read.
+        A caller may stop early; the next fetch takes back what the iterator held. The iterator raises DamagedPack
+        naming layer, expert and offset if a block cannot be read.
         """
-        for expert_id in expert_ids:  # as far as the slots go, what is here does not make room for the rest
-            if (layer, expert_id) in self._held:
-                self._held.move_to_end((layer, expert_id))
+        if not self._close.alive:
+            raise RuntimeError("this store is closed")
+        if self.on_fetch:
+            self.on_fetch(layer, expert_ids, in_order)
+        self._take_back()
+        while read := self._queue.next_done(wait=False):
+            self._finish(read)
+        is_cold = in_order and is_flushing_scan(len(expert_ids), self._num_layers, self.num_slots)
+        fetch = self._fetch = _Fetch(layer, expert_ids, in_order, is_cold)
         for expert_id in expert_ids:
             held = self._held.get((layer, expert_id))
             if held:
                 self.counts.hits += 1
-                self._held.move_to_end((layer, expert_id))
-                yield expert_id, held[1]
-            else:
-                yield expert_id, self._load(layer, expert_id)
+                self.counts.prefetch_used += held.is_hinted
+                held.is_hinted, held.is_pinned = False, True
+                self._policy.use((layer, expert_id))
+        self._plan(fetch)
+        return self._hand_out(fetch)
 
-    def _load(self, layer: int, expert_id: int) -> Expert:
-        slot = self._free.pop() if self._free else self._held.popitem(last=False)[1][0]
-        started = time.perf_counter()
-        try:
-            first = slot * self._slot_bytes
-            size = self.pack.read_block(layer, expert_id, self._buffer[first : first + self._slot_bytes])
-        except BaseException:
-            self._free.append(slot)
-            raise
-        self.counts.io_wait_s += time.perf_counter() - started
-        self.counts.misses += 1
-        self.counts.bytes_read += size
-        expert = Expert.from_block(self.pack.geometry(layer).block(expert_id), self._slots[slot])
-        self._held[layer, expert_id] = slot, expert
-        return expert
+    def prefetch(self, layer: int, expert_ids: Sequence[int]) -> None:
+        """Hint that these experts may be fetched next, the likeliest first.
+
+        A few of them are read while no fetch waits for the disk. What has not started when the next fetch comes is
+        dropped.
+        """
+        if self._fetch and not self._fetch.is_planned:
+            return  # it needs every slot itself
+        for expert_id in expert_ids:
+            if self._hints == MAX_HINTS:
+                return
+            if (layer, expert_id) not in self._held:
+                slot = self._take_slot()
+                if slot is None:
+                    return
+                self._start(layer, (expert_id,), (slot,), is_hint=True)
+
+    def describe(self) -> dict[str, str | int | bool]:
+        """How this store reads and keeps, for people."""
+        return {
+            "method": self._reader.method,
+            "queue_depth": self._queue.depth,
+            "huge_pages": self._pages.is_huge,
+            "policy": self._policy.name,
+            "num_slots": self.num_slots,
+            "slot_bytes": self.slot_bytes,
+        }
+
+    def close(self) -> None:
+        """End the reading threads. The experts handed out stay valid; nothing can be fetched any more."""
+        self._take_back()
+        self._close()
+
+    # A fetch, step by step
+
+    def _hand_out(self, fetch: _Fetch) -> Iterator[Batch]:
+        batch: list[int] = []
+        if not fetch.in_order:  # what is in memory is handed out before anything is waited for, be it nothing
+            self._check_current(fetch)
+            batch = self._list_ready(fetch)
+            yield self._view(fetch, batch)
+        while True:
+            self._check_current(fetch)
+            self._release(fetch, batch)
+            if not fetch.left:
+                self._fetch = None
+                return
+            try:
+                batch = self._wait_for_batch(fetch)
+            except BaseException:
+                self._take_back()
+                raise
+            yield self._view(fetch, batch)
+
+    def _check_current(self, fetch: _Fetch) -> None:
+        if self._fetch is not fetch:
+            raise RuntimeError("another fetch has begun: its experts may lie where those of this one did")
+
+    def _view(self, fetch: _Fetch, batch: list[int]) -> Batch:
+        return [(id_, self._views.get(self._held[fetch.layer, id_].slot, fetch.layer, id_)) for id_ in batch]
+
+    def _plan(self, fetch: _Fetch) -> None:
+        """Queue reads for misses, as far as slots go, and in order not too far ahead."""
+        while not fetch.is_planned:
+            run = self._next_run(fetch)
+            if not run:
+                fetch.planned += 1
+                continue
+            if fetch.in_order and fetch.missed and len(fetch.missed) + len(run) > self._ahead:
+                return
+            slots: list[int] = []
+            while len(slots) < len(run) and (slot := self._take_slot()) is not None:
+                slots.append(slot)
+            if not slots:
+                return
+            self._start(fetch.layer, tuple(run[: len(slots)]), slots, is_cold=fetch.is_cold)
+            fetch.missed.update(run[: len(slots)])
+            fetch.planned += len(slots)
+            self.counts.misses += len(slots)
+
+    def _next_run(self, fetch: _Fetch) -> list[int]:
+        """The ids from the planned position on that one read can bring; none if the first of them is held."""
+        geometry = self.pack.geometry(fetch.layer)
+        run: list[int] = []
+        end = 0
+        for expert_id in fetch.expert_ids[fetch.planned : fetch.planned + (self._joined if fetch.in_order else 1)]:
+            is_neighbour = not run or geometry.offsets[expert_id] == end
+            if (fetch.layer, expert_id) in self._held or not is_neighbour:
+                break
+            run.append(expert_id)
+            end = geometry.offsets[expert_id] + geometry.block(expert_id).block_stride
+        return run
+
+    def _wait_for_batch(self, fetch: _Fetch) -> list[int]:
+        """The ids that can be handed out next, at least one."""
+        while True:
+            while read := self._queue.next_done(wait=False):
+                self._finish(read)
+            if batch := self._list_ready(fetch):
+                return batch
+            if self._reads:
+                started = perf_counter()
+                read = self._queue.next_done()
+                self.counts.io_wait_s += perf_counter() - started
+                assert read is not None
+                self._finish(read)
+            else:
+                self._give_up_a_hit(fetch)
+            self._plan(fetch)
+
+    def _list_ready(self, fetch: _Fetch) -> list[int]:
+        """What is left and in memory; in order, as far as there is no gap, and so few that reads go on meanwhile."""
+        ready = []
+        for expert_id in fetch.left:
+            held = self._held.get((fetch.layer, expert_id))
+            if held and not held.is_loading:
+                ready.append(expert_id)
+            elif fetch.in_order:
+                break
+            if fetch.in_order and len(ready) == self._ahead // 2:
+                break
+        return ready
+
+    def _give_up_a_hit(self, fetch: _Fetch) -> None:
+        """Drop the hit that comes last, because hits to come fill all slots and an earlier expert needs one."""
+        last = next(id_ for id_ in reversed(fetch.expert_ids) if (fetch.layer, id_) in self._held)
+        self._drop((fetch.layer, last))
+        self.counts.hits -= 1
+
+    def _release(self, fetch: _Fetch, expert_ids: list[int]) -> None:
+        for expert_id in expert_ids:
+            del fetch.left[expert_id]
+            fetch.missed.discard(expert_id)
+            self._held[fetch.layer, expert_id].is_pinned = False
+        self._plan(fetch)
+
+    def _take_back(self) -> None:
+        """End the fetch under way and drop the reads that have not started; others run to their end."""
+        for read in self._queue.cancel():
+            self._reads -= 1
+            self._hints -= read.is_hint
+            for expert_id in read.experts:
+                self._drop((read.layer, expert_id))
+        if self._fetch:
+            for expert_id in self._fetch.left:
+                held = self._held.get((self._fetch.layer, expert_id))
+                if held:
+                    held.is_pinned = False
+        self._fetch = None
+
+    # Slots
+
+    def _take_slot(self) -> int | None:
+        """A slot that nobody needs now; None if there is none."""
+        if self._free:
+            return self._free.pop()
+        victim = self._policy.evict(lambda key: self._held[key].is_busy)
+        return None if victim is None else self._held.pop(victim).slot
+
+    def _drop(self, key: Key) -> None:
+        self._free.append(self._held.pop(key).slot)
+        self._policy.forget(key)
+
+    def _start(
+        self, layer: int, expert_ids: Sequence[int], slots: Sequence[int], is_hint: bool = False, is_cold: bool = False
+    ) -> None:
+        buffers = []
+        for expert_id, slot in zip(expert_ids, slots):
+            self._held[layer, expert_id] = _Held(slot, is_hint)
+            self._policy.use((layer, expert_id), cold=is_cold or is_hint)
+            first = slot * self.slot_bytes
+            buffers.append(self._pages.buffer[first : first + self.pack.geometry(layer).block(expert_id).block_stride])
+        self._reads += 1
+        self._hints += is_hint
+        self._queue.submit(Read(layer, tuple(expert_ids), buffers, is_hint))
+
+    def _finish(self, read: Read) -> None:
+        """Take note of a read that has ended. Raises its error if the fetch under way wants what it was to bring."""
+        self._reads -= 1
+        self._hints -= read.is_hint
+        self.counts.retries += read.retries
+        keys = [(read.layer, expert_id) for expert_id in read.experts]
+        if read.error is None:
+            self.counts.bytes_read += sum(map(len, read.buffers))
+            self.counts.prefetched += read.is_hint
+            for key in keys:
+                self._held[key].is_loading = False
+            return
+        is_wanted = any(self._held[key].is_pinned for key in keys)
+        for key in keys:
+            self._drop(key)
+        if is_wanted:
+            raise read.error
+
+
+class SlotViews:
+    """The Expert in a slot, as views into it, made once for each slot and kind of block.
+
+    Making one costs as much as a tenth of reading a block. It is kept: about 8 KiB a slot.
+    """
+
+    def __init__(self, pack: Pack, pages: Pages, slot_bytes: int):
+        self._slots = torch.frombuffer(pages.buffer, dtype=torch.uint8)
+        self._slot_bytes = slot_bytes
+        kinds: dict[BlockGeometry, int] = {}
+        self._pack = pack
+        self._kinds = [
+            [kinds.setdefault(tier, len(kinds)) for tier in pack.geometry(layer).tiers]
+            for layer in range(len(pack.manifest.expert_files))
+        ]
+        self._views: dict[tuple[int, int], Expert] = {}
+
+    def get(self, slot: int, layer: int, expert_id: int) -> Expert:
+        geometry = self._pack.geometry(layer)
+        kind = self._kinds[layer][geometry.expert_tiers[expert_id]]
+        view = self._views.get((slot, kind))
+        if view is None:
+            block = self._slots[slot * self._slot_bytes : (slot + 1) * self._slot_bytes]
+            view = self._views[slot, kind] = Expert.from_block(geometry.block(expert_id), block)
+        return view
 
 
 def largest_block(pack: Pack) -> int:

@@ -11,7 +11,7 @@ time spent in here is counted, not what the caller does between two tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,7 +33,13 @@ class Generation(Iterator[int]):
     token_ids       what has been generated so far, an end token included
     """
 
-    def __init__(self, engine: Engine, prompt_ids: Sequence[int], sampling: SamplingParams):
+    def __init__(
+        self,
+        engine: Engine,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        on_prefill: Callable[[float], object] = lambda tokens: None,
+    ):
         self.finish_reason: str | None = None
         self.token_ids: list[int] = []
         self._engine, self._prompt_ids, self._sampling = engine, list(prompt_ids), sampling
@@ -42,7 +48,7 @@ class Generation(Iterator[int]):
         self._started_counts = engine.store.counts.copy()
         self._first_counts = self._started_counts
         self._step_seconds: list[float] = []  # the first includes the prefill
-        self._steps = self._run()
+        self._steps = self._run(on_prefill)
 
     def __next__(self) -> int:
         started = time.perf_counter()
@@ -77,11 +83,11 @@ class Generation(Iterator[int]):
             device=engine.device,
         )
 
-    def _run(self) -> Iterator[int]:
+    def _run(self, on_prefill: Callable[[float], object]) -> Iterator[int]:
         engine = self._engine
         state = engine.new_state(len(self._prompt_ids) + self._limit - 1)  # the last token is not fed back
         sampler = Sampler(self._sampling, self._prompt_ids)
-        for hidden in engine.prefill(self._prompt_ids, state):
+        for hidden in engine.prefill(self._prompt_ids, state, on_prefill):
             last = hidden[-1:]
         while True:
             token_id = sampler.next(engine.model.logits(last)[0].numpy())

@@ -16,7 +16,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from moepack.kernels.reference import SCORE_TILE
 from moepack.layout.architecture import LINEAR, Architecture
 from moepack.layout.errors import MemoryBudgetError
 from moepack.layout.reader import Pack
@@ -24,15 +23,19 @@ from moepack.runtime.expert_store import largest_block
 from moepack.runtime.resident import ResidentWeights
 from moepack.runtime.state import FLOAT_BYTES, SequenceState
 
-PREFILL_CHUNK = 512  # prompt tokens run together; a constant, so that the budget never changes the arithmetic
+PREFILL_CHUNKS = (4096, 2048, 1024, 512, 256, 128, 64)  # prompt tokens run together: multiples of DeltaNet's own 64
+SCRATCH_SHARE = 8  # a chunk may take one part in so many of the memory to spare: a longer one reads experts less often
+EXPERT_TOKENS = 512  # tokens of one expert that the kernels hold at a time
+SLOT_VIEW_BYTES = 8 * 2**10  # Python's views of the expert in a slot
 LOGIT_ELEMENTS = 2**22  # scores that exist at the same time where every position is scored
-ALLOCATOR_BYTES = 48 * 2**20  # arenas, thread stacks, fragmentation, the tables of Python objects
+LOGIT_ROWS = 64  # divides every chunk, so that pieces of scores do not depend on the budget
+ALLOCATOR_BYTES = 50 * 2**20  # arenas, thread stacks, fragmentation, Python's tables, the last huge page of the slots
 DEFAULT_SHARE = 0.9  # of what is available, so that a default run never makes the machine swap
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The split of a budget; all in bytes but num_slots."""
+    """The split of a budget; all in bytes but num_slots and prefill_chunk, the prompt tokens run together."""
 
     budget_bytes: int
     process_bytes: int
@@ -41,6 +44,7 @@ class MemoryPlan:
     scratch_bytes: int
     slot_bytes: int
     num_slots: int
+    prefill_chunk: int
 
     @property
     def total_bytes(self) -> int:
@@ -62,38 +66,54 @@ def plan_memory(
     process_bytes = resident_set_bytes() if process_bytes is None else process_bytes
     resident = ResidentWeights.size_bytes(pack)
     state = SequenceState.size_bytes(architecture, max_positions)
-    scratch = scratch_bytes(architecture, max_positions)
-    slot = largest_block(pack)
+    slot = largest_block(pack) + SLOT_VIEW_BYTES
     all_experts = architecture.num_hidden_layers * architecture.num_experts
     one_token = min(all_experts, architecture.num_hidden_layers * architecture.num_experts_per_tok)
+    least = process_bytes + resident + state + scratch_bytes(architecture, PREFILL_CHUNKS[-1]) + one_token * slot
+    chunk = _choose_chunk(architecture, budget_bytes - least, max_positions)
+    scratch = scratch_bytes(architecture, chunk)
     fixed = process_bytes + resident + state + scratch
     num_slots = min(all_experts, (budget_bytes - fixed) // slot)
     if num_slots < one_token:
         mib = [f"{size / 2**20:,.0f}" for size in (process_bytes, resident, state, scratch, one_token * slot)]
         raise MemoryBudgetError(
-            f"memory budget of {budget_bytes / 2**20:,.0f} MiB is too small: {(fixed + one_token * slot) / 2**20:,.0f} "
+            f"memory budget of {budget_bytes / 2**20:,.0f} MiB is too small: {least / 2**20:,.0f} "
             f"MiB are needed (process {mib[0]}, resident weights {mib[1]}, state for {max_positions} positions "
             f"{mib[2]}, scratch {mib[3]}, the {one_token} experts of one token {mib[4]}): raise --memory, "
             "shorten the context, or convert to fewer bits"
         )
-    return MemoryPlan(budget_bytes, process_bytes, resident, state, scratch, slot, num_slots)
+    return MemoryPlan(budget_bytes, process_bytes, resident, state, scratch, slot, num_slots, chunk)
 
 
-def scratch_bytes(a: Architecture, max_positions: int) -> int:
+def _choose_chunk(a: Architecture, spare_bytes: int, max_positions: int) -> int:
+    """The longest chunk that takes little of what is to spare. What a token computes does not depend on it."""
+    for chunk in PREFILL_CHUNKS:
+        is_useful = chunk < 2 * max_positions
+        if is_useful and chunk * chunk_token_bytes(a) <= spare_bytes // SCRATCH_SHARE:
+            return chunk
+    return PREFILL_CHUNKS[-1]
+
+
+def scratch_bytes(a: Architecture, chunk: int) -> int:
     """Upper bound of what the operations hold at once beside weights and state, for a chunk of prefill."""
-    delta = 6 * a.conv_dim + 12 * a.linear_value_dim
+    width = max(a.moe_intermediate_size, a.shared_expert_intermediate_size)
+    expert = EXPERT_TOKENS * (2 * a.hidden_size + 4 * width)
+    logits = 3 * logit_rows(a) * a.vocab_size
+    return (chunk + 1) * chunk_token_bytes(a) + FLOAT_BYTES * (expert + logits) + ALLOCATOR_BYTES
+
+
+def chunk_token_bytes(a: Architecture) -> int:
+    """What one token of a chunk needs where the most is alive, inside a mixer or around the experts."""
+    delta = 2 * a.conv_dim + 5 * a.linear_value_dim
     attention = 8 * a.num_attention_heads * a.head_dim
     mixers = max(delta if LINEAR in a.layer_types else 0, attention)
-    experts = 6 * a.hidden_size + 4 * (a.moe_intermediate_size + a.shared_expert_intermediate_size) + 2 * a.num_experts
-    activations = PREFILL_CHUNK * (6 * a.hidden_size + mixers + experts)
-    logits = 3 * logit_rows(a) * a.vocab_size
-    scores = 3 * max(SCORE_TILE, a.num_attention_heads * max_positions)  # one query at a time, at the least
-    return FLOAT_BYTES * (activations + logits + scores) + ALLOCATOR_BYTES
+    return FLOAT_BYTES * (7 * a.hidden_size + max(mixers, 2 * a.num_experts + 8 * a.num_experts_per_tok))
 
 
 def logit_rows(a: Architecture) -> int:
-    """Positions whose scores are computed together; like the chunk, independent of the budget."""
-    return min(PREFILL_CHUNK, max(1, LOGIT_ELEMENTS // a.vocab_size))
+    """Positions whose scores are computed together: a power of two, so that chunks end where these do."""
+    fitting = max(1, min(LOGIT_ROWS, LOGIT_ELEMENTS // a.vocab_size))
+    return 1 << fitting.bit_length() - 1
 
 
 def default_budget_bytes() -> int:

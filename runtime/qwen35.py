@@ -16,7 +16,7 @@ Symbols: T tokens, D hidden_size, H heads, Dh head size, I expert width, E exper
 | q_proj                                       | [H * 2 * Dh, D]: per head query, then gate  |
 | routed expert: gate_proj, up_proj, down_proj | [I, D], [I, D], [D, I]                      |
 
-Computes in float32. All K experts that the router picks are run, with the weights it gives them.
+State and activations are float32. All K experts that the router picks are run, with the weights it gives them.
 
     model = Qwen35(architecture, weights, store, ops)
     logits = model.logits(model(token_ids, state))
@@ -25,12 +25,11 @@ Computes in float32. All K experts that the router picks are run, with the weigh
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from moepack.kernels.matrix import Expert
+from moepack.kernels.matrix import Expert, Matrix
 from moepack.layout.architecture import LINEAR, Architecture
 from moepack.runtime.expert_store import ExpertStore
 from moepack.runtime.resident import ResidentWeights
@@ -40,12 +39,9 @@ from moepack.runtime.state import DeltaState, KeyValueCache, SequenceState
 class GatedDeltaNet:
     """Linear attention with a decaying memory: constant state, whatever the context."""
 
-    def __init__(self, stem: str, a: Architecture, weights: ResidentWeights, ops: ModuleType):
+    def __init__(self, stem: str, a: Architecture, weights: ResidentWeights, ops: Any):
         self.a, self.ops = a, ops
-        self.in_proj_qkv = weights.matrix(f"{stem}.in_proj_qkv")
-        self.in_proj_z = weights.matrix(f"{stem}.in_proj_z")
-        self.in_proj_a = weights.matrix(f"{stem}.in_proj_a")
-        self.in_proj_b = weights.matrix(f"{stem}.in_proj_b")
+        self.in_projs = [weights.matrix(f"{stem}.in_proj_{name}") for name in ("qkv", "z", "a", "b")]
         self.conv = weights.vector(f"{stem}.conv1d.weight").squeeze(1)  # [C, 4]
         self.a_log = weights.vector(f"{stem}.A_log")
         self.dt_bias = weights.vector(f"{stem}.dt_bias")
@@ -54,100 +50,171 @@ class GatedDeltaNet:
 
     def __call__(self, x: torch.Tensor, state: DeltaState) -> torch.Tensor:
         a, ops, tokens = self.a, self.ops, x.shape[0]
-        mixed = ops.causal_conv(ops.linear(x, self.in_proj_qkv), self.conv, state.conv_state)
+        qkv, gate, update, strength = ops.linears(x, self.in_projs)
+        mixed = ops.causal_conv(qkv, self.conv, state.conv_state)
         q, k, v = mixed.split([a.linear_key_dim, a.linear_key_dim, a.linear_value_dim], dim=-1)
-        shared = a.linear_num_value_heads // a.linear_num_key_heads  # value head h uses key head h // shared
-        q, k = (heads.view(tokens, a.linear_num_key_heads, -1).repeat_interleave(shared, dim=1) for heads in (q, k))
-        decay, beta = ops.decay_and_strength(
-            ops.linear(x, self.in_proj_a), ops.linear(x, self.in_proj_b), self.a_log, self.dt_bias
-        )
-        v = v.reshape(tokens, a.linear_num_value_heads, -1)
+        q, k = (heads.unflatten(-1, (a.linear_num_key_heads, -1)) for heads in (q, k))
+        v = v.unflatten(-1, (a.linear_num_value_heads, -1))
+        decay, beta = ops.decay_and_strength(update, strength, self.a_log, self.dt_bias)
         out = ops.gated_delta(q, k, v, decay, beta, state.recurrent_state)  # [T, H, Dv]
-        gate = ops.linear(x, self.in_proj_z).view(out.shape)
-        return ops.linear(ops.gated_rms_norm(out, gate, self.norm, a.rms_norm_eps).flatten(1), self.out_proj)
+        out = ops.gated_rms_norm(out, gate.view(out.shape), self.norm, a.rms_norm_eps)
+        return ops.linear(out.view(tokens, -1), self.out_proj)
+
+    def fuse(self, norm: torch.Tensor) -> Callable[[torch.Tensor, DeltaState], None]:
+        """One token, norm and sum included, in one call of the backend: x += self(norm(x))."""
+        a = self.a
+        weights = (norm, self.in_projs, self.conv, self.a_log, self.dt_bias, self.norm, self.out_proj)
+        sizes = (a.linear_num_key_heads, a.linear_num_value_heads, a.rms_norm_eps)
+        run = self.ops.fuse_delta_net(*weights, *sizes)
+        return lambda x, state: run(x, state.conv_state, state.recurrent_state)
 
 
 class GatedAttention:
     """Grouped-query attention with partial rope, normalized queries and keys, and a gate on its output."""
 
-    def __init__(self, stem: str, a: Architecture, weights: ResidentWeights, ops: ModuleType):
+    def __init__(self, stem: str, a: Architecture, weights: ResidentWeights, ops: Any):
         self.a, self.ops = a, ops
-        self.q_proj = weights.matrix(f"{stem}.q_proj")
-        self.k_proj = weights.matrix(f"{stem}.k_proj")
-        self.v_proj = weights.matrix(f"{stem}.v_proj")
+        self.in_projs = [weights.matrix(f"{stem}.{name}_proj") for name in ("q", "k", "v")]
         self.o_proj = weights.matrix(f"{stem}.o_proj")
         self.q_norm = weights.vector(f"{stem}.q_norm.weight")
         self.k_norm = weights.vector(f"{stem}.k_norm.weight")
 
     def __call__(self, x: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
         a, ops, tokens, position = self.a, self.ops, x.shape[0], cache.position
-        q, gate = ops.linear(x, self.q_proj).view(tokens, a.num_attention_heads, -1).chunk(2, dim=-1)
-        k = ops.linear(x, self.k_proj).view(tokens, a.num_key_value_heads, -1)
-        v = ops.linear(x, self.v_proj).view(tokens, a.num_key_value_heads, -1)
+        q, k, v = ops.linears(x, self.in_projs)
+        q, gate = q.view(tokens, a.num_attention_heads, -1).chunk(2, dim=-1)
+        k, v = (heads.view(tokens, a.num_key_value_heads, -1) for heads in (k, v))
         q = ops.rope(ops.rms_norm(q, self.q_norm, a.rms_norm_eps), position, a.rope_theta, a.rotary_dim)
         k = ops.rope(ops.rms_norm(k, self.k_norm, a.rms_norm_eps), position, a.rope_theta, a.rotary_dim)
         keys, values = cache.append(k, v)
-        out = ops.attention(q, keys, values) * gate.sigmoid()  # [T, H, Dh]
-        return ops.linear(out.flatten(1), self.o_proj)
+        out = ops.gated(ops.attention(q, keys, values), gate)  # [T, H, Dh]
+        return ops.linear(out.view(tokens, -1), self.o_proj)
+
+    def fuse(self, norm: torch.Tensor) -> Callable[[torch.Tensor, KeyValueCache], None]:
+        """One token, norm and sum included, in one call of the backend: x += self(norm(x))."""
+        a = self.a
+        weights = (norm, self.in_projs, self.q_norm, self.k_norm, self.o_proj)
+        sizes = (a.num_attention_heads, a.num_key_value_heads, a.rotary_dim, a.rope_theta, a.rms_norm_eps)
+        run = self.ops.fuse_attention(*weights, *sizes)
+
+        def step(x: torch.Tensor, cache: KeyValueCache) -> None:
+            run(x, cache.keys, cache.values, cache.position)
+            cache.position += 1
+
+        return step
 
 
 class SparseMoe:
-    """The router's K experts of a token, weighted, and the shared expert through its gate."""
+    """The router's K experts of a token, weighted, and the shared expert through its gate, added to the stream."""
 
-    def __init__(self, layer: int, a: Architecture, weights: ResidentWeights, store: ExpertStore, ops: ModuleType):
-        stem = f"model.layers.{layer}.mlp"
+    def __init__(self, layer: int, a: Architecture, weights: ResidentWeights, store: ExpertStore, ops: Any):
+        stem = f"model.layers.{layer}"
         self.layer, self.a, self.store, self.ops = layer, a, store, ops
-        self.router = weights.matrix(f"{stem}.gate")
-        self.shared_expert: Expert = weights.expert(f"{stem}.shared_expert")
-        self.shared_expert_gate = weights.matrix(f"{stem}.shared_expert_gate")
+        self.norm = weights.vector(f"{stem}.post_attention_layernorm.weight")
+        self.router = weights.matrix(f"{stem}.mlp.gate")
+        self.shared_expert: Expert = weights.expert(f"{stem}.mlp.shared_expert")
+        self.shared_expert_gate = weights.matrix(f"{stem}.mlp.shared_expert_gate")
+        self.next_router: Matrix | None = None  # set where the next layer's experts are to be guessed
+        self.choose = self._choose
+        if ops.fuses_tokens:
+            sizes = (a.num_experts_per_tok, a.rms_norm_eps)
+            self.choose = ops.fuse_router(self.norm, self.router, self.shared_expert_gate, *sizes)
+
+    def add_one_token(self, x: torch.Tensor) -> None:
+        """x [1, D] += experts(norm(x)). They may arrive in any order; they are added in that of their ids."""
+        normed, expert_ids, expert_weights = self.choose(x)
+        weight_of = dict(zip(expert_ids, expert_weights))
+        chosen = sorted(expert_ids)
+        row_of = {expert_id: row for row, expert_id in enumerate(chosen)}
+        batches = self.store.fetch(self.layer, chosen)  # the seam to the SSD: reads start here
+        if self.next_router is not None:
+            guess, _ = self.ops.route(normed, self.next_router, self.a.num_experts_per_tok)
+            self.store.prefetch(self.layer + 1, guess[0].tolist())
+        results = x.new_empty(len(chosen) + 1, x.shape[1])
+        waiting, rows = [self.shared_expert], [len(chosen)]  # needs no read: it goes with what is in memory
+        for batch in batches:  # first what is in memory, be it nothing, then what arrives
+            waiting += [expert for _, expert in batch]
+            rows += [row_of[expert_id] for expert_id, _ in batch]
+            self.ops.run_experts(normed, waiting, results, rows)
+            waiting, rows = [], []
+        weights = [*(weight_of[expert_id] for expert_id in chosen), expert_weights[-1]]
+        self.ops.add_rows(x, results, weights)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        ops = self.ops
-        expert_ids, expert_weights = ops.route(x, self.router, self.a.num_experts_per_tok)  # [T, K] each
-        out = ops.linear(x, self.shared_expert_gate).sigmoid() * ops.run_expert(x, self.shared_expert)
-        chosen = expert_ids.unique().tolist()
-        for expert_id, expert in self.store.fetch(self.layer, chosen):  # the seam to the SSD
-            token, choice = (expert_ids == expert_id).nonzero(as_tuple=True)
-            weighted = ops.run_expert(x[token], expert) * expert_weights[token, choice].unsqueeze(-1)
-            out.index_add_(0, token, weighted)
-        return out
+        """x + experts(norm(x)) for T tokens: each expert once, in the order of ids, which is the file's."""
+        normed = self.ops.rms_norm(x, self.norm, self.a.rms_norm_eps)
+        expert_ids, expert_weights = self.ops.route(normed, self.router, self.a.num_experts_per_tok)  # [T, K] each
+        shared_weights = self.ops.linear(normed, self.shared_expert_gate).sigmoid().squeeze(-1)  # [T]
+        out = torch.zeros_like(x)
+        self.ops.add_expert(out, normed, self.shared_expert, torch.arange(len(x)), shared_weights)
+        by_expert = expert_ids.flatten().argsort(stable=True)
+        tokens, weights = by_expert // expert_ids.shape[1], expert_weights.flatten()[by_expert]
+        counts = expert_ids.flatten().bincount(minlength=self.a.num_experts)
+        ends = counts.cumsum(0).tolist()
+        chosen = counts.nonzero().flatten().tolist()
+        for batch in self.store.fetch(self.layer, chosen, in_order=True):  # the seam to the SSD
+            for expert_id, expert in batch:
+                part = slice(ends[expert_id] - int(counts[expert_id]), ends[expert_id])
+                self.ops.add_expert(out, normed, expert, tokens[part], weights[part])
+        return x + out
+
+    def _choose(self, x: torch.Tensor) -> tuple[torch.Tensor, list[int], list[float]]:
+        """norm(x) [1, D], the ids of its experts, and their weights with the shared expert's behind."""
+        normed = self.ops.rms_norm(x, self.norm, self.a.rms_norm_eps)
+        expert_ids, expert_weights = self.ops.route(normed, self.router, self.a.num_experts_per_tok)
+        shared_weight = self.ops.linear(normed, self.shared_expert_gate).sigmoid()
+        return normed, expert_ids[0].tolist(), [*expert_weights[0].tolist(), shared_weight.item()]
 
 
 class DecoderLayer:
     """Mixer and experts, each behind a norm and added to the stream."""
 
-    def __init__(self, layer: int, a: Architecture, weights: ResidentWeights, store: ExpertStore, ops: ModuleType):
+    def __init__(self, layer: int, a: Architecture, weights: ResidentWeights, store: ExpertStore, ops: Any):
         stem = f"model.layers.{layer}"
         self.a, self.ops = a, ops
-        self.input_norm = weights.vector(f"{stem}.input_layernorm.weight")
-        self.post_norm = weights.vector(f"{stem}.post_attention_layernorm.weight")
-        self.mixer: Callable[[torch.Tensor, Any], torch.Tensor] = (
+        self.norm = weights.vector(f"{stem}.input_layernorm.weight")
+        self.mixer: Any = (
             GatedDeltaNet(f"{stem}.linear_attn", a, weights, ops)
             if a.layer_types[layer] == LINEAR
             else GatedAttention(f"{stem}.self_attn", a, weights, ops)
         )
         self.experts = SparseMoe(layer, a, weights, store, ops)
+        self.mix_one_token: Callable[[torch.Tensor, Any], None] = (
+            self.mixer.fuse(self.norm) if ops.fuses_tokens else self._mix_one_token
+        )
 
     def __call__(self, x: torch.Tensor, state: DeltaState | KeyValueCache) -> torch.Tensor:
-        x = x + self.mixer(self.ops.rms_norm(x, self.input_norm, self.a.rms_norm_eps), state)
-        return x + self.experts(self.ops.rms_norm(x, self.post_norm, self.a.rms_norm_eps))
+        if len(x) == 1:
+            self.mix_one_token(x, state)
+            self.experts.add_one_token(x)
+            return x
+        x = x + self.mixer(self.ops.rms_norm(x, self.norm, self.a.rms_norm_eps), state)
+        return self.experts(x)
+
+    def _mix_one_token(self, x: torch.Tensor, state: DeltaState | KeyValueCache) -> None:
+        x += self.mixer(self.ops.rms_norm(x, self.norm, self.a.rms_norm_eps), state)
 
 
 class Qwen35:
     """The whole text model over resident weights and a store of experts."""
 
-    def __init__(self, a: Architecture, weights: ResidentWeights, store: ExpertStore, ops: ModuleType):
+    def __init__(self, a: Architecture, weights: ResidentWeights, store: ExpertStore, ops: Any, prefetch: bool = False):
         self.a, self.ops = a, ops
         self.embedding = weights.matrix("model.embed_tokens")
         self.layers = [DecoderLayer(layer, a, weights, store, ops) for layer in range(a.num_hidden_layers)]
+        for layer, following in zip(self.layers, self.layers[1:]) if prefetch else ():
+            layer.experts.next_router = following.experts.router
         self.norm = weights.vector("model.norm.weight")
         self.head = self.embedding if a.tie_word_embeddings else weights.matrix("lm_head")
 
-    def __call__(self, token_ids: torch.Tensor, state: SequenceState) -> torch.Tensor:
+    def __call__(
+        self, token_ids: torch.Tensor, state: SequenceState, after_layer: Callable[[], object] = lambda: None
+    ) -> torch.Tensor:
         """Run tokens [T] after what the state has seen; returns the normed hidden states [T, D]."""
         x = self.ops.embed(self.embedding, token_ids)
         for layer, layer_state in zip(self.layers, state.layers):
             x = layer(x, layer_state)
+            after_layer()
         return self.ops.rms_norm(x, self.norm, self.a.rms_norm_eps)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

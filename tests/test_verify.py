@@ -257,7 +257,7 @@ def test_a_pack_is_read_by_many_threads_at_once() -> None:
             pack.check_block(*place, block)
 
         list(pool.map(check, places))
-        assert len(pack._descriptors) == 3
+        assert len(pack._files) == 3
 
 
 def test_copied_files_are_read_by_name() -> None:

@@ -1,6 +1,7 @@
 // The operations on float32 activations and states: shapes and threads. One exported function per operation.
 #include <atomic>
 
+#include "float_ops.h"
 #include "kernels.h"
 #include "pool.h"
 #include "scratch.h"

@@ -4,6 +4,7 @@
 // split among the threads, so every thread reads its own run of memory and no sum depends on their number.
 #include <algorithm>
 
+#include "matrix_ops.h"
 #include "kernels.h"
 #include "pool.h"
 #include "scratch.h"

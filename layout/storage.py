@@ -1,0 +1,102 @@
+"""Files opened for reading large pieces: past the page cache where the file system lets us, through it elsewhere.
+
+A pack is far larger than memory, so what the system would cache is mostly thrown away before it is used again, and the
+copy out of the cache costs more time than a fast SSD. Direct I/O wants offsets, sizes and memory on sector
+boundaries: blocks start on multiples of 16384 bytes, which serves every disk in view.
+
+    file = DataFile(path, direct=True)
+    file.read_into([slot[:size]], offset_bytes)
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+DIRECT_ALIGNMENT = 4096  # of offset, size and memory; the sectors of disks are 512 or 4096 bytes
+REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # what file systems without direct I/O answer
+
+
+class DataFile:
+    """One file, opened for reading by position. Safe to use from several threads.
+
+    is_direct   whether reads go past the page cache; turns False with the first read that the file system refuses
+    """
+
+    def __init__(self, path: Path, direct: bool = False):
+        self.path = path
+        self.is_direct = direct and (hasattr(os, "O_DIRECT") or sys.platform == "darwin")
+        self._descriptor = self._open()
+
+    def read_into(self, buffers: Sequence[memoryview], offset_bytes: int, needed_bytes: int | None = None) -> None:
+        """Fill buffers, one after the other, with what starts at an offset; one system call if all goes well.
+
+        needed_bytes   how much of it must be there, where a direct read is rounded up past the end of the file
+
+        Raises OSError, EIO with the number of bytes that were there if the file ends too early.
+        """
+        needed = sum(len(buffer) for buffer in buffers) if needed_bytes is None else needed_bytes
+        done = 0
+        while True:
+            found = done + self._read(_skip(buffers, done), offset_bytes + done)
+            if found >= needed:
+                return
+            # A direct read goes on from a whole sector: what came of a broken one is read again.
+            step = found // DIRECT_ALIGNMENT * DIRECT_ALIGNMENT if self.is_direct else found
+            if step <= done:
+                raise OSError(errno.EIO, f"the file ends after {found} of them")
+            done = step
+
+    def fileno(self) -> int:
+        """The system's number for the open file."""
+        return self._descriptor
+
+    def drop_cache(self) -> None:
+        """Let the system forget the pages that it cached of this file, where it takes such advice."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Close the file; it cannot be read afterwards."""
+        os.close(self._descriptor)
+
+    def _open(self) -> int:
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        if self.is_direct and hasattr(os, "O_DIRECT"):
+            try:
+                return os.open(self.path, flags | os.O_DIRECT)
+            except OSError as error:
+                if error.errno not in REFUSED:
+                    raise
+                self.is_direct = False
+        descriptor = os.open(self.path, flags)
+        if self.is_direct and sys.platform == "darwin":
+            fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+        return descriptor
+
+    def _read(self, buffers: Sequence[memoryview], offset_bytes: int) -> int:
+        try:
+            return os.preadv(self._descriptor, buffers, offset_bytes)
+        except OSError as error:
+            if not self.is_direct or error.errno not in REFUSED:
+                raise
+        # Some file systems take the flag and refuse the read. Without it the same descriptor reads through the cache.
+        if hasattr(os, "O_DIRECT"):
+            flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        self.is_direct = False
+        return os.preadv(self._descriptor, buffers, offset_bytes)
+
+
+def _skip(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What remains of buffers after their first `count` bytes."""
+    rest = []
+    for buffer in buffers:
+        if count < len(buffer):
+            rest.append(buffer[count:] if count else buffer)
+        count = max(0, count - len(buffer))
+    return rest

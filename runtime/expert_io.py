@@ -1,0 +1,168 @@
+"""Reads of expert blocks in the background: a few threads between the store and the pack's files.
+
+A thread per read in flight, each in one preadv with Python's lock released: one or two of them read a fast SSD at its
+limit, and io_uring brought nothing on top, so it is left out. Reads that somebody waits for come first; hints run one
+at a time, and only while there are none of the others.
+
+    queue = ReadQueue(BlockReader(pack, ReadOptions()).read, depth=2)
+    queue.submit(Read(layer=3, experts=(17,), buffers=[slot]))
+    done = queue.next_done()
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+
+from moepack.layout.errors import DamagedPack
+from moepack.layout.reader import Pack
+from moepack.layout.storage import DataFile
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How blocks are read.
+
+    direct        past the system's page cache, where the file system lets us
+    queue_depth   reads in flight at the same time
+    huge_pages    ask for slots in pages of 2 MiB
+    """
+
+    direct: bool = True
+    queue_depth: int = 4
+    huge_pages: bool = True
+
+
+@dataclass(eq=False)
+class Read:
+    """Blocks of one layer that follow each other in their file, and where they go; filled in when it is done.
+
+    is_hint   nobody waits for it
+    retries   how often it had to be tried again
+    error     what went wrong; the buffers then hold anything
+    """
+
+    layer: int
+    experts: tuple[int, ...]
+    buffers: Sequence[memoryview] = field(repr=False)
+    is_hint: bool = False
+    retries: int = 0
+    error: BaseException | None = None
+
+
+class BlockReader:
+    """Reads blocks of a pack whole, tries once more what fails, and checks digests if asked to."""
+
+    def __init__(self, pack: Pack, direct: bool = True, verify: bool = False):
+        self._pack, self._direct, self._verify = pack, direct, verify
+
+    @property
+    def method(self) -> str:
+        """ "direct" or "buffered": what the file system has let us do so far."""
+        return "direct" if self._file(0).is_direct else "buffered"
+
+    def read(self, read: Read) -> None:
+        """Fill the buffers of a read. Raises DamagedPack that names the block which cannot be read, twice."""
+        try:
+            self._read_once(read.layer, read.experts, read.buffers)
+        except (OSError, DamagedPack):
+            read.retries += 1
+            for expert, buffer in zip(read.experts, read.buffers):  # one by one, so that an error is of one block
+                self._read_again(read.layer, expert, buffer)
+
+    def _read_again(self, layer: int, expert: int, buffer: memoryview) -> None:
+        try:
+            self._read_once(layer, (expert,), (buffer,))
+        except OSError as error:
+            text = f"read of {len(buffer)} bytes failed twice: {error.strerror}"
+            raise self._pack.damaged_block(layer, expert, text) from None
+
+    def _read_once(self, layer: int, experts: Sequence[int], buffers: Sequence[memoryview]) -> None:
+        self._file(layer).read_into(buffers, self._pack.geometry(layer).offsets[experts[0]])
+        if self._verify:
+            for expert, buffer in zip(experts, buffers):
+                self._pack.check_block(layer, expert, buffer)
+
+    def _file(self, layer: int) -> DataFile:
+        return self._pack.open_file(self._pack.manifest.expert_files[layer].file, self._direct)
+
+
+class ReadQueue:
+    """Threads that execute reads and hand them back in the order in which they end. One thread submits and collects.
+
+    depth   reads that run at the same time: the number of threads
+    """
+
+    def __init__(self, execute: Callable[[Read], None], depth: int):
+        self._execute, self.depth = execute, depth
+        self._waiting: deque[Read] = deque()
+        self._hints: deque[Read] = deque()
+        self._running: list[Read] = []
+        self._is_closed = False
+        self._changed = threading.Condition()
+        self._done: SimpleQueue[Read] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"expert-read-{n}", daemon=True) for n in range(depth)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, read: Read) -> None:
+        """Queue a read; it comes back through next_done unless it is cancelled."""
+        with self._changed:
+            (self._hints if read.is_hint else self._waiting).append(read)
+            self._changed.notify()
+
+    def cancel(self) -> list[Read]:
+        """Take back all reads that have not started."""
+        with self._changed:
+            cancelled = [*self._waiting, *self._hints]
+            self._waiting.clear()
+            self._hints.clear()
+        return cancelled
+
+    def next_done(self, wait: bool = True) -> Read | None:
+        """A read that has ended, well or not; None if there is none and it is not to be waited for."""
+        try:
+            return self._done.get(block=wait)
+        except Empty:
+            return None
+
+    def close(self) -> None:
+        """Drop what has not started, wait for what has, end the threads."""
+        self.cancel()
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            if thread is not threading.current_thread():  # the collector may end a forgotten store in any thread
+                thread.join()
+
+    def _work(self) -> None:
+        while read := self._start_next():
+            try:
+                self._execute(read)
+            except BaseException as error:  # whatever it is, the one who waits must learn of it
+                read.error = error
+            with self._changed:
+                self._running.remove(read)
+                if self._hints:
+                    self._changed.notify()
+            self._done.put(read)
+
+    def _start_next(self) -> Read | None:
+        with self._changed:
+            while not self._is_closed:
+                if self._waiting:
+                    read = self._waiting.popleft()
+                elif self._hints and not self._running:
+                    read = self._hints.popleft()
+                else:
+                    self._changed.wait()
+                    continue
+                self._running.append(read)
+                return read
+        return None

@@ -1,0 +1,47 @@
+"""The threads that read: they end with their store, and what goes wrong in one reaches the one who waits."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from pathlib import Path
+
+import pytest
+
+from moepack.layout.reader import Pack
+from moepack.runtime.expert_io import Read, ReadOptions, ReadQueue
+from moepack.runtime.expert_store import ExpertStore
+
+
+def reading_threads() -> int:
+    return sum(thread.name.startswith("expert-read") for thread in threading.enumerate())
+
+
+def test_threads_end_with_the_store(tiny_pack: Path) -> None:
+    pack = Pack.open(tiny_pack)
+    before = reading_threads()
+    store = ExpertStore(pack, 4, io=ReadOptions(queue_depth=3))
+    assert reading_threads() == before + 3
+    store.fetch(0, range(6))
+    store.close()
+    store.close()
+    assert reading_threads() == before
+    with pytest.raises(RuntimeError, match="this store is closed"):
+        store.fetch(1, [0])
+    forgotten = ExpertStore(pack, 4)
+    assert sum(map(len, forgotten.fetch(0, range(6)))) == 6
+    del forgotten
+    gc.collect()
+    assert reading_threads() == before
+
+
+def test_a_failure_in_a_reading_thread_reaches_the_one_who_waits() -> None:
+    def fail(read: Read) -> None:
+        raise MemoryError
+
+    queue = ReadQueue(fail, depth=1)
+    queue.submit(Read(0, (0,), ()))
+    done = queue.next_done()
+    assert done is not None
+    assert isinstance(done.error, MemoryError)
+    queue.close()
