@@ -32,7 +32,7 @@ template <int BITS> INLINE void unpack32(const uint8_t* packed, uint8_t* values)
 // ---- One token -----------------------------------------------------------------------------------------------------
 
 constexpr int planes_of(int bits) { return bits == 3 ? 1 : 8 / bits; }  // 3 bits: spread to bytes in the row's order
-constexpr int PREFETCH_BYTES = 4096;
+constexpr int PREFETCH_BYTES = 4096, SCALES_AHEAD_BYTES = 1024;
 
 // Put a token's values into the order of the planes: within each block of 64 * planes, value j * planes + k goes to
 // k * 64 + j.
@@ -88,6 +88,8 @@ static void walk_rows(const Matrix& m, const Activations& a, float* out, int64_t
         const uint8_t* packed = m.data + row * row_bytes;
         const uint8_t* const row_end = packed + row_bytes;
         const uint16_t *scales = m.scales + row * groups, *biases = m.biases + row * groups;
+        __builtin_prefetch((const char*)scales + SCALES_AHEAD_BYTES);
+        __builtin_prefetch((const char*)biases + SCALES_AHEAD_BYTES);
         const int8_t* q = a.q;
         __m512 sums = _mm512_setzero_ps(), offsets = _mm512_setzero_ps();
         for (int64_t g = 0; g < groups; g += 16) {

@@ -90,8 +90,29 @@ static void float_panel(const float* rows, int64_t row_stride, int64_t columns, 
     }
 }
 
+// One token and bf16 weights: widened in registers, each row read once.
+static void bf16_row_walk(const Matrix& m, const float* x, float* out, int64_t begin, int64_t end) {
+    const int64_t columns = m.columns;
+    for (int64_t row = begin; row < end; ++row) {
+        const uint16_t* weights = (const uint16_t*)m.data + row * columns;
+        f32x16 sums = {};
+        int64_t i = 0;
+        for (; i + LANES <= columns; i += LANES) {
+            __builtin_prefetch(weights + i + 2048);
+            sums += load_bf16(weights + i) * load(x + i);
+        }
+        if (i < columns) {
+            uint16_t tail[LANES] = {};
+            memcpy(tail, weights + i, size_t(columns - i) * sizeof *tail);
+            sums += load_bf16(tail) * load_first(x + i, columns - i);
+        }
+        out[row] = sum(sums);
+    }
+}
+
 static void float_rows(const Matrix& m, const float* x, const int64_t* index, int64_t tokens, float* out, int64_t out_stride, int64_t begin,
                        int64_t end) {
+    if (tokens == 1 && m.storage == BF16) return bf16_row_walk(m, x + (index ? index[0] : 0) * m.columns, out, begin, end);
     static thread_local Scratch scratch;
     const int64_t row_stride = (m.columns + LANES - 1) / LANES * LANES;
     float* rows = scratch.get<float>(4 * row_stride);

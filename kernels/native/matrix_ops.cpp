@@ -101,9 +101,31 @@ API void moepack_linear(float* const* outs, const float* x, int64_t tokens, cons
     });
 }
 
-// outs[e] [D] = expert e of one token x [D], not weighted. Two phases: gate and up, then down.
+namespace {
+
+// Rows [begin, end) of gate and up, their product into hidden.
+void run_gate_and_up(const Expert& expert, const float* x, const Prepared& prepared, float* hidden, float* up, int64_t begin, int64_t end, bool exact) {
+    const Matrix &g = *expert.gate, &u = *expert.up;
+    multiply_rows(g, x, 1, as_int8(g, exact) ? prepared.find(g) : nullptr, hidden, g.rows, begin, end);
+    multiply_rows(u, x, 1, as_int8(u, exact) ? prepared.find(u) : nullptr, up, u.rows, begin, end);
+    kernels().matrix.silu_mul(hidden, up, 1, g.rows, begin, end);
+}
+
+void run_down(const Expert& expert, const float* hidden, float* out, int64_t begin, int64_t end, bool exact) {
+    static thread_local ActivationBuffer buffer;
+    const Matrix& m = *expert.down;
+    if (!as_int8(m, exact)) return multiply_rows(m, hidden, 1, nullptr, out, m.rows, begin, end);
+    Activations a = buffer.shape(1, m, true);
+    kernels().matrix.quantize(a, hidden, nullptr, 0, 1);
+    multiply_rows(m, hidden, 1, &a, out, m.rows, begin, end);
+}
+
+}  // namespace
+
+// outs[e] [D] = expert e of one token x [D], not weighted. Each thread runs as many whole experts as the others, which
+// reads memory in the longest runs; those left over are shared by rows.
 API void moepack_run_experts(float* const* outs, const float* x, const Expert* const* experts, int64_t count, int exact) {
-    static thread_local Scratch gates, ups;
+    static thread_local Scratch hidden_memory, up_memory;
     Prepared prepared;
     int64_t width = 0;
     for (int64_t e = 0; e < count; ++e) {
@@ -111,32 +133,24 @@ API void moepack_run_experts(float* const* outs, const float* x, const Expert* c
             if (as_int8(*m, exact)) prepared.prepare(x, 1, *m);
         width = std::max(width, experts[e]->gate->rows);
     }
-    float *gate = gates.get<float>(count * width), *up = ups.get<float>(count * width);
-    const MatrixKernels& k = kernels().matrix;
+    float *hidden = hidden_memory.get<float>(count * width), *up = up_memory.get<float>(count * width);
     Pool& pool = Pool::get();
     pool.run([&](int thread, int threads) {
-        for (int64_t e = 0; e < count; ++e) {
-            const Matrix &g = *experts[e]->gate, &u = *experts[e]->up;
-            const int64_t begin = share(g, thread, threads), end = share(g, thread + 1, threads);
-            if (begin == end) continue;
-            multiply_rows(g, x, 1, as_int8(g, exact) ? prepared.find(g) : nullptr, gate + e * width, width, begin, end);
-            multiply_rows(u, x, 1, as_int8(u, exact) ? prepared.find(u) : nullptr, up + e * width, width, begin, end);
-            k.silu_mul(gate + e * width, up + e * width, 1, width, begin, end);
+        const int64_t whole = count - count % threads;
+        for (int64_t e = thread; e < whole; e += threads) {
+            const Expert& expert = *experts[e];
+            run_gate_and_up(expert, x, prepared, hidden + e * width, up + e * width, 0, expert.gate->rows, exact);
+            run_down(expert, hidden + e * width, outs[e], 0, expert.down->rows, exact);
+        }
+        if (whole == count) return;
+        for (int64_t e = whole; e < count; ++e) {
+            const int64_t begin = share(*experts[e]->gate, thread, threads), end = share(*experts[e]->gate, thread + 1, threads);
+            if (begin < end) run_gate_and_up(*experts[e], x, prepared, hidden + e * width, up + e * width, begin, end, exact);
         }
         pool.barrier();
-        static thread_local ActivationBuffer hidden;
-        for (int64_t e = 0; e < count; ++e) {
-            const Matrix& m = *experts[e]->down;
-            const int64_t begin = share(m, thread, threads), end = share(m, thread + 1, threads);
-            if (begin == end) continue;
-            const float* h = gate + e * width;
-            Activations a;
-            const bool int8 = as_int8(m, exact);
-            if (int8) {  // every thread for itself: cheaper than to wait for each other once more
-                a = hidden.shape(1, m, true);
-                k.quantize(a, h, nullptr, 0, 1);
-            }
-            multiply_rows(m, h, 1, int8 ? &a : nullptr, outs[e], m.rows, begin, end);
+        for (int64_t e = whole; e < count; ++e) {
+            const int64_t begin = share(*experts[e]->down, thread, threads), end = share(*experts[e]->down, thread + 1, threads);
+            if (begin < end) run_down(*experts[e], hidden + e * width, outs[e], begin, end, exact);
         }
     });
 }
