@@ -6,6 +6,8 @@ moe-run eval PACK --text book.txt --reference PACK16
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +81,7 @@ def generate(
     device: str = DEVICE,
     verify_reads: bool = VERIFY_READS,
     prefetch: bool = PREFETCH,
+    trace: Path = typer.Option(None, "--trace", help="Record which experts are asked for: see moe-inspect trace."),
     stats: bool = typer.Option(False, "--stats", help="Print how memory was split and how experts are read."),
     as_json: bool = JSON,
 ) -> None:
@@ -123,7 +126,7 @@ def generate(
     )
     if stats:
         _print_plan(engine)
-    with open_progress(len(ids), "prompt", "tok", shown=len(ids) >= LONG_PROMPT) as progress:
+    with _record_trace(engine, trace), open_progress(len(ids), "prompt", "tok", len(ids) >= LONG_PROMPT) as progress:
         _run_generation(engine, engine.generate(ids, sampling, progress.update), progress, as_json)
 
 
@@ -211,6 +214,26 @@ def _run_generation(engine: Engine, generation: Generation, progress: tqdm, as_j
                 "stats": vars(generation.stats()),
             }
         )
+
+
+@contextlib.contextmanager
+def _record_trace(engine: Engine, path: Path | None) -> Iterator[None]:
+    """Write the engine's fetches to a file, if one is given. Raises UsageError if it cannot be opened."""
+    from moepack.layout.trace import TraceWriter
+
+    if path is None:
+        yield
+        return
+    try:
+        file = path.open("w")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
+    with file:
+        engine.store.on_fetch = TraceWriter(file, engine.pack.manifest.model["text_config"]).record
+        try:
+            yield
+        finally:
+            engine.store.on_fetch = None
 
 
 def _note_changes(experts_per_token: int, text_config: dict[str, Any]) -> None:

@@ -1,10 +1,10 @@
 """Reads of expert blocks in the background: a few threads between the store and the pack's files.
 
-A thread per read in flight, each in one preadv with Python's lock released: one or two of them read a fast SSD at its
-limit, and io_uring brought nothing on top, so it is left out. Reads that somebody waits for come first; hints run one
-at a time, and only while there are none of the others.
+A thread per read in flight, each in one preadv with Python's lock released: four of them read an SSD at its limit while
+all cores compute (EXPERIMENTS.md), and io_uring brought nothing on top, so it is left out. Reads that somebody waits
+for come first; hints run one at a time, and only while there are none of the others.
 
-    queue = ReadQueue(BlockReader(pack, ReadOptions()).read, depth=2)
+    queue = ReadQueue(BlockReader(pack, ReadOptions()).read, depth=4)
     queue.submit(Read(layer=3, experts=(17,), buffers=[slot]))
     done = queue.next_done()
 """

@@ -116,30 +116,63 @@ def test_memory_cap_holds_a_command(benchmark: Any) -> None:
 
 
 def test_samples_are_the_last_half_and_the_cold_first_eighth(benchmark: Any) -> None:
-    steps = [{"seconds": 1.0 if n < 2 else 0.5, "cpu_s": 0.75, "read_bytes": 10 * n} for n in range(16)]
+    steps = [
+        {"seconds": 1.0 if n < 2 else 0.5, "cpu_s": 0.75, "read_bytes": 10 * n, "others_s": 0.1} for n in range(16)
+    ]
     output = {"steps": steps, "load": {"seconds": 3.0}, "peak_rss_bytes": 7}
     sample = benchmark("contenders").summarize(output)
     assert sample["tok_s"] == 2
     assert sample["cold_tok_s"] == 1
     assert sample["read_bytes_per_token"] == 115
     assert sample["cores"] == 1.5
+    assert sample["others_cores"] == pytest.approx(0.2)
 
 
-def test_table_has_medians_ratios_and_failures(benchmark: Any) -> None:
-    def sample(tok_s: float) -> dict[str, Any]:
-        return {"tok_s": tok_s, "read_bytes_per_token": 1e8, "cores": 1.0, "peak_rss_bytes": 2**30, "others_cores": 0.1}
+def sample_of(tok_s: float, others: float = 0.0) -> dict[str, Any]:
+    return {"tok_s": tok_s, "read_bytes_per_token": 1e8, "cores": 1.0, "peak_rss_bytes": 2**30, "others_cores": others}
 
-    killed = {"failed": "exit code -9 under the cap"}
-    samples = {"moepack 4 bit": [sample(9), sample(10), sample(50)], "small": [sample(2)], "large": [killed]}
-    limits = {"memory_read_gb_s": 30.0, "disk_read_gb_s_1": 2.0, "disk_read_gb_s_2": 1.0}
+
+def table_rows(benchmark: Any, samples: dict[str, Any], limits_others: float = 0.0) -> list[str]:
+    """The table's lines below its head, for one capped phase."""
+    limits = {"memory_read_gb_s": 30.0, "disk_read_gb_s_1": 2.0, "disk_read_gb_s_2": 1.0, "others_cores": limits_others}
     machine = {"processor": "P", "cores": 2, "memory_bytes": 2**34, "system": "S", "readahead_kib": 128, "threads": 2}
     results = {
         "machine": machine,
         "plan": {"fixed_bytes": 2**28, "all_experts_bytes": 2**30, "touched_bytes_per_token": 3e8},
         "phases": {"decode-60": {"cap_bytes": 2**30, "limits": limits, "samples": samples}},
     }
-    rows = benchmark("speed_report").format_table(json.loads(json.dumps(results))).splitlines()
-    assert "| 10.0 (9.0 to 50.0) |" in rows[2]
-    assert "disk 50%" in rows[2]
-    assert "| 5.00x |" in rows[3]
-    assert killed["failed"] in rows[4]
+    return benchmark("speed_report").format_table(json.loads(json.dumps(results))).splitlines()[2:]
+
+
+def test_table_has_medians_ratios_and_failures(benchmark: Any) -> None:
+    killed = {"failed": "exit code -9 under the cap"}
+    ours = [sample_of(9), sample_of(10), sample_of(50)]
+    rows = table_rows(benchmark, {"moepack 4 bit": ours, "small": [sample_of(2)], "large": [killed]})
+    assert "| 10.0 (9.0 to 50.0) | 3 of 3 |" in rows[0]
+    assert "disk 50%" in rows[0]
+    assert "| 5.00x |" in rows[1]
+    assert killed["failed"] in rows[2]
+
+
+def test_disturbed_runs_and_limits_make_no_claims(benchmark: Any) -> None:
+    ours = [sample_of(10), sample_of(3, others=0.9), sample_of(4, others=0.8)]
+    rows = table_rows(benchmark, {"moepack 4 bit": ours, "peer": [sample_of(2, others=0.5)]}, limits_others=1.0)
+    assert "| 10.0 (10.0 to 10.0) | 1 of 3 |" in rows[0]
+    assert "disk" not in rows[0]
+    assert "none quiet" in rows[1]
+    assert not any(cell.endswith("x") for cell in rows[1].split())
+
+
+def test_a_disturbed_measurement_is_repeated_whatever_its_result(benchmark: Any) -> None:
+    speed = benchmark("speed")
+    planned = [sample_of(99, others=0.5), sample_of(1), sample_of(50)]
+    assert speed.until_quiet(iter(planned).__next__) == planned[:2]
+    assert len(speed.until_quiet(lambda: sample_of(9, others=1.0))) == speed.ATTEMPTS
+
+
+def test_a_lap_tells_own_work_from_that_of_others(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    laps = benchmark("laps")
+    monkeypatch.setattr(laps, "_busy_s", iter([10.0, 12.0]).__next__)
+    monkeypatch.setattr(laps.time, "process_time", iter([1.0, 1.5]).__next__)
+    lap = laps.Meter().lap()
+    assert (lap["cpu_s"], lap["others_s"]) == (0.5, 1.5)

@@ -1,9 +1,11 @@
-"""The threads that read: they end with their store, and what goes wrong in one reaches the one who waits."""
+"""The threads that read: they end with their store, allocate nothing, and tell the one who waits what went wrong."""
 
 from __future__ import annotations
 
 import gc
 import threading
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,20 @@ def test_a_failure_in_a_reading_thread_reaches_the_one_who_waits() -> None:
     assert done is not None
     assert isinstance(done.error, MemoryError)
     queue.close()
+
+
+def test_a_read_allocates_no_memory(demo_pack: Callable[[int], Path]) -> None:
+    with Pack.open(demo_pack(16)) as pack:
+        store = ExpertStore(pack, 8)
+        assert store.slot_bytes >= 2**16  # so that a copy of a block would stand out
+        for layer in range(8):
+            list(store.fetch(layer, range(8)))
+        before = store.counts.misses
+        tracemalloc.start()
+        for step in range(40):
+            list(store.fetch(step % 8, range(8), in_order=step % 2 == 0))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        store.close()
+    assert store.counts.misses - before >= 40 * 4
+    assert peak < store.slot_bytes / 2, f"{peak} bytes at once"

@@ -135,11 +135,9 @@ def test_every_expert_comes_once_and_is_the_files(
     assert (store.counts.hits == 24) == (num_slots == 24)
 
 
-@pytest.mark.parametrize("name", ["mixed"])
-def test_blocks_of_different_sizes_share_slots(make_store: Callable[..., ExpertStore], name: str) -> None:
+def test_blocks_of_different_sizes_share_slots(make_store: Callable[..., ExpertStore]) -> None:
     """Tiers of other widths in the same slot, after one another: each has its own views."""
-    golden = Path(__file__).parent / "golden" / "v1" / name
-    with Pack.open(golden) as pack:
+    with Pack.open(Path(__file__).parent / "golden" / "v1" / "mixed") as pack:
         store = make_store(1, pack=pack)
         assert store.slot_bytes == largest_block(pack) == 49152
         for layer, expert in ((0, 0), (1, 0), (0, 1), (1, 1), (0, 0)):
@@ -164,6 +162,16 @@ def test_hits_come_first_and_are_not_waited_for(make_store: Callable[..., Expert
     assert sorted(ids_of(batches)) == [0, 2]
     assert store.counts.io_wait_s > waited
     assert (store.counts.hits, store.counts.misses) == (2, 4)
+
+
+def test_the_first_batch_is_empty_if_nothing_is_in_memory(make_store: Callable[..., ExpertStore], gate: Gate) -> None:
+    store = make_store(24)
+    gate.close()
+    batches = store.fetch(0, [3, 4])
+    assert next(batches) == []
+    assert store.counts.io_wait_s == 0
+    gate.open()
+    assert sorted(ids_of(batches)) == [3, 4]
 
 
 def test_reads_start_with_the_call_and_run_side_by_side(make_store: Callable[..., ExpertStore], gate: Gate) -> None:
