@@ -3,6 +3,8 @@
 It is not an extension module: it links neither Python nor torch, so one wheel of a platform serves every Python.
 """
 
+import platform
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -10,6 +12,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("kernels/native")
+IS_ARM_LINUX = sys.platform == "linux" and platform.machine() == "aarch64"
 
 
 class BuildLibrary(build_ext):
@@ -17,6 +20,17 @@ class BuildLibrary(build_ext):
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        """Some files need a target of their own, which setuptools knows for whole extensions only."""
+        compile_file = self.compiler._compile
+
+        def compile_for_target(obj: str, src: str, suffix: str, cc_args: list, postargs: list, pp_opts: list) -> None:
+            target = ["-march=armv8.2-a+dotprod"] if IS_ARM_LINUX and src.endswith("isa_neon.cpp") else []
+            compile_file(obj, src, suffix, cc_args, [*postargs, *target], pp_opts)
+
+        self.compiler._compile = compile_for_target
+        super().build_extension(ext)
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return []

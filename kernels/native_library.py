@@ -81,7 +81,7 @@ def count_threads() -> int:
 
 
 def isa() -> str:
-    """The instruction set in use: avx512, avx2, neon or portable."""
+    """The instruction set in use: amx, avx512, avx2, neon or portable."""
     return declare("isa", returns=ctypes.c_char_p)().decode()
 
 

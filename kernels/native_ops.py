@@ -48,7 +48,7 @@ class NativeOps(FloatOps, TokenOps):
 
     def embed(self, matrix: Matrix, token_ids: torch.Tensor) -> torch.Tensor:
         out = torch.empty(len(token_ids), matrix.in_features)
-        token_ids = token_ids.contiguous()
+        token_ids = token_ids.to(torch.int64).contiguous()
         self._embed(out.data_ptr(), place(matrix), token_ids.data_ptr(), len(token_ids))
         return out
 
@@ -62,7 +62,7 @@ class NativeOps(FloatOps, TokenOps):
     def add_expert(
         self, out: torch.Tensor, x: torch.Tensor, expert: Expert, tokens: torch.Tensor, weights: torch.Tensor
     ) -> None:
-        x, weights, tokens = floats(x), floats(weights), tokens.contiguous()
+        x, weights, tokens = floats(x), floats(weights), tokens.to(torch.int64).contiguous()
         self._add_expert(
             out.data_ptr(),
             x.data_ptr(),

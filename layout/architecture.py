@@ -29,6 +29,9 @@ FIXED = {
 }
 
 
+MAX_CONV_TAPS = 8  # what the kernels hold; every model of the family has 4
+
+
 @dataclass(frozen=True)
 class Architecture:
     """The text model. Names are the config's own; sizes in elements."""
@@ -120,7 +123,7 @@ class Architecture:
             linear_num_value_heads=number.integer("linear_num_value_heads", 32),
             linear_key_head_dim=number.integer("linear_key_head_dim", 128),
             linear_value_head_dim=number.integer("linear_value_head_dim", 128),
-            linear_conv_kernel_dim=number.integer("linear_conv_kernel_dim", 4, low=2),
+            linear_conv_kernel_dim=number.integer("linear_conv_kernel_dim", 4, low=2, high=MAX_CONV_TAPS),
             num_experts=number.integer("num_experts", 256, high=MAX_EXPERTS),
             num_experts_per_tok=number.integer("num_experts_per_tok", 8),
             moe_intermediate_size=number.integer("moe_intermediate_size", 512),

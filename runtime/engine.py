@@ -106,6 +106,8 @@ class Engine:
         budget = parse_size(memory) if isinstance(memory, str) else memory
         budget = default_budget_bytes() if budget is None else budget
         plan = plan_memory(opened, architecture, budget, context, process_bytes)
+        if policy not in POLICIES:
+            raise UsageError(f"eviction policy {policy!r}: expected one of {', '.join(POLICIES)}")
         store = ExpertStore(opened, plan.num_slots, policy=POLICIES[policy](), verify_reads=verify_reads)
         weights = ResidentWeights.load(opened, architecture)
         model = Qwen35(architecture, weights, store, ops, prefetch)
@@ -151,7 +153,7 @@ class Engine:
 
         Where the chunks are cut does not change what a token computes: they end at multiples of DeltaNet's own chunk.
         """
-        for chunk in split_chunks(torch.tensor(token_ids), self.memory_plan.prefill_chunk):
+        for chunk in split_chunks(torch.tensor(token_ids, dtype=torch.int64), self.memory_plan.prefill_chunk):
             part = len(chunk) / self.architecture.num_hidden_layers
             yield self.model(chunk, state, functools.partial(on_progress, part))
 

@@ -1,7 +1,7 @@
 """Reads of expert blocks in the background: a few threads between the store and the pack's files.
 
 A thread per read in flight, each in one preadv with Python's lock released: four of them read an SSD at its limit while
-all cores compute (EXPERIMENTS.md), and io_uring brought nothing on top, so it is left out. Reads that somebody waits
+all cores compute (EXPERIMENTS.md). io_uring measured no better than threads and is left out. Reads that somebody waits
 for come first; hints run one at a time, and only while there are none of the others.
 
     queue = ReadQueue(BlockReader(pack, ReadOptions()).read, depth=4)

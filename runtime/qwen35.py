@@ -98,8 +98,7 @@ class GatedAttention:
         run = self.ops.fuse_attention(*weights, *sizes)
 
         def step(x: torch.Tensor, cache: KeyValueCache) -> None:
-            run(x, cache.keys, cache.values, cache.position)
-            cache.position += 1
+            run(x, cache.keys, cache.values, cache.next_position())
 
         return step
 

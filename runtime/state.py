@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from moepack.layout.architecture import LINEAR, Architecture
+from moepack.layout.errors import UsageError
 
 FLOAT_BYTES = 4
 
@@ -32,6 +33,13 @@ class KeyValueCache:
     keys: torch.Tensor
     values: torch.Tensor
     position: int = 0
+
+    def next_position(self) -> int:
+        """The place of one more token, taken. Raises UsageError if the cache is full."""
+        if self.position == self.keys.shape[1]:
+            raise UsageError(f"the state holds {self.position} positions: make a new one for more")
+        self.position += 1
+        return self.position - 1
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store keys and values [T, Hkv, Dh] of the next T positions and return all so far, [Hkv, S, Dh]."""

@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -172,7 +172,7 @@ def test_a_disturbed_measurement_is_repeated_whatever_its_result(benchmark: Any)
 
 def test_a_lap_tells_own_work_from_that_of_others(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     laps = benchmark("laps")
-    monkeypatch.setattr(laps, "_busy_s", iter([10.0, 12.0]).__next__)
-    monkeypatch.setattr(laps.time, "process_time", iter([1.0, 1.5]).__next__)
-    lap = laps.Meter().lap()
-    assert (lap["cpu_s"], lap["others_s"]) == (0.5, 1.5)
+    own = [SimpleNamespace(user=user) for user in (1.0, 1.5)]
+    monkeypatch.setattr(laps, "_all_users_s", iter([10.0, 12.0]).__next__)
+    monkeypatch.setattr(laps, "os", SimpleNamespace(times=iter(own).__next__))
+    assert laps.Meter().lap()["others_s"] == 1.5

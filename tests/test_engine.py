@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -249,3 +250,23 @@ def test_an_odd_model_runs(tmp_path: Path) -> None:
     with torch.inference_mode():
         steps = [engine.model.logits(engine.model(torch.tensor([token]), state)) for token in IDS[:70]]
     assert (torch.cat(steps) - prefill).abs().max() <= DECODE_TOLERANCE * prefill.abs().max()
+
+
+def test_ids_of_any_integer_type_are_the_same_prompt(engine: Engine) -> None:
+    expected = list(engine.generate(IDS[:20], GREEDY))
+    for dtype in (np.int32, np.uint16, np.int64):
+        assert list(engine.generate(np.array(IDS[:20], dtype=dtype), GREEDY)) == expected
+
+
+def test_a_full_state_refuses_another_token(engine: Engine) -> None:
+    state = engine.new_state(3)
+    with torch.inference_mode():
+        for token in IDS[:3]:
+            engine.model(torch.tensor([token]), state)
+        with pytest.raises(UsageError, match="the state holds 3 positions"):
+            engine.model(torch.tensor([IDS[3]]), state)
+
+
+def test_an_unknown_policy_is_refused(tiny_pack: Path) -> None:
+    with pytest.raises(UsageError, match="eviction policy 'best': expected one of lru"):
+        Engine.open(tiny_pack, policy="best")

@@ -1,4 +1,5 @@
 // The operations on float32 activations and states: shapes and threads. One exported function per operation.
+#include <algorithm>
 #include <atomic>
 
 #include "float_ops.h"
@@ -18,8 +19,10 @@ float* thread_scratch(int64_t floats) {
     return scratch.get<float>(floats);
 }
 
+constexpr int64_t MOST_PARTIAL_FLOATS = 1 << 22;  // of attention, kept between calls: 16 MiB
+
 // Rows that make a share worth a thread.
-int64_t row_grain(int64_t width) { return width < SPLIT_FLOATS ? SPLIT_FLOATS / width : 1; }
+int64_t row_grain(int64_t width) { return width < SPLIT_FLOATS ? SPLIT_FLOATS / std::max(width, int64_t(1)) : 1; }
 
 // Run task(i) for i in [0, count), each by whichever thread is free.
 template <class Task> void share_tasks(int64_t count, const Task& task) {
@@ -108,7 +111,8 @@ API void moepack_gated_delta(float* out, const float* q, int64_t q_stride, const
 }
 
 // Blocks of queries are the tasks, the costliest first. A few queries over a long context, as in decoding, would leave
-// threads without work: there every tile of keys is a task, and the results are folded in the same order as otherwise.
+// threads without work: there every tile of keys is a task, and the results are folded in the same order as otherwise,
+// as long as the partial results are not more than the memory plan has room for.
 // Shapes: struct Attention.
 API void moepack_attention(float* out, const float* q, const float* keys, int64_t key_head_stride, const float* values,
                            int64_t value_head_stride, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t context,
@@ -117,7 +121,8 @@ API void moepack_attention(float* out, const float* q, const float* keys, int64_
     const FloatKernels& floats = kernels().floats;
     const int64_t step = a.group() < QUERY_ROWS ? QUERY_ROWS / a.group() : 1, blocks = (a.tokens + step - 1) / step;
     const int64_t tiles = (a.context + KEY_TILE - 1) / KEY_TILE;
-    if (blocks > 1 || tiles == 1 || Pool::get().size() == 1) {
+    const int64_t partial = floats.attend_partial(a, a.tokens);
+    if (blocks > 1 || tiles == 1 || Pool::get().size() == 1 || a.kv_heads * tiles * partial > MOST_PARTIAL_FLOATS) {
         share_tasks(blocks * a.kv_heads, [&](int64_t task) {
             const int64_t first = (blocks - 1 - task / a.kv_heads) * step;
             const int64_t count = a.tokens - first < step ? a.tokens - first : step;
@@ -126,7 +131,6 @@ API void moepack_attention(float* out, const float* q, const float* keys, int64_
         return;
     }
     static thread_local Scratch memory;
-    const int64_t partial = floats.attend_partial(a, a.tokens);
     float* partials = memory.get<float>(a.kv_heads * tiles * partial);
     share_tasks(a.kv_heads * tiles, [&](int64_t task) {
         floats.attend_tile(a, {task / tiles, 0, a.tokens}, task % tiles, partials + task * partial,

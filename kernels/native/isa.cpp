@@ -9,6 +9,7 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -46,6 +47,18 @@ bool may_use_amx() {
 }
 #endif
 
+#if defined(__aarch64__)
+// Every processor of Apple's has it; of the others, those from ARMv8.2 on.
+bool has_dot_product() {
+#if defined(__linux__)
+    constexpr unsigned long ASIMDDP = 1ul << 20;  // HWCAP_ASIMDDP
+    return getauxval(AT_HWCAP) & ASIMDDP;
+#else
+    return true;
+#endif
+}
+#endif
+
 // Best first.
 std::vector<Choice> choices() {
 #if defined(__x86_64__)
@@ -56,7 +69,7 @@ std::vector<Choice> choices() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
     return {{&amx::KERNELS, avx512 && may_use_amx()}, {&avx512::KERNELS, avx512}, {&avx2::KERNELS, avx2}, {&portable::KERNELS, true}};
 #elif defined(__aarch64__)
-    return {{&neon::KERNELS, true}, {&portable::KERNELS, true}};
+    return {{&neon::KERNELS, has_dot_product()}, {&portable::KERNELS, true}};
 #else
     return {{&portable::KERNELS, true}};
 #endif

@@ -7,11 +7,9 @@
 #include "kernels.h"
 #include "scratch.h"
 
+// GCC for arm64 does not give a pragma's target to templates: there, setup.py sets it for this file.
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("+dotprod")
 #endif
 
 namespace moepack {
@@ -27,7 +25,5 @@ constexpr const char* ISA_NAME = "neon";
 
 #if defined(__clang__)
 #pragma clang attribute pop
-#else
-#pragma GCC pop_options
 #endif
 #endif

@@ -166,7 +166,7 @@ void add_expert_part(float* out, const float* x, const int64_t* tokens, const fl
     const int64_t width = expert.gate->rows;
     float *gate = gates.get<float>(count * width), *up = ups.get<float>(count * width), *y = results.get<float>(count * down.rows);
     float* const halves[] = {gate, up};
-    Activations in[2], hidden;
+    Activations in[2] = {}, hidden = {};
     const bool shared = expert.gate->bits == expert.up->bits && expert.gate->group_size == expert.up->group_size;
     for (int i = 0; i < 2; ++i)
         if (as_int8(*inputs[i], exact)) in[i] = i == 1 && shared && as_int8(*inputs[0], exact) ? in[0] : input_buffers[i].shape(count, *inputs[i], false);

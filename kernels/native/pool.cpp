@@ -2,6 +2,8 @@
 
 #include <pthread.h>
 
+#include <system_error>
+
 namespace moepack {
 
 namespace {
@@ -48,8 +50,11 @@ void Pool::resize(int threads) {
 }
 
 void Pool::start() {
-    for (int thread = 1; thread < threads_; ++thread)
-        workers_.emplace_back(&Pool::work_loop, this, thread, round_.load());
+    try {
+        for (int thread = 1; thread < threads_; ++thread) workers_.emplace_back(&Pool::work_loop, this, thread, round_.load());
+    } catch (const std::system_error&) {  // the system gives no more: go on with those that there are
+        threads_ = int(workers_.size()) + 1;
+    }
 }
 
 void Pool::stop() {

@@ -40,7 +40,6 @@ INLINE f32x16 load_bf16(const uint16_t* from) {
     return (f32x16)(__builtin_convertvector(half, u32x16) << 16);
 }
 
-INLINE f32x16 to_float(i32x16 value) { return __builtin_convertvector(value, f32x16); }
 INLINE f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
 INLINE f32x16 min(f32x16 a, f32x16 b) { return a < b ? a : b; }
 INLINE f32x16 abs(f32x16 a) { return (f32x16)((u32x16)a & 0x7fffffffu); }
@@ -68,7 +67,7 @@ INLINE float largest(f32x16 value) {
 
 // e^x by 2^n * p(r), |r| <= ln(2)/2: relative error below 2e-7 on [-87, 88], clamped outside.
 INLINE f32x16 exp(f32x16 x) {
-    x = max(min(x, splat(88.0f)), splat(-87.0f));
+    x = max(splat(-87.0f), min(splat(88.0f), x));  // in this order a NaN stays one
     const f32x16 shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum is rounded to an integer
     const f32x16 n = shifted - 12582912.0f;
     f32x16 r = x - n * 0.693359375f;
