@@ -20,8 +20,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from laps import Meter, others_cores
 
+from laps import Meter, others_cores
 from moepack.kernels.native_library import set_threads
 from moepack.kernels.native_ops import read_stream
 from moepack.layout.reader import Pack

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from laps import Meter, peak_rss_bytes
-
 from moepack.runtime import Engine, SamplingParams
 
 

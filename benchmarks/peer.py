@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
+
 from laps import Meter, peak_rss_bytes
 
 # How weights get into memory: (load mode, whether they are rewritten for the processor's matrix instructions).
