@@ -57,7 +57,7 @@ def evaluate(arguments: argparse.Namespace, packs: dict[int, Path], bits: int, k
     given = arguments.text if kind == "text" else arguments.tools
     kept = arguments.work / f"experts{bits}_{kind}_{given.stem}.json"
     if not (arguments.reuse and kept.exists()):
-        command = [BIN / "moe-run", "eval", packs[bits], f"--{kind}", given, "--threads", "1", "--json"]
+        command = [BIN / "moe-run", "eval", packs[bits], f"--{kind}", given, "--threads", "1", "--exact", "--json"]
         command += ["--memory", "2GiB"]
         command += ["--reference", packs[16]] if kind == "text" else []
         kept.write_bytes(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
