@@ -35,7 +35,9 @@ EXPERTS = typer.Option(
 EXACT = typer.Option(False, "--exact", help="float32 arithmetic on every backend.")
 VERIFY_READS = typer.Option(False, "--verify-reads", help="Check every block that is read against its checksum.")
 PREFETCH = typer.Option(
-    False, "--prefetch/--no-prefetch", help="While the disk is idle, read what the next layer's router would pick now."
+    None,
+    "--prefetch/--no-prefetch",
+    help="While the disk is idle, read what the next layer's router would pick now.  [default: if experts do not fit]",
 )
 LONG_PROMPT = 256  # tokens from which the prefill shows a progress bar
 

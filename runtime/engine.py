@@ -79,7 +79,7 @@ class Engine:
         process_bytes: int | None = None,
         tokenizer: Tokenizer | None = None,
         verify_reads: bool = False,
-        prefetch: bool = False,
+        prefetch: bool | None = None,
         policy: str = LeastRecentlyUsed.name,
     ) -> Engine:
         """Open a pack and load its resident weights.
@@ -93,7 +93,8 @@ class Engine:
         process_bytes       memory that the process takes beside this engine; measured if not given
         tokenizer           the pack's tokenizer, if the caller has loaded it already
         verify_reads        compare every block that is read with its checksum
-        prefetch            read the experts that the next layer's router would pick now, while the disk is idle
+        prefetch            read the experts that the next layer's router would pick now, while the disk is idle;
+                            default: where not all experts fit in memory
         policy              which expert makes room for another: a name of layout/eviction.py
 
         Raises DamagedPack, UnsupportedVersion, UsageError, or MemoryBudgetError with the numbers.
@@ -110,6 +111,8 @@ class Engine:
             raise UsageError(f"eviction policy {policy!r}: expected one of {', '.join(POLICIES)}")
         store = ExpertStore(opened, plan.num_slots, policy=POLICIES[policy](), verify_reads=verify_reads)
         weights = ResidentWeights.load(opened, architecture)
+        if prefetch is None:
+            prefetch = plan.num_slots < architecture.num_hidden_layers * architecture.num_experts
         model = Qwen35(architecture, weights, store, ops, prefetch)
         return cls(opened, architecture, model, store, tokenizer, plan, context, device, weights.is_locked)
 

@@ -179,7 +179,9 @@ def test_the_number_of_threads_does_not_change_a_bit(demo_pack: Callable[[int], 
     assert torch.equal(logits[0], logits[2])
 
 
-@pytest.mark.parametrize("options", [{"prefetch": True}, {"verify_reads": True}, {"policy": "lfu"}])
+@pytest.mark.parametrize(
+    "options", [{"prefetch": True}, {"prefetch": False}, {"verify_reads": True}, {"policy": "lfu"}]
+)
 def test_how_experts_are_read_does_not_change_a_token(demo_pack: Callable[[int], Path], options: dict) -> None:
     plain = Engine.open(demo_pack(4), max_context=128)
     plan = plain.memory_plan
@@ -265,6 +267,17 @@ def test_a_full_state_refuses_another_token(engine: Engine) -> None:
             engine.model(torch.tensor([token]), state)
         with pytest.raises(UsageError, match="the state holds 3 positions"):
             engine.model(torch.tensor([IDS[3]]), state)
+
+
+def test_the_next_layers_experts_are_read_ahead_where_not_all_fit(demo_pack: Callable[[int], Path]) -> None:
+    whole = Engine.open(demo_pack(4), max_context=128)
+    plan = whole.memory_plan
+    budget = plan.total_bytes - (plan.num_slots - 60) * plan.slot_bytes
+    small = Engine.open(demo_pack(4), memory=budget, max_context=128, process_bytes=plan.process_bytes)
+    for engine in (whole, small):
+        list(engine.generate(IDS[:20], GREEDY))
+    assert whole.store.counts.prefetched == 0
+    assert small.store.counts.prefetched > small.store.counts.prefetch_used > 0
 
 
 def test_an_unknown_policy_is_refused(tiny_pack: Path) -> None:
