@@ -137,7 +137,7 @@ def draw(scores: NDArray[Any], params: SamplingParams, random: float) -> int:
 def keep(scores: NDArray[Any], params: SamplingParams, reach: float = 1.0) -> tuple[Any, NDArray[np.float64], float]:
     """What temperature, top-k, top-p and min-p leave of scores [V].
 
-    returns   ids [n] by descending probability, then id; the cumulated weights [n] of them, the likeliest having
+    returns   ids [n] by descending score, then id; the cumulated weights [n] of them, the likeliest having
               weight 1; the weight of all tokens after top-k
     reach     the tail past this share of the total may be left out: sorting a quarter million tokens takes longer
               than all the rest, and those that cannot be drawn need no order
@@ -153,7 +153,8 @@ def keep(scores: NDArray[Any], params: SamplingParams, reach: float = 1.0) -> tu
     # All tokens below this together weigh less than half of what lies past the reach, so none of them is within it.
     floor = (1 - min(reach, params.top_p)) * total / (2 * len(weights))
     near = np.flatnonzero(weights >= max(floor, params.min_p, SMALLEST_WEIGHT))
-    near = near[np.argsort(-weights[near], kind="stable")]
+    # By score, not by weight: two scores one rounding apart may have weights that are equal, or not.
+    near = near[np.argsort(-scores[near], kind="stable")]
     mass = np.cumsum(weights[near])
     if params.top_p < 1:
         count = int(np.searchsorted(mass, params.top_p * total, side="left")) + 1

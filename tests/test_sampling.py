@@ -241,8 +241,10 @@ some_params = st.builds(
 
 def by_definition(logits: Any, params: SamplingParams) -> tuple[list[int], list[float]]:
     """The kept tokens and their weights one rule after the other, in the words of the SamplingParams docstring."""
-    weights = {i: math.exp((float(x) - float(max(logits))) / params.temperature) for i, x in enumerate(logits)}
-    order = sorted((i for i in weights if weights[i] > 0), key=lambda i: (-weights[i], i))
+    # numpy's exp, as in keep(): math.exp may round the other way, and a threshold would then tell them apart.
+    scaled = [(float(x) - float(max(logits))) / params.temperature for x in logits]
+    weights = np.exp(np.array(scaled)).tolist()
+    order = sorted((i for i, weight in enumerate(weights) if weight > 0), key=lambda i: (-logits[i], i))
     if 0 < params.top_k < len(logits):
         last = sorted(logits, reverse=True)[params.top_k - 1]
         order = [i for i in order if logits[i] >= last]
