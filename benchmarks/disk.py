@@ -27,11 +27,11 @@ from pathlib import Path
 
 import numpy as np
 
+from moepack.layout.pages import Pages
 from moepack.layout.reader import Pack
 from moepack.layout.storage import DataFile
 from moepack.runtime.expert_io import ReadOptions
 from moepack.runtime.expert_store import ExpertStore, largest_block
-from moepack.runtime.pages import Pages
 
 SLOT_BYTES_IN_ALL = 256 * 2**20  # few experts, so that nearly every fetch misses
 LOAD_BYTES = 64 * 2**20  # a thread of load reads so much again and again: more than caches hold

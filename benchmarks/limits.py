@@ -24,8 +24,8 @@ import torch
 from laps import Meter, others_cores
 from moepack.kernels.native_library import set_threads
 from moepack.kernels.native_ops import read_stream
+from moepack.layout.pages import Pages
 from moepack.layout.reader import Pack
-from moepack.runtime.pages import Pages
 
 STREAM_BYTES = 2**30
 STREAM_ROUNDS = 5

@@ -13,7 +13,8 @@ import functools
 
 import torch
 
-from moepack.kernels.native_library import ADDRESS, FLOAT, INT, declare, floats
+from moepack.kernels.native_library import ADDRESS, FLOAT, INT, declare
+from moepack.kernels.native_matrix import floats
 
 MAX_CONV_TAPS = 8  # CONV_TAPS of native/rows.inl
 

@@ -17,7 +17,8 @@ import torch
 
 from moepack.kernels.matrix import Expert, Matrix
 from moepack.kernels.native_floats import FloatOps
-from moepack.kernels.native_library import ADDRESS, INT, declare, floats, place
+from moepack.kernels.native_library import ADDRESS, INT, declare
+from moepack.kernels.native_matrix import floats, place
 from moepack.kernels.native_token import TokenOps
 
 FLOAT_BYTES = 4

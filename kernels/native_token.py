@@ -18,7 +18,8 @@ import torch
 
 from moepack.kernels.matrix import Matrix
 from moepack.kernels.native_floats import angles
-from moepack.kernels.native_library import ADDRESS, FLOAT, INT, declare, place
+from moepack.kernels.native_library import ADDRESS, FLOAT, INT, declare
+from moepack.kernels.native_matrix import place
 
 Mix = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 

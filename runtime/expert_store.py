@@ -23,9 +23,9 @@ import torch
 from moepack.kernels.matrix import Expert
 from moepack.layout.eviction import EvictionPolicy, Key, LeastRecentlyUsed, is_flushing_scan
 from moepack.layout.geometry import BlockGeometry
+from moepack.layout.pages import Pages
 from moepack.layout.reader import Pack
 from moepack.runtime.expert_io import BlockReader, Read, ReadOptions, ReadQueue
-from moepack.runtime.pages import Pages
 
 JOINED_BYTES = 4 * 2**20  # neighbours read in one call, in order: small blocks come twice as fast
 READ_AHEAD_BYTES = 32 * 2**20  # how far reads run ahead of the consumer, in order

@@ -19,10 +19,10 @@ from moepack.kernels.matrix import Expert, Matrix
 from moepack.layout.architecture import Architecture, resident_shapes
 from moepack.layout.errors import DamagedPack
 from moepack.layout.geometry import MatrixGeometry, align_up
+from moepack.layout.pages import HUGE_PAGE_BYTES, Pages
 from moepack.layout.reader import Pack
 from moepack.layout.spec import PROJECTIONS, RESIDENT_NAME, SECTION_ALIGNMENT
 from moepack.layout.storage import DIRECT_ALIGNMENT
-from moepack.runtime.pages import HUGE_PAGE_BYTES, Pages
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 UNUSED_PREFIX = "mtp."

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from moepack.kernels.matrix import Expert
 from moepack.layout.errors import DamagedPack
 from moepack.layout.eviction import POLICIES, Key
+from moepack.layout.pages import HUGE_PAGE_BYTES, Pages
 from moepack.layout.reader import Pack
 from moepack.runtime.expert_io import ReadOptions
 from moepack.runtime.expert_store import MAX_HINTS, Batch, ExpertStore, largest_block
-from moepack.runtime.pages import HUGE_PAGE_BYTES, Pages
 
 EXPERTS = range(6)  # of the tiny model, in each of 4 layers; its blocks all have the same size
 LAYERS = range(4)

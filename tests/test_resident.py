@@ -14,10 +14,10 @@ import torch
 
 from conftest import make_pack
 from moepack.layout.errors import DamagedPack
+from moepack.layout.pages import HUGE_PAGE_BYTES
 from moepack.layout.reader import Pack
 from moepack.layout.spec import RESIDENT_NAME
 from moepack.runtime.engine import read_architecture
-from moepack.runtime.pages import HUGE_PAGE_BYTES
 from moepack.runtime.resident import ResidentWeights
 from tiny_checkpoint import TinyModel, write_checkpoint
 
@@ -99,5 +99,5 @@ def test_a_failed_read_is_tried_once_more(tiny_pack: Path, monkeypatch: pytest.M
 
 def test_memory_that_may_not_be_locked_is_no_error(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(load(tiny_pack)[1].is_locked, bool)
-    monkeypatch.setattr("moepack.runtime.pages.Pages.lock", lambda pages: False)
+    monkeypatch.setattr("moepack.layout.pages.Pages.lock", lambda pages: False)
     assert load(tiny_pack)[1].is_locked is False

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moepack.layout.pages import HUGE_PAGE_BYTES, Pages
 from moepack.layout.storage import DIRECT_ALIGNMENT, DataFile
-from moepack.runtime.pages import HUGE_PAGE_BYTES, Pages
 
 SIZE = 5 * DIRECT_ALIGNMENT + 1000
 needs_direct = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="needs a system with O_DIRECT")
@@ -170,7 +170,7 @@ def test_pages_start_on_a_huge_page_and_are_zero() -> None:
 def test_memory_without_huge_pages_is_memory_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     setting = tmp_path / "enabled"
     setting.write_text("always madvise [never]\n")
-    monkeypatch.setattr("moepack.runtime.pages.THP_SETTING", setting)
+    monkeypatch.setattr("moepack.layout.pages.THP_SETTING", setting)
     assert not Pages(100).is_huge
     setting.unlink()  # a kernel built without them
     pages = Pages(100)
