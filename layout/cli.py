@@ -1,6 +1,7 @@
 """moe-inspect: what is in a pack, and is it whole.
 
 moe-inspect show PACK
+moe-inspect diff PACK OTHER
 moe-inspect verify PACK --quick
 moe-inspect trace ROUTING.jsonl --slots 500,40%
 """
@@ -8,6 +9,7 @@ moe-inspect trace ROUTING.jsonl --slots 500,40%
 from __future__ import annotations
 
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from moepack.layout.console import (
     print_table,
     run_app,
 )
-from moepack.layout.errors import EXIT_DAMAGED, UsageError
+from moepack.layout.difference import Difference, compare_packs
+from moepack.layout.errors import EXIT_DAMAGED, EXIT_FAILED, UsageError
 from moepack.layout.reader import Pack
 from moepack.layout.sizes import format_size
 from moepack.layout.summary import summarize
@@ -54,6 +57,28 @@ def show(pack: Path = PACK, as_json: bool = JSON) -> None:
         print_json(facts)
     else:
         _print_summary(facts)
+
+
+@app.command()
+def diff(
+    pack: Path = PACK,
+    other: Path = typer.Argument(metavar="OTHER", help="The pack to compare it with.", show_default=False),
+    as_json: bool = JSON,
+) -> None:
+    """Tell what differs between two packs: settings, model, tiers, experts, resident tensors, copied files.
+
+    Compares what the manifests say, digests included; the files themselves are verify's matter.
+
+    Exit code 0 if the packs are the same, 1 if anything differs.
+    """
+    with Pack.open(pack) as first, Pack.open(other) as second:
+        differences = compare_packs(first.manifest, second.manifest)
+    if as_json:
+        print_json({"same": not differences, "differences": [vars(difference) for difference in differences]})
+    else:
+        _print_differences(pack, other, differences)
+    if differences:
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()
@@ -156,6 +181,16 @@ def _print_verdict(pack: Path, problems: list[Problem], extent: str) -> None:
         log(f"for {count} of them: {repair}")
 
 
+def _print_differences(pack: Path, other: Path, differences: list[Difference]) -> None:
+    if not differences:
+        print(f"{pack} and {other}: the same")
+        return
+    for part, group in groupby(differences, key=lambda difference: difference.part):
+        print(f"{part}:")
+        for difference in group:
+            print(f"  {difference.text}")
+
+
 def _print_summary(facts: dict[str, Any]) -> None:
     print(f"{facts['pack']}: {facts['architecture']}, format version {facts['format_version']}")
     print(
@@ -163,19 +198,28 @@ def _print_summary(facts: dict[str, Any]) -> None:
         f"{facts['moe_intermediate_size']} x {facts['hidden_size']}, {facts['num_experts_per_tok']} per token; "
         f"{format_size(facts['size_bytes'])} in {facts['num_files']} files\n"
     )
+    blocks = [(title, facts[key]) for title, key in (("experts", "experts"), ("mtp experts", "mtp_experts"))]
+    blocks = [(title, part) for title, part in blocks if part]
     rows: list[tuple[str, ...]] = [("weights", "count", "size", "bits per weight")]
-    for title, part in (("experts", facts["experts"]), ("mtp experts", facts["mtp_experts"])):
-        if part:
-            rows.append(_row(title, part["weights"], part["payload_bytes"], part["bits_per_weight"]))
-    for title, part in facts["resident"]["classes"].items():
-        rows.append(_row(title, part["weights"], part["size_bytes"], part["bits_per_weight"]))
+    for title, part in blocks:
+        rows.append(_row(title, part["weights"], part["payload_bytes"], part["bits_per_weight"]))
+        for name, kind in part["classes"].items():
+            rows.append(_row(f"  {name}", kind["weights"], kind["payload_bytes"], kind["bits_per_weight"]))
+    resident = facts["resident"]
+    rows.append(_row("resident", resident["weights"], resident["payload_bytes"], resident["bits_per_weight"]))
+    for title, part in resident["classes"].items():
+        rows.append(_row(f"  {title}", part["weights"], part["size_bytes"], part["bits_per_weight"]))
     print_table(rows)
-    for title, part in (("experts", facts["experts"]), ("mtp experts", facts["mtp_experts"])):
-        if part:
-            share = part["padding_bytes"] / part["size_bytes"]
-            print(f"\n{title}: {part['blocks']} blocks in {part['layers']} files, {share:.1%} padding")
-            for tier, count in part["tiers"].items():
-                print(f"  {count} x {tier}")
+    print()
+    rows = [("blocks", "count", "bits", "groups", "stride", "padding", "share")]
+    for title, part in blocks:
+        for tier in part["tiers"]:
+            share = tier["padding_bytes"] / tier["block_stride"]
+            bits = "/".join(map(str, tier["bits"]))
+            groups = "/".join(str(size or "-") for size in tier["group_sizes"])
+            sizes = (format_size(tier[key]) for key in ("block_stride", "padding_bytes"))
+            rows.append((title, f"{tier['blocks']:,}", bits, groups, *sizes, f"{share:.1%}"))
+    print_table(rows)
     print(f"\ncopied files: {', '.join(facts['copied_files']) or 'none'}")
     provenance = facts["provenance"]
     settings = _object(provenance.get("settings"))

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
+from moepack.layout.geometry import BlockGeometry
 from moepack.layout.reader import Pack
 from moepack.layout.spec import FORMAT_VERSION, PROJECTIONS
 
@@ -24,6 +26,15 @@ RESIDENT_CLASSES = (
     ("deltanet", ("linear_attn.",)),
     ("norms", ("norm",)),
 )
+
+
+@dataclass
+class _ExpertFigures:
+    """Additive figures of one layer file: blocks of each kind, weights and payload of each projection."""
+
+    tiers: Counter[BlockGeometry] = field(default_factory=Counter)
+    weights: Counter[str] = field(default_factory=Counter)
+    payload_bytes: Counter[str] = field(default_factory=Counter)
 
 
 def summarize(pack: Pack) -> dict[str, Any]:
@@ -51,33 +62,54 @@ def summarize(pack: Pack) -> dict[str, Any]:
     }
 
 
-def _expert_layer(pack: Pack, layer: int) -> Counter[str]:
-    """Additive figures of one layer file; a tier is named by its schemes and stride."""
+def _expert_layer(pack: Pack, layer: int) -> _ExpertFigures:
     geometry, entry = pack.geometry(layer), pack.manifest.expert_files[layer]
-    figures: Counter[str] = Counter(size_bytes=geometry.size_bytes)
-    for tier_index in entry.expert_tiers:
-        block, schemes = geometry.tiers[tier_index], entry.tiers[tier_index]
-        figures["blocks"] += 1
-        figures["weights"] += block.num_weights
-        figures["payload_bytes"] += block.payload_bytes
-        label = "/".join(f"{schemes[name].bits}" for name in PROJECTIONS)
-        groups = "/".join(f"{schemes[name].group_size or '-'}" for name in PROJECTIONS)
-        figures[f"tier:bits {label} group {groups} stride {block.block_stride}"] += 1
+    figures = _ExpertFigures()
+    for tier_index, blocks in Counter(entry.expert_tiers).items():
+        block = geometry.tiers[tier_index]
+        figures.tiers[block] += blocks
+        for projection, matrix in block.matrices:
+            figures.weights[projection] += blocks * matrix.num_weights
+            figures.payload_bytes[projection] += blocks * matrix.payload_bytes
     return figures
 
 
-def _total(layers: list[Counter[str]]) -> dict[str, Any]:
-    total: Counter[str] = sum(layers, Counter())
-    padding = total["size_bytes"] - total["payload_bytes"]
+def _total(layers: list[_ExpertFigures]) -> dict[str, Any]:
+    tiers = sum((layer.tiers for layer in layers), Counter())
+    weights = sum((layer.weights for layer in layers), Counter())
+    payload = sum((layer.payload_bytes for layer in layers), Counter())
+    size_bytes = sum(block.block_stride * blocks for block, blocks in tiers.items())
     return {
         "layers": len(layers),
-        "blocks": total["blocks"],
-        "weights": total["weights"],
-        "size_bytes": total["size_bytes"],
-        "payload_bytes": total["payload_bytes"],
-        "padding_bytes": padding,
-        "bits_per_weight": 8 * total["payload_bytes"] / total["weights"],
-        "tiers": {key.removeprefix("tier:"): count for key, count in total.items() if key.startswith("tier:")},
+        "blocks": sum(tiers.values()),
+        "weights": sum(weights.values()),
+        "size_bytes": size_bytes,
+        "payload_bytes": sum(payload.values()),
+        "padding_bytes": size_bytes - sum(payload.values()),
+        "bits_per_weight": 8 * sum(payload.values()) / sum(weights.values()),
+        "classes": {
+            name: {
+                "weights": weights[name],
+                "payload_bytes": payload[name],
+                "bits_per_weight": 8 * payload[name] / weights[name],
+            }
+            for name in PROJECTIONS
+        },
+        "tiers": [_tier(block, blocks) for block, blocks in sorted(tiers.items(), key=lambda tier: -tier[1])],
+    }
+
+
+def _tier(block: BlockGeometry, blocks: int) -> dict[str, Any]:
+    """One kind of block; bits and group sizes in the order of the projections."""
+    schemes = [matrix.scheme for _, matrix in block.matrices]
+    return {
+        "blocks": blocks,
+        "bits": [scheme.bits for scheme in schemes],
+        "group_sizes": [scheme.group_size for scheme in schemes],
+        "block_stride": block.block_stride,
+        "payload_bytes": block.payload_bytes,
+        "padding_bytes": block.block_stride - block.payload_bytes,
+        "bits_per_weight": 8 * block.payload_bytes / block.num_weights,
     }
 
 
@@ -95,6 +127,7 @@ def _resident(pack: Pack) -> dict[str, Any]:
             weights[kind] += math.prod(tensor.shape) * 32 // resident.quantized[matrix].bits
     return {
         "size_bytes": resident.size_bytes,
+        "payload_bytes": sum(size_bytes.values()),
         "tensors": len(resident.tensors),
         "weights": sum(weights.values()),
         "bits_per_weight": 8 * sum(size_bytes.values()) / max(1, sum(weights.values())),

@@ -96,8 +96,17 @@ def test_show_prints_a_golden_pack() -> None:
     shown = moe_inspect("show", GOLDEN / "mixed")
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "2 layers, 2 experts of 64 x 96, 1 per token" in shown.stdout
-    assert "2 x bits 4/3/2 group 32/32/64 stride 16384" in shown.stdout
+    rows = [" ".join(line.split()) for line in shown.stdout.splitlines()]
+    assert "experts 2 4/3/2 32/32/64 16.00 KiB 7.38 KiB 46.1%" in rows
+    assert "mtp experts 2 2/2/2 32/32/32 16.00 KiB 9.25 KiB 57.8%" in rows
     facts = json.loads(moe_inspect("show", GOLDEN / "mixed", "--json").stdout)
     assert facts["experts"]["size_bytes"] == 7 * 16384
     assert facts["experts"]["padding_bytes"] + facts["experts"]["payload_bytes"] == 7 * 16384
+    assert [tier["blocks"] for tier in facts["experts"]["tiers"]] == [2, 1, 1]
+    assert (
+        sum(tier["blocks"] * tier["padding_bytes"] for tier in facts["experts"]["tiers"])
+        == (facts["experts"]["padding_bytes"])
+    )
+    by_class = facts["experts"]["classes"]
+    assert [by_class[name]["bits_per_weight"] for name in ("gate_proj", "up_proj", "down_proj")] == [8.75, 8.25, 7.375]
     assert facts["mtp_experts"]["bits_per_weight"] == 3.0  # 2 bits and a scale and a bias of 16 per group of 32
