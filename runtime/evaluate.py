@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from moepack.layout.errors import MoepackError, UsageError
-from moepack.runtime.chat import parse_tool_calls
+from moepack.runtime.answer import parse_tool_calls
 from moepack.runtime.engine import Engine
 from moepack.runtime.prompt import read_text
 from moepack.runtime.sampling import SamplingParams

@@ -1,4 +1,4 @@
-"""Chat: messages to a prompt exactly as transformers renders them, and answers back to reasoning and tool calls."""
+"""Chat: messages to a prompt exactly as transformers renders them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from moepack.layout.errors import MoepackError, UsageError
-from moepack.runtime.chat import ChatTemplate, ToolCall, opens_reasoning, parse_tool_calls, split_reasoning
+from moepack.runtime.answer import opens_reasoning
+from moepack.runtime.chat import ChatTemplate
 
 DEMO = Path(__file__).parents[1] / "demo" / "checkpoint"
 loaded = ChatTemplate.load(DEMO)
@@ -259,177 +258,6 @@ def test_prompts_are_those_of_transformers(theirs: Any, name: str, source: str |
     expected = theirs.apply_chat_template(messages, tools=tools, tokenize=False, **arguments)
     arguments.pop("chat_template", None)
     assert ours.render(messages, tools, **arguments) == expected
-
-
-# Answers
-
-
-def written(name: str = "f", **parameters: str) -> str:
-    """A call as the model writes it."""
-    inner = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in parameters.items())
-    return f"<tool_call>\n<function={name}>\n{inner}</function>\n</tool_call>"
-
-
-def tool(properties: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": "f", "parameters": {"properties": properties, **more}}}
-
-
-def test_answers_without_calls_are_left_alone() -> None:
-    for text in ("", "Hello \n", "<tool_call>", "use <function=f> here", "a </tool_call> b"):
-        assert parse_tool_calls(text, []) == (text, [])
-
-
-def test_text_before_calls_and_the_calls_in_order() -> None:
-    text = "Let me see.\n\n" + written(city="Oslo") + "\n" + written("g") + "\n"
-    assert parse_tool_calls(text) == ("Let me see.", [ToolCall("f", {"city": "Oslo"}), ToolCall("g", {})])
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>",
-        "<tool_call>\n<function=f>\n<parameter=a>\n1\n</function>\n</tool_call>",
-        "<tool_call>\n<function=f>\n<parameter=a>\n1\n<parameter=b>\n2\n</parameter>\n</function>\n</tool_call>",
-        "<tool_call>\n<function=f>\n<parameter=a\n1\n</parameter>\n</function>\n</tool_call>",
-        "<tool_call>\n<function=>\n</function>\n</tool_call>",
-        "<tool_call>\n<function=f>\n<parameter=a>\n<tool_call>\n<function=g>\n</parameter>\n</function>\n</tool_call>",
-        '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>',
-        "<tool_call>\n<function=f>\nsomething else\n</function>\n</tool_call>",
-        "<tool_call>\n<function=f>\n<parameter=a>\n1",
-    ],
-)
-def test_malformed_calls_stay_text(text: str) -> None:
-    assert parse_tool_calls(text) == (text, [])
-    good = ToolCall("g", {"x": "y"})
-    assert parse_tool_calls(f"{text}\n{written('g', x='y')}") == (text, [good])
-    before, calls = parse_tool_calls(f"A\n{written('g', x='y')}\n{text}")
-    assert (before, calls) == (f"A\n{text}", [good])
-
-
-def test_a_value_may_hold_markup_and_lines() -> None:
-    value = "\n  <b>\n</parameter>\n</tool_call> <tool_call>\n </function> <function=x>\n\n"
-    assert parse_tool_calls(written(code=value, last="")) == ("", [ToolCall("f", {"code": value, "last": ""})])
-
-
-@pytest.mark.parametrize(
-    ("schema", "raw", "expected"),
-    [
-        ({"type": "string"}, "3", "3"),
-        ({"type": "string"}, "null", "null"),
-        ({"type": "string"}, '{"a": 1}', '{"a": 1}'),
-        ({"type": "string"}, " spaced ", " spaced "),
-        ({"type": "integer"}, "3", 3),
-        ({"type": "integer"}, " -12 ", -12),
-        ({"type": "integer"}, "3.0", 3),
-        ({"type": "integer"}, "3.5", "3.5"),
-        ({"type": "integer"}, "true", "true"),
-        ({"type": "integer"}, "three", "three"),
-        ({"type": "integer"}, "9" * 5000, "9" * 5000),
-        ({"type": "number"}, "3", 3),
-        ({"type": "number"}, "2.5e3", 2500.0),
-        ({"type": "number"}, "NaN", "NaN"),
-        ({"type": "number"}, "1e999", "1e999"),
-        ({"type": "boolean"}, "true", True),
-        ({"type": "boolean"}, "False", False),
-        ({"type": "boolean"}, "1", "1"),
-        ({"type": "null"}, "None", None),
-        ({"type": "object"}, '{"a": [1, null], "b": "ü"}', {"a": [1, None], "b": "ü"}),
-        ({"type": "object"}, '{"a": 1', '{"a": 1'),
-        ({"type": "object"}, '{"a": Infinity}', '{"a": Infinity}'),
-        ({"type": "object"}, '{"a": "\\ud800"}', '{"a": "\\ud800"}'),
-        ({"type": "object"}, "[" * 100_000, "[" * 100_000),
-        ({"type": "array"}, "[1, 2]", [1, 2]),
-        ({"type": "array"}, '{"a": 1}', '{"a": 1}'),
-        ({"type": ["string", "null"]}, "null", None),
-        ({"type": ["string", "null"]}, "3", "3"),
-        ({"type": ["integer", "string"]}, "3", 3),
-        ({"type": ["integer", "string"]}, "many", "many"),
-        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, "None", None),
-        ({"oneOf": [{"type": "array"}, {"type": "string"}]}, "[1]", [1]),
-        ({"enum": ["1", "2"]}, "1", "1"),
-        ({"enum": [1, 2]}, "1", 1),
-        ({"const": True}, "True", True),
-        ({"$ref": "#/$defs/Days"}, "3", 3),
-        ({"$ref": "#/$defs/Self"}, "3", 3),
-        ({"$ref": "#/$defs/Missing"}, "3", 3),
-        ({}, "3", 3),
-        ({}, "True", True),
-        ({}, "text", "text"),
-        ({}, '"text"', '"text"'),
-        ({}, "007", "007"),
-        (None, "[1]", [1]),
-        ({"type": "surprise"}, "3", 3),
-        ({"type": {"a": 1}}, "3", 3),
-    ],
-)
-def test_values_are_typed_by_the_schema(schema: Any, raw: str, expected: Any) -> None:
-    definitions = {"Days": {"type": "integer"}, "Self": {"anyOf": [{"$ref": "#/$defs/Self"}]}}
-    _, [found] = parse_tool_calls(written(x=raw), [tool({"x": schema}, **{"$defs": definitions})])
-    assert found.arguments == {"x": expected}
-    assert type(found.arguments["x"]) is type(expected)
-
-
-@pytest.mark.parametrize(
-    "tools", [None, [], ["f"], [{}], [{"function": 3}], [{"name": "f"}], [tool({})], [{"name": "f", "parameters": 3}]]
-)
-def test_without_a_schema_values_are_read_as_json(tools: Any) -> None:
-    assert parse_tool_calls(written(x="3", y="three"), tools)[1] == [ToolCall("f", {"x": 3, "y": "three"})]
-
-
-def test_tools_without_the_outer_object_are_found() -> None:
-    assert parse_tool_calls(written(x="3"), [tool({"x": {"type": "string"}})["function"]])[1][0].arguments == {"x": "3"}
-
-
-pieces = st.sampled_from(
-    ["<tool_call>", "</tool_call>", "<function=f>", "</function>", "<parameter=x>", "</parameter>", "\n", "3", "text"]
-)
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@given(st.lists(pieces, max_size=30))
-def test_any_answer_parses(parts: list[str]) -> None:
-    text = "".join(parts)
-    before, calls = parse_tool_calls(text, [WEATHER])
-    assert calls or before == text
-
-
-@given(st.dictionaries(st.from_regex(r"[a-z]\w{0,8}", fullmatch=True), json_values | st.text(), max_size=4))
-def test_calls_survive_the_template(arguments: dict[str, Any]) -> None:
-    names = {bool: "boolean", int: "integer", float: "number", dict: "object", list: "array", str: "string"}
-    schema = {key: {"type": names.get(type(value), "null")} for key, value in arguments.items()}
-    history = [HI, {"role": "assistant", "content": "So:", "tool_calls": [call(arguments, "f")]}]
-    answer = template.render(history, add_generation_prompt=False).partition("</think>\n\n")[2]
-    assert parse_tool_calls(answer.removesuffix("<|im_end|>\n"), [tool(schema)]) == ("So:", [ToolCall("f", arguments)])
-
-
-def test_many_open_calls_do_not_take_for_ever() -> None:
-    text = "<tool_call><function=f><parameter=x>" * 3000
-    assert parse_tool_calls(text) == (text, [])
-    assert parse_tool_calls(text + "</parameter></function>")[1] == []
-
-
-@pytest.mark.parametrize(
-    ("text", "starts_inside", "expected"),
-    [
-        ("Hello", False, (None, "Hello")),
-        ("hm\n</think>\n\nHello", True, ("hm", "Hello")),
-        ("<think>\nhm\n</think>\n\nHello", False, ("hm", "Hello")),
-        ("\n<think>\nhm\n</think>\n\nHello", True, ("hm", "Hello")),
-        ("not done", True, ("not done", "")),
-        ("<think>not done", False, ("not done", "")),
-        ("\n</think>\n\nHello", True, (None, "Hello")),
-        ("", True, (None, "")),
-        ("a</think>b</think>c", True, ("a", "b</think>c")),
-        ("a</think>b", False, (None, "a</think>b")),
-        ("say <think> aloud", False, (None, "say <think> aloud")),
-    ],
-)
-def test_reasoning_is_split_off(text: str, starts_inside: bool, expected: tuple[str | None, str]) -> None:
-    assert split_reasoning(text, starts_inside) == expected
 
 
 def test_the_prompt_says_whether_an_answer_starts_inside() -> None:
