@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ from moepack.layout.sizes import parse_size
 from moepack.layout.spec import MANIFEST_NAME
 from moepack.runtime.chat import ChatTemplate
 from moepack.runtime.expert_store import ExpertStore
-from moepack.runtime.generate import Generation
+from moepack.runtime.generate import Constraint, Generation
 from moepack.runtime.memory import MemoryPlan, default_budget_bytes, logit_rows, plan_memory
 from moepack.runtime.qwen35 import Qwen35
 from moepack.runtime.resident import ResidentWeights
@@ -169,18 +170,21 @@ class Engine:
         token_ids: Sequence[int],
         sampling: SamplingParams | None = None,
         on_prefill: Callable[[float], object] = lambda tokens: None,
+        constraint: Constraint | None = None,
     ) -> Generation:
         """Continue a prompt: an iterator of token ids, the end token included.
 
         sampling     default: the model's own generation_config
-        on_prefill   called with the prompt tokens done since the last call, several times before the first token
+        on_prefill   called with the prompt tokens done since the last call, several times before the first token;
+                     what it raises ends the generation
+        constraint   says before each token which ones may come
 
         Raises UsageError for a bad prompt, at once; DamagedPack while iterating if an expert cannot be read.
         """
         self.check_prompt(token_ids)
-        return Generation(self, token_ids, sampling or self.default_sampling(), on_prefill)
+        return Generation(self, token_ids, sampling or self.default_sampling(), on_prefill, constraint)
 
-    def default_sampling(self, **overrides: float | int | bool | None) -> SamplingParams:
+    def default_sampling(self, **overrides: Any) -> SamplingParams:
         """The sampling that the model's makers suggest, with the given values in place of theirs."""
         raw = self.pack.read_file(GENERATION_CONFIG)
         return SamplingParams.from_generation_config(json.loads(raw) if raw else {}, **overrides)

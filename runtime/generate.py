@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from moepack.layout.errors import UsageError
 from moepack.runtime.memory import peak_rss_bytes
-from moepack.runtime.sampling import Sampler, SamplingParams
+from moepack.runtime.sampling import Sampler, SamplingParams, TokenLogprobs, measure_logprobs
 from moepack.runtime.stats import GenerationStats
 
 if TYPE_CHECKING:
@@ -26,11 +29,22 @@ if TYPE_CHECKING:
 DEFAULT_MAX_TOKENS = 2048
 
 
+class Constraint(Protocol):
+    """What may come next in one answer."""
+
+    def list_allowed(self) -> NDArray[np.bool_] | None:
+        """Which tokens may come next, bool [V]; None if all may."""
+
+    def push(self, token_id: int) -> None:
+        """Take note of the token that was chosen."""
+
+
 class Generation(Iterator[int]):
     """One answer in the making.
 
     finish_reason   "stop" at an end token, "length" at max_tokens or the end of the context, None before
     token_ids       what has been generated so far, an end token included
+    logprobs        of each of them, if the sampling asks for it
     """
 
     def __init__(
@@ -39,10 +53,18 @@ class Generation(Iterator[int]):
         prompt_ids: Sequence[int],
         sampling: SamplingParams,
         on_prefill: Callable[[float], object] = lambda tokens: None,
+        constraint: Constraint | None = None,
     ):
         self.finish_reason: str | None = None
         self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self._constraint = constraint
         self._engine, self._prompt_ids, self._sampling = engine, list(prompt_ids), sampling
+        unknown = [token_id for token_id in sampling.logit_bias if token_id >= engine.architecture.vocab_size]
+        if unknown:
+            raise UsageError(
+                f"logit_bias of token {unknown[0]}: outside the vocabulary of {engine.architecture.vocab_size}"
+            )
         self._limit = answer_limit(len(self._prompt_ids), sampling.max_tokens, engine.max_context)
         self._stop_ids = frozenset() if sampling.ignore_eos else engine.tokenizer.stop_token_ids
         self._started_counts = engine.store.counts.copy()
@@ -90,8 +112,13 @@ class Generation(Iterator[int]):
         for hidden in engine.prefill(self._prompt_ids, state, on_prefill):
             last = hidden[-1:]
         while True:
-            token_id = sampler.next(engine.model.logits(last)[0].numpy())
+            logits = engine.model.logits(last)[0].numpy()
+            token_id = sampler.next(logits, self._constraint.list_allowed() if self._constraint else None)
             self.token_ids.append(token_id)
+            if self._sampling.top_logprobs is not None:
+                self.logprobs.append(measure_logprobs(logits, token_id, self._sampling.top_logprobs))
+            if self._constraint:
+                self._constraint.push(token_id)
             if token_id in self._stop_ids:
                 self.finish_reason = "stop"
             elif len(self.token_ids) == self._limit:

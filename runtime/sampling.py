@@ -1,10 +1,10 @@
 """Choose the next token from the logits.
 
-The steps and their order are those of transformers and vLLM: repetition penalty, presence penalty, temperature, top-k,
-top-p, min-p, then one draw. Every quantity is float64 and every random number comes from one generator seeded with
-`seed`, so the same seed and the same logits give the same tokens. The draw walks the kept tokens from the likeliest
-down (equal ones by id), which the tests can follow by hand. Not here: what the grammar or the tokenizer forbids; the
-caller masks such tokens with -inf.
+The steps and their order are those of transformers and vLLM: repetition penalty, presence and frequency penalties,
+bias, temperature, top-k, top-p, min-p, then one draw. Every quantity is float64 and every random number comes from one
+generator seeded with `seed`, so the same seed and the same logits give the same tokens. The draw walks the kept tokens
+from the likeliest down (equal ones by id), which the tests can follow by hand. Not here: what the grammar or the
+tokenizer forbids; the caller says which tokens are allowed.
 
     sampler = Sampler(SamplingParams(temperature=0.7, top_k=20, seed=1), prompt_ids)
     token_id = sampler.next(logits)
@@ -13,8 +13,9 @@ caller masks such tokens with -inf.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
@@ -25,6 +26,7 @@ from moepack.layout.errors import MoepackError, UsageError
 
 GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
 LARGEST_SCORE = 1e300  # what a penalty may raise a score to: beyond it lies infinity, which has no probability
+MOST_LOGPROBS = 20
 SMALLEST_WEIGHT = math.ulp(0.0)  # of a token that can be drawn at all
 
 
@@ -37,8 +39,11 @@ class SamplingParams:
     top_k                keep this many tokens and whatever ties with the last; 0 keeps all
     min_p                keep tokens at least this fraction as likely as the likeliest
     presence_penalty     subtracted from the score of every token already generated
+    frequency_penalty    subtracted from the score of a token for each time that it was generated
     repetition_penalty   divides positive and multiplies negative scores of tokens in the prompt or generated
+    logit_bias           added to the score of a token, by id
     seed                 of the random numbers
+    top_logprobs         record log-probabilities: each token's and those of so many likeliest ones; None is off
     max_tokens           longest answer; None leaves it to the caller
     ignore_eos           go on after an end token
     """
@@ -48,8 +53,11 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0
+    top_logprobs: int | None = None
     max_tokens: int | None = None
     ignore_eos: bool = False
 
@@ -59,8 +67,19 @@ class SamplingParams:
         _check("top_k", self.top_k, "an integer >= 0 (0 is off)", Integral, lambda x: x >= 0)
         _check("min_p", self.min_p, "a number from 0 to 1", Real, lambda x: 0 <= x <= 1)
         _check("presence_penalty", self.presence_penalty, "a number from -2 to 2", Real, lambda x: -2 <= x <= 2)
+        _check("frequency_penalty", self.frequency_penalty, "a number from -2 to 2", Real, lambda x: -2 <= x <= 2)
         _check("repetition_penalty", self.repetition_penalty, "a number > 0", Real, lambda x: x > 0)
         _check("seed", self.seed, "an integer >= 0 and < 2**64", Integral, lambda x: 0 <= x < 2**64)
+        for token_id, bias in self.logit_bias.items():
+            _check("a token id of logit_bias", token_id, "an integer >= 0", Integral, lambda x: x >= 0)
+            _check(
+                f"logit_bias of token {token_id}", bias, "a number from -100 to 100", Real, lambda x: -100 <= x <= 100
+            )
+        if self.top_logprobs is not None:
+            most = MOST_LOGPROBS
+            _check(
+                "top_logprobs", self.top_logprobs, f"an integer from 0 to {most}", Integral, lambda x: 0 <= x <= most
+            )
         if self.max_tokens is not None:
             _check("max_tokens", self.max_tokens, "an integer >= 1", Integral, lambda x: x >= 1)
         if not isinstance(self.ignore_eos, bool):
@@ -80,39 +99,56 @@ class SamplingParams:
         return cls(**values | {key: value for key, value in overrides.items() if value is not None})
 
 
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probability of a chosen token and of the likeliest ones, as the model gives them: before temperature,
+    penalties, bias and constraints."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
 class Sampler:
     """Chooses the tokens of one answer.
 
     State: the random generator, from which each sampled token takes one number; the ids seen in the prompt and the
-    answer; the ids seen in the answer. Nothing else, so an answer does not depend on what runs beside it.
+    answer; how often each was generated. Nothing else, so an answer does not depend on what runs beside it.
     """
 
     def __init__(self, params: SamplingParams, prompt_ids: Sequence[int]):
         self.params = params
         self._random = np.random.Generator(np.random.PCG64(int(params.seed)))
         self._seen = set(prompt_ids)
-        self._generated: set[int] = set()
+        self._generated: Counter[int] = Counter()
+        self._bias_ids = np.fromiter(params.logit_bias.keys(), np.intp, len(params.logit_bias))
+        self._bias = np.fromiter(params.logit_bias.values(), np.float64, len(params.logit_bias))
 
-    def next(self, logits: NDArray[np.float32]) -> int:
-        """The next token id. logits float32 [V], left as they are; -inf forbids a token.
+    def next(self, logits: NDArray[np.float32], allowed: NDArray[np.bool_] | None = None) -> int:
+        """The next token id. logits float32 [V], left as they are; -inf forbids a token, as does False in allowed [V].
 
         Raises MoepackError if a logit is NaN or +inf, or all are -inf.
         """
         if not math.isfinite(logits.max()):  # the largest of numbers with a NaN is NaN
             raise MoepackError(f"the model's logits have no finite maximum ({logits.max()}): run moe-inspect verify")
         scores = self._penalize(logits)
+        if allowed is not None:
+            scores = np.where(allowed, scores, -np.inf)
+            if scores.max() == -np.inf:
+                raise MoepackError("no token is both allowed here and possible to the model")
         if self.params.temperature == 0:
             token_id = int(scores.argmax())
         else:
             token_id = draw(scores, self.params, self._random.random())
         self._seen.add(token_id)
-        self._generated.add(token_id)
+        self._generated[token_id] += 1
         return token_id
 
     def _penalize(self, logits: NDArray[np.float32]) -> NDArray[Any]:
-        """Scores after both penalties, float64 [V]; the logits themselves where no penalty is set."""
+        """Scores after penalties and bias, float64 [V]; the logits themselves where none is set."""
         penalty, presence = self.params.repetition_penalty, self.params.presence_penalty
-        if penalty == 1 and presence == 0:
+        frequency = self.params.frequency_penalty
+        if penalty == 1 and presence == frequency == 0 and not len(self._bias):
             return logits
         scores = logits.astype(np.float64)
         if penalty != 1:
@@ -121,9 +157,23 @@ class Sampler:
             with np.errstate(over="ignore"):
                 values = np.where(values < 0, values * penalty, values / penalty)
             scores[seen] = np.minimum(values, LARGEST_SCORE)
-        if presence != 0:
-            scores[np.fromiter(self._generated, np.intp, len(self._generated))] -= presence
+        if presence != 0 or frequency != 0:
+            generated = np.fromiter(self._generated.keys(), np.intp, len(self._generated))
+            counts = np.fromiter(self._generated.values(), np.float64, len(self._generated))
+            scores[generated] -= presence + frequency * counts
+        scores[self._bias_ids] += self._bias
         return scores
+
+
+def measure_logprobs(logits: NDArray[np.float32], token_id: int, num_top: int) -> TokenLogprobs:
+    """Log-probabilities of a token and of the num_top likeliest ones (ties by id). logits float32 [V]."""
+    scores = logits.astype(np.float64)
+    scores -= scores.max()
+    scores -= math.log(np.exp(scores).sum())
+    likeliest = np.argpartition(-scores, num_top - 1)[:num_top] if num_top else np.empty(0, np.intp)
+    likeliest = likeliest[np.lexsort((likeliest, -scores[likeliest]))]
+    top = tuple((int(other), float(scores[other])) for other in likeliest)
+    return TokenLogprobs(token_id, float(scores[token_id]), top)
 
 
 def draw(scores: NDArray[Any], params: SamplingParams, random: float) -> int:

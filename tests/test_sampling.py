@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moepack.layout.errors import MoepackError, UsageError
-from moepack.runtime.sampling import Sampler, SamplingParams, draw, keep
+from moepack.runtime.sampling import Sampler, SamplingParams, draw, keep, measure_logprobs
 
 DEMO = Path(__file__).parents[1] / "demo" / "checkpoint"
 INFINITY = math.inf
@@ -46,6 +46,8 @@ def probabilities(logits: Any, **params: Any) -> dict[int, float]:
         ("top_k", [-1, 1.5, 20.0, True, INFINITY], "an integer >= 0 (0 is off)"),
         ("min_p", [-0.01, 1.01, math.nan], "a number from 0 to 1"),
         ("presence_penalty", [-2.1, 2.1, math.nan, None], "a number from -2 to 2"),
+        ("frequency_penalty", [-2.1, 2.1, math.nan, None], "a number from -2 to 2"),
+        ("top_logprobs", [-1, 21, 1.0, True], "an integer from 0 to 20"),
         ("repetition_penalty", [0, -1, math.nan, INFINITY], "a number > 0"),
         ("seed", [-1, 2**64, 0.5, None], "an integer >= 0 and < 2**64"),
         ("max_tokens", [0, -5, 1.5, "9"], "an integer >= 1"),
@@ -59,7 +61,14 @@ def test_values_outside_the_range_are_named(name: str, bad: list[Any], allowed: 
         assert str(caught.value) == f"{name} must be {allowed}, got {value!r}"
 
 
+@pytest.mark.parametrize("bias", [{-1: 0}, {1.0: 0}, {0: 101}, {0: math.nan}, {0: "1"}, {0: True}])
+def test_a_bias_outside_the_range_is_named(bias: dict[Any, Any]) -> None:
+    with pytest.raises(UsageError, match="logit_bias"):
+        SamplingParams(logit_bias=bias)
+
+
 def test_the_ends_of_the_ranges_are_allowed() -> None:
+    SamplingParams(frequency_penalty=2, logit_bias={0: -100, np.int64(7): 100.0}, top_logprobs=20)
     SamplingParams(temperature=0, top_p=1e-300, top_k=0, min_p=0, presence_penalty=-2, repetition_penalty=1e-300)
     SamplingParams(temperature=1e300, top_p=1, top_k=10**9, min_p=1, presence_penalty=2, seed=2**64 - 1, max_tokens=1)
     SamplingParams(temperature=np.float32(0.5), top_k=np.int64(3))
@@ -144,6 +153,41 @@ def test_repetition_penalty_covers_prompt_and_answer() -> None:
     assert sampler.next(logits) == 1  # 4/2 < 3
     assert sampler.next(logits) == 0  # 4/2 > 3/2
     assert sampler._penalize(logits).tolist() == [2, 1.5, 1, -2]
+
+
+def test_frequency_penalty_grows_with_each_use() -> None:
+    sampler = Sampler(SamplingParams(temperature=0, frequency_penalty=1), [0, 0, 0])
+    logits = floats(3, 1.5, 0)
+    assert [sampler.next(logits) for _ in range(6)] == [0, 0, 1, 0, 1, 0]  # the last: 0 and 2 are equal, the first wins
+
+
+def test_bias_is_added_after_the_penalties() -> None:
+    params = SamplingParams(temperature=0, presence_penalty=1, logit_bias={1: 2.5, 2: -100})
+    sampler = Sampler(params, [])
+    assert [sampler.next(floats(1, 0, 50)) for _ in range(3)] == [1, 1, 1]
+    assert Sampler(SamplingParams(logit_bias={2: 100}), []).next(floats(9, 9, 0, 9)) == 2
+
+
+def test_only_allowed_tokens_are_chosen() -> None:
+    logits, allowed = floats(5, 4, 3, 2), np.array([False, True, False, True])
+    assert Sampler(SamplingParams(temperature=0), []).next(logits, allowed) == 1
+    sampler = Sampler(SamplingParams(temperature=5, presence_penalty=1), [])
+    assert {sampler.next(logits, allowed) for _ in range(60)} == {1, 3}
+    assert logits.tolist() == [5, 4, 3, 2]
+    with pytest.raises(MoepackError, match="no token is both allowed"):
+        sampler.next(log_of(0.5, 0.5), np.zeros(2, bool))
+
+
+def test_logprobs_are_the_models_own() -> None:
+    logits = log_of(0.1, 0.4, 0.4, 0.05, 0.05)
+    found = measure_logprobs(logits, 3, 3)
+    assert found.token_id == 3
+    assert found.logprob == pytest.approx(math.log(0.05), abs=1e-6)
+    assert [token_id for token_id, _ in found.top] == [1, 2, 0]
+    assert [value for _, value in found.top] == pytest.approx([math.log(p) for p in (0.4, 0.4, 0.1)], abs=1e-6)
+    assert measure_logprobs(logits, 0, 0).top == ()
+    banned = measure_logprobs(floats(0, -INFINITY), 1, 1)
+    assert (banned.logprob, banned.top) == (-INFINITY, ((0, 0.0),))
 
 
 def test_presence_penalty_covers_the_answer_only_and_once() -> None:
