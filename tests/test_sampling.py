@@ -175,7 +175,7 @@ def test_only_allowed_tokens_are_chosen() -> None:
     assert {sampler.next(logits, allowed) for _ in range(60)} == {1, 3}
     assert logits.tolist() == [5, 4, 3, 2]
     with pytest.raises(MoepackError, match="no token is both allowed"):
-        sampler.next(log_of(0.5, 0.5), np.zeros(2, bool))
+        sampler.next(logits, np.zeros(4, bool))
 
 
 def test_logprobs_are_the_models_own() -> None:
