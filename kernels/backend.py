@@ -40,6 +40,10 @@ def choose_backend(device: str, exact: bool = False, threads: int = 1) -> tuple[
 
 def describe_backend(ops: Any) -> str:
     """A backend's arithmetic, instruction set and threads in words."""
-    if ops is reference:
-        return f"reference, float32, {torch.get_num_threads()} threads"
-    return f"{'float32' if ops.exact else 'int8 activations'}, {isa()}, {count_threads()} threads"
+    threads = torch.get_num_threads() if ops is reference else count_threads()
+    return f"{describe_arithmetic(ops)}, {threads} threads"
+
+
+def describe_arithmetic(ops: Any) -> str:
+    """All that decides the bits of a backend's results, in words."""
+    return "reference, float32" if ops is reference else f"{'float32' if ops.exact else 'int8 activations'}, {isa()}"

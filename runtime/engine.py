@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from moepack.kernels.backend import choose_backend, describe_backend
+from moepack.kernels.backend import choose_backend, describe_arithmetic, describe_backend
 from moepack.layout.architecture import Architecture
 from moepack.layout.errors import DamagedPack, MemoryBudgetError, UsageError
 from moepack.layout.eviction import POLICIES, LeastRecentlyUsed
@@ -35,6 +36,7 @@ from moepack.runtime.memory import MemoryPlan, default_budget_bytes, logit_rows,
 from moepack.runtime.qwen35 import Qwen35
 from moepack.runtime.resident import ResidentWeights
 from moepack.runtime.sampling import SamplingParams
+from moepack.runtime.snapshots import Snapshots
 from moepack.runtime.state import FLOAT_BYTES, SequenceState
 from moepack.runtime.tokenizer import Tokenizer
 
@@ -48,6 +50,7 @@ class Engine:
 
     memory_plan   how the budget was split
     max_context   positions (prompt and answer) that fit the plan
+    snapshots     states of prompts already read
     """
 
     def __init__(
@@ -61,8 +64,9 @@ class Engine:
         max_context: int,
         device: str,
         weights_locked: bool,
+        snapshots: Snapshots,
     ):
-        self.weights_locked = weights_locked
+        self.weights_locked, self.snapshots = weights_locked, snapshots
         self.pack, self.architecture, self.model, self.store = pack, architecture, model, store
         self.tokenizer, self.memory_plan, self.max_context, self.device = tokenizer, memory_plan, max_context, device
 
@@ -82,6 +86,8 @@ class Engine:
         verify_reads: bool = False,
         prefetch: bool | None = None,
         policy: str = LeastRecentlyUsed.name,
+        snapshot_bytes: int = 0,
+        snapshot_directory: Path | None = None,
     ) -> Engine:
         """Open a pack and load its resident weights.
 
@@ -97,6 +103,8 @@ class Engine:
         prefetch            read the experts that the next layer's router would pick now, while the disk is idle;
                             default: where not all experts fit in memory
         policy              which expert makes room for another: a name of layout/eviction.py
+        snapshot_bytes      of the budget, for states of prompts already read: see snapshots.py
+        snapshot_directory  where such states outlive the process; None keeps none on disk
 
         Raises DamagedPack, UnsupportedVersion, UsageError, or MemoryBudgetError with the numbers.
         """
@@ -107,7 +115,7 @@ class Engine:
         context = _choose_context(architecture, max_context)
         budget = parse_size(memory) if isinstance(memory, str) else memory
         budget = default_budget_bytes() if budget is None else budget
-        plan = plan_memory(opened, architecture, budget, context, process_bytes)
+        plan = plan_memory(opened, architecture, budget, context, process_bytes, snapshot_bytes)
         if policy not in POLICIES:
             raise UsageError(f"eviction policy {policy!r}: expected one of {', '.join(POLICIES)}")
         store = ExpertStore(opened, plan.num_slots, policy=POLICIES[policy](), verify_reads=verify_reads)
@@ -115,7 +123,9 @@ class Engine:
         if prefetch is None:
             prefetch = plan.num_slots < architecture.num_hidden_layers * architecture.num_experts
         model = Qwen35(architecture, weights, store, ops, prefetch)
-        return cls(opened, architecture, model, store, tokenizer, plan, context, device, weights.is_locked)
+        identity = f"{hash_manifest(opened)} {describe_arithmetic(ops)} {architecture.num_experts_per_tok}".encode()
+        snapshots = Snapshots(snapshot_bytes, identity, tokenizer.stop_token_ids, snapshot_directory)
+        return cls(opened, architecture, model, store, tokenizer, plan, context, device, weights.is_locked, snapshots)
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Scores after every position: float32 [T, vocab_size], unmasked (rows beyond the tokenizer too).
@@ -150,14 +160,16 @@ class Engine:
         token_ids: Sequence[int],
         state: SequenceState,
         on_progress: Callable[[float], object] = lambda tokens: None,
+        cuts: Sequence[int] = (),
     ) -> Iterator[torch.Tensor]:
         """Run a prompt chunk by chunk; yields the hidden states [T, D] of each chunk.
 
         on_progress   called after every layer with the prompt tokens done since the last call, in parts of one
+        cuts          positions, multiples of DeltaNet's chunk, at which a chunk ends in any case
 
         Where the chunks are cut does not change what a token computes: they end at multiples of DeltaNet's own chunk.
         """
-        for chunk in split_chunks(torch.tensor(token_ids, dtype=torch.int64), self.memory_plan.prefill_chunk):
+        for chunk in split_chunks(torch.tensor(token_ids, dtype=torch.int64), self.memory_plan.prefill_chunk, cuts):
             part = len(chunk) / self.architecture.num_hidden_layers
             yield self.model(chunk, state, functools.partial(on_progress, part))
 
@@ -220,9 +232,9 @@ class Engine:
         self.close()
 
 
-def split_chunks(token_ids: torch.Tensor, chunk: int) -> list[torch.Tensor]:
+def split_chunks(token_ids: torch.Tensor, chunk: int, cuts: Sequence[int] = ()) -> list[torch.Tensor]:
     """Chunks of a prompt [T]. A last one of a single token joins its neighbour: one token has operations of its own."""
-    chunks = list(token_ids.split(chunk))
+    chunks = [part for piece in token_ids.tensor_split(list(cuts)) for part in piece.split(chunk)]
     if len(chunks) > 1 and len(chunks[-1]) == 1:
         chunks[-2:] = [torch.cat(chunks[-2:])]
     return chunks
@@ -263,6 +275,11 @@ def read_architecture(pack: Pack, experts_per_token: int | None = None) -> Archi
     if not 1 <= experts_per_token <= architecture.num_experts:
         raise UsageError(f"--experts-per-token {experts_per_token}: expected 1 to {architecture.num_experts}")
     return dataclasses.replace(architecture, num_experts_per_tok=experts_per_token)
+
+
+def hash_manifest(pack: Pack) -> str:
+    """The sha256 of a pack's manifest, which holds those of all its files: it stands for every byte of the pack."""
+    return hashlib.sha256((pack.directory / MANIFEST_NAME).read_bytes()).hexdigest()
 
 
 def _choose_threads(threads: int | None) -> int:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from moepack.layout.errors import UsageError
 from moepack.runtime.memory import peak_rss_bytes
 from moepack.runtime.sampling import Sampler, SamplingParams, TokenLogprobs, measure_logprobs
+from moepack.runtime.state import SequenceState
 from moepack.runtime.stats import GenerationStats
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Generation(Iterator[int]):
     finish_reason   "stop" at an end token, "length" at max_tokens or the end of the context, None before
     token_ids       what has been generated so far, an end token included
     logprobs        of each of them, if the sampling asks for it
+    cached_tokens   how many of the prompt's tokens a snapshot has spared; known with the first token
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Generation(Iterator[int]):
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self._constraint = constraint
+        self.cached_tokens = 0
         self._engine, self._prompt_ids, self._sampling = engine, list(prompt_ids), sampling
         unknown = [token_id for token_id in sampling.logit_bias if token_id >= engine.architecture.vocab_size]
         if unknown:
@@ -89,9 +92,10 @@ class Generation(Iterator[int]):
         decode_s = sum(seconds[1:])
         return GenerationStats(
             prompt_tokens=len(self._prompt_ids),
+            cached_tokens=self.cached_tokens,
             generated_tokens=len(self.token_ids),
             ttft_s=seconds[0] if seconds else None,
-            prefill_tok_s=len(self._prompt_ids) / seconds[0] if seconds else None,
+            prefill_tok_s=(len(self._prompt_ids) - self.cached_tokens) / seconds[0] if seconds else None,
             decode_tok_s=decoded / decode_s if decode_s else None,
             bytes_read=total.bytes_read,
             bytes_per_token=decode.bytes_read / decoded if decoded > 0 else None,
@@ -109,8 +113,7 @@ class Generation(Iterator[int]):
         engine = self._engine
         state = engine.new_state(len(self._prompt_ids) + self._limit - 1)  # the last token is not fed back
         sampler = Sampler(self._sampling, self._prompt_ids)
-        for hidden in engine.prefill(self._prompt_ids, state, on_prefill):
-            last = hidden[-1:]
+        last = self._prefill(state, on_prefill)
         while True:
             logits = engine.model.logits(last)[0].numpy()
             token_id = sampler.next(logits, self._constraint.list_allowed() if self._constraint else None)
@@ -125,8 +128,22 @@ class Generation(Iterator[int]):
                 self.finish_reason = "length"
             yield token_id
             if self.finish_reason:
+                engine.snapshots.flush()
                 return
             last = engine.model(torch.tensor([token_id]), state)
+
+    def _prefill(self, state: SequenceState, on_prefill: Callable[[float], object]) -> torch.Tensor:
+        """Run the prompt from the longest snapshot on, keeping snapshots of it; the last hidden state [1, D]."""
+        prompt_ids, engine, snapshots = self._prompt_ids, self._engine, self._engine.snapshots
+        position = self.cached_tokens = snapshots.restore(prompt_ids, state)
+        if position:
+            on_prefill(position)
+        points = [point for point in snapshots.points(prompt_ids) if point > position]
+        for hidden in engine.prefill(prompt_ids[position:], state, on_prefill, [point - position for point in points]):
+            position += len(hidden)
+            if position in points:
+                snapshots.keep(prompt_ids[:position], state)
+        return hidden[-1:]
 
 
 def answer_limit(num_prompt_tokens: int, max_tokens: int | None, max_context: int) -> int:

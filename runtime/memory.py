@@ -41,6 +41,7 @@ class MemoryPlan:
     process_bytes: int
     resident_bytes: int
     state_bytes: int
+    snapshot_bytes: int
     scratch_bytes: int
     slot_bytes: int
     num_slots: int
@@ -49,16 +50,22 @@ class MemoryPlan:
     @property
     def total_bytes(self) -> int:
         """What is spoken for, at most the budget."""
-        fixed = self.process_bytes + self.resident_bytes + self.state_bytes + self.scratch_bytes
+        fixed = self.process_bytes + self.resident_bytes + self.state_bytes + self.snapshot_bytes + self.scratch_bytes
         return fixed + self.num_slots * self.slot_bytes
 
 
 def plan_memory(
-    pack: Pack, architecture: Architecture, budget_bytes: int, max_positions: int, process_bytes: int | None = None
+    pack: Pack,
+    architecture: Architecture,
+    budget_bytes: int,
+    max_positions: int,
+    process_bytes: int | None = None,
+    snapshot_bytes: int = 0,
 ) -> MemoryPlan:
     """Split a budget. Slots are as many as fit, at most one for every expert.
 
     process_bytes   what the process takes without this engine; measured if not given
+    snapshot_bytes  to set aside for states of earlier prompts
 
     Raises MemoryBudgetError with the numbers if one token's experts do not fit: with fewer slots than a token
     uses, each expert would be read again for every token.
@@ -69,20 +76,21 @@ def plan_memory(
     slot = largest_block(pack) + SLOT_VIEW_BYTES
     all_experts = architecture.num_hidden_layers * architecture.num_experts
     one_token = min(all_experts, architecture.num_hidden_layers * architecture.num_experts_per_tok)
-    least = process_bytes + resident + state + scratch_bytes(architecture, PREFILL_CHUNKS[-1]) + one_token * slot
+    kept = state + snapshot_bytes
+    least = process_bytes + resident + kept + scratch_bytes(architecture, PREFILL_CHUNKS[-1]) + one_token * slot
     chunk = _choose_chunk(architecture, budget_bytes - least, max_positions)
     scratch = scratch_bytes(architecture, chunk)
-    fixed = process_bytes + resident + state + scratch
+    fixed = process_bytes + resident + kept + scratch
     num_slots = min(all_experts, (budget_bytes - fixed) // slot)
     if num_slots < one_token:
-        mib = [f"{size / 2**20:,.0f}" for size in (process_bytes, resident, state, scratch, one_token * slot)]
+        mib = [f"{size / 2**20:,.0f}" for size in (process_bytes, resident, kept, scratch, one_token * slot)]
         raise MemoryBudgetError(
             f"memory budget of {budget_bytes / 2**20:,.0f} MiB is too small: {least / 2**20:,.0f} "
             f"MiB are needed (process {mib[0]}, resident weights {mib[1]}, state for {max_positions} positions "
             f"{mib[2]}, scratch {mib[3]}, the {one_token} experts of one token {mib[4]}): raise --memory, "
             "shorten the context, or convert to fewer bits"
         )
-    return MemoryPlan(budget_bytes, process_bytes, resident, state, scratch, slot, num_slots, chunk)
+    return MemoryPlan(budget_bytes, process_bytes, resident, state, snapshot_bytes, scratch, slot, num_slots, chunk)
 
 
 def _choose_chunk(a: Architecture, spare_bytes: int, max_positions: int) -> int:

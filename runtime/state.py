@@ -1,13 +1,15 @@
 """What a sequence remembers: keys and values of the attention layers, two states of each DeltaNet layer.
 
 All of it is float32 and allocated once for a fixed number of positions. The recurrent state of a DeltaNet layer
-cannot be cut back to an earlier position: a sequence only ever grows.
+cannot be cut back to an earlier position: a sequence only ever grows. What it was at some position can be kept and put
+back: snapshots.py.
 
     state = SequenceState(architecture, max_positions=2048)
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +60,45 @@ class SequenceState:
             _new_delta_state(architecture) if kind == LINEAR else _new_cache(architecture, max_positions)
             for kind in architecture.layer_types
         ]
+
+    def pieces(self, position: int | None = None) -> list[torch.Tensor]:
+        """What the state consists of, each piece in one run of memory: views, not copies.
+
+        position   as many as this of the caches' positions; default: what they hold
+        """
+        found: list[torch.Tensor] = []
+        for layer in self.layers:
+            if isinstance(layer, DeltaState):
+                found += [layer.conv_state, layer.recurrent_state]
+            else:
+                end = layer.position if position is None else position
+                found += [head[:end] for cache in (layer.keys, layer.values) for head in cache]
+        return found
+
+    def fill(self, position: int, pieces: Iterable[torch.Tensor]) -> None:
+        """Become the state after `position` tokens, from its pieces in the order of pieces().
+
+        Raises UsageError, unchanged, if there is no room for so many.
+        """
+        for layer in self.layers:
+            if isinstance(layer, KeyValueCache) and position > layer.keys.shape[1]:
+                raise UsageError(f"the state holds {layer.keys.shape[1]} positions: make a new one for {position}")
+        for own, given in zip(self.pieces(position), pieces):
+            own.copy_(given)
+        self._set_position(position)
+
+    def clear(self) -> None:
+        """Become the state before the first token."""
+        for layer in self.layers:
+            if isinstance(layer, DeltaState):
+                layer.conv_state.zero_()
+                layer.recurrent_state.zero_()
+        self._set_position(0)
+
+    def _set_position(self, position: int) -> None:
+        for layer in self.layers:
+            if isinstance(layer, KeyValueCache):
+                layer.position = position
 
     @staticmethod
     def size_bytes(architecture: Architecture, max_positions: int) -> int:
