@@ -23,7 +23,7 @@ import numpy as np
 from moepack.convert.checkpoint import Rows
 from moepack.convert.journal import Journal
 from moepack.convert.plan import ConversionPlan, check_free_space, list_copied_files
-from moepack.convert.quantizers import QUANTIZERS, QuantizedMatrix
+from moepack.convert.quantizers import QUANTIZERS
 from moepack.layout.errors import CheckpointError
 from moepack.layout.geometry import Scheme
 from moepack.layout.manifest import ExpertFile, Manifest, ResidentFile, block_geometry
@@ -182,7 +182,7 @@ class ResidentEncoder:
         where = f"{self.plan.checkpoint.directory}: {spec.name}"
         if scheme is None:
             for rows in self._read_source(spec.name):
-                _finite(rows, where)
+                _check_finite(rows, where)
                 yield rows.values.data.cast("B")
         elif part != "weight":
             yield from (array.data.cast("B") for array in self.kept.pop(spec.name))
@@ -230,18 +230,18 @@ def estimate_seconds(plan: ConversionPlan, workers: int) -> float:
 
 def _encode(plan: ConversionPlan, rows: Rows, scheme: Scheme, where: str) -> dict[str, np.ndarray]:
     """The stored arrays of some rows of a matrix by name. Raises CheckpointError if a weight is not finite."""
-    weights = _finite(rows, where)
     if scheme.group_size is None:
+        _check_finite(rows, where)
         return {"weight": rows.to_bf16()}
-    quantized: QuantizedMatrix = QUANTIZERS[plan.recipe.quantizer](weights, scheme.bits, scheme.group_size)
-    return vars(quantized)
+    try:
+        return QUANTIZERS[plan.recipe.quantizer](rows.values, scheme.bits, scheme.group_size).arrays
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}: the file is damaged, download it again") from None
 
 
-def _finite(rows: Rows, where: str) -> np.ndarray:
-    weights = rows.to_float32()
-    if not np.isfinite(weights).all():
+def _check_finite(rows: Rows, where: str) -> None:
+    if not np.isfinite(rows.to_float32()).all():
         raise CheckpointError(f"{where} holds NaN or infinity: the file is damaged, download it again")
-    return weights
 
 
 def _has_size(path: Path, size_bytes: int) -> bool:

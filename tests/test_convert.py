@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from convert_command import SMALL, files_of, problems_of, run_convert
 from moepack.convert import pipeline
 from moepack.convert.plan import plan_conversion
-from moepack.convert.quantizers import quantize_minmax
+from moepack.convert.quantizers import define_minmax
 from moepack.convert.recipe import Recipe
 from moepack.layout.reader import Pack
 from tiny_checkpoint import TinyModel, write_checkpoint
@@ -84,9 +84,8 @@ def stored_arrays(weights, bits, group_size):
     """What a pack must hold for a matrix."""
     if bits == 16:
         return {"weight": raw(weights.to(torch.bfloat16))}
-    return {
-        name: raw(array) for name, array in vars(quantize_minmax(weights.float().numpy(), bits, group_size)).items()
-    }
+    arrays = define_minmax(weights.float().numpy(), bits, group_size).arrays
+    return {name: raw(array) for name, array in arrays.items()}
 
 
 def check_experts(out, experts, bits, group_size):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golden_packs import GOLDEN
-from moepack.convert.quantizers import quantize_minmax
+from moepack.convert.quantizers import define_minmax
 from moepack.layout.quantized import (
     bf16_to_float32,
     dequantize,
@@ -156,7 +156,7 @@ def weight_matrices(draw: st.DrawFn, group_size: int) -> np.ndarray:
 @given(st.data(), st.sampled_from(BITS), st.sampled_from(GROUP_SIZES))
 def test_minmax_stays_within_its_bound(data: st.DataObject, bits: int, group_size: int) -> None:
     weights = data.draw(weight_matrices(group_size))
-    result = quantize_minmax(weights, bits, group_size)
+    result = define_minmax(weights, bits, group_size)
     again = dequantize(result.w_q, result.scales, result.biases, bits=bits, group_size=group_size)
     error = np.abs(weights.astype(np.float64) - again)
     bound = minmax_bound(weights, result.scales, bits, group_size)
@@ -169,7 +169,7 @@ def test_minmax_stays_within_its_bound(data: st.DataObject, bits: int, group_siz
 def test_minmax_error_is_half_a_step_on_ordinary_weights(seed: int, bits: int, group_size: int) -> None:
     """The bound is not slack: at 2 bits nearly all of it is the step, and some weight comes close to it."""
     weights = np.random.default_rng(seed).normal(size=(4, 4 * group_size)).astype(np.float32)
-    result = quantize_minmax(weights, bits, group_size)
+    result = define_minmax(weights, bits, group_size)
     again = dequantize(result.w_q, result.scales, result.biases, bits=bits, group_size=group_size)
     step = np.repeat(bf16_to_float32(result.scales), group_size, axis=-1)
     assert 0.8 <= np.max(np.abs(weights - again) / (step / 2)) <= 1 + 2 * 2**bits * 2 * BF16_ROUNDING
@@ -179,9 +179,9 @@ def test_minmax_is_deterministic_and_reads_only() -> None:
     weights = np.random.default_rng(5).normal(size=(7, 256)).astype(np.float32)
     weights[3, :64] = 0.25
     before = weights.copy()
-    first, second = (quantize_minmax(values, 3, 64) for values in (weights, np.asfortranarray(weights)))
-    for name, array in vars(first).items():
-        assert array.tobytes() == vars(second)[name].tobytes()
+    first, second = (define_minmax(values, 3, 64) for values in (weights, np.asfortranarray(weights)))
+    for name, array in first.arrays.items():
+        assert array.tobytes() == second.arrays[name].tobytes()
     np.testing.assert_array_equal(weights, before)
     assert (first.scales[3, 0], first.biases[3, 0]) == (0, 0x3E80)  # equal weights: no step, the bias is the weight
 

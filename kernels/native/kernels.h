@@ -6,6 +6,7 @@
 #pragma once
 #include "float_kernels.h"
 #include "matrix_kernels.h"
+#include "quantize_kernels.h"
 
 #define INLINE static inline __attribute__((always_inline))
 #define API extern "C" __attribute__((visibility("default")))
@@ -16,6 +17,7 @@ struct Kernels {
     const char* name;
     MatrixKernels matrix;
     FloatKernels floats;
+    QuantizeKernels quantize;
 };
 
 // The best set that this processor has, unless another was asked for.
