@@ -31,7 +31,7 @@ from moepack.layout.reader import Pack
 from moepack.layout.sizes import format_size
 from moepack.layout.summary import summarize
 from moepack.layout.trace import Replay, Trace, compare_policies, read_trace
-from moepack.layout.verify import Problem, list_regions, verify_contents, verify_structure
+from moepack.layout.verify import REDO, Problem, list_regions, verify_contents, verify_structure
 
 app = create_app("moe-inspect")
 PACK = typer.Argument(metavar="PACK", help="Directory that moe-convert wrote.", show_default=False)
@@ -177,8 +177,12 @@ def _print_verdict(pack: Path, problems: list[Problem], extent: str) -> None:
         print(f"{pack}: well ({extent})")
         return
     print(f"{pack}: {len(problems)} problem{'s' * (len(problems) > 1)} ({extent})")
-    for repair, count in Counter(problem.repair for problem in problems).items():
+    blocks = [problem for problem in problems if problem.repair.startswith(REDO)]
+    for repair, count in Counter(problem.repair for problem in problems if problem not in blocks).items():
         log(f"for {count} of them: {repair}")
+    if blocks:
+        places = " ".join(dict.fromkeys(f"--redo {problem.layer}:{problem.expert}" for problem in blocks))
+        log(f"for {len(blocks)} of them: moe-convert SRC {pack} {places}")
 
 
 def _print_differences(pack: Path, other: Path, differences: list[Difference]) -> None:

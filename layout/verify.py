@@ -13,18 +13,24 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 from moepack.layout.errors import DamagedPack
+from moepack.layout.geometry import align_up
 from moepack.layout.manifest import Manifest
+from moepack.layout.pages import Pages
 from moepack.layout.reader import Pack
 from moepack.layout.spec import MANIFEST_NAME, RESIDENT_NAME
+from moepack.layout.storage import DIRECT_ALIGNMENT
 
 PIECE_BYTES = 4 * 2**20  # large enough for the disk, small enough that many workers stay within tens of MiB
 REPAIR = "restore the file from a copy, or convert again: moe-convert SRC PACK --overwrite"
+REDO = "moe-convert SRC PACK --redo"
+REREAD = "verify again; if other places fail next time, it is not the file but what lies between it and you"
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,11 @@ class Region:
     layer: int | None = None
     expert: int | None = None
     padding: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def repair(self) -> str:
+        """What to do if it is damaged: a block can be made again alone."""
+        return REPAIR if self.expert is None else f"{REDO} {self.layer}:{self.expert}"
 
 
 def verify_structure(directory: Path) -> tuple[Pack, list[Problem]]:
@@ -114,71 +125,130 @@ def list_regions(pack: Pack, sample: float = 1.0, seed: int | None = None) -> li
 def verify_contents(
     pack: Pack,
     regions: list[Region],
-    on_read: Callable[[int], None] = lambda size_bytes: None,
+    on_read: Callable[[int], object] = lambda size_bytes: None,
     workers: int | None = None,
 ) -> Iterator[Problem]:
     """Read regions on all cores and compare them with their checksums; problems in the order of the regions.
 
-    on_read   called with the bytes of each region when it has been read, from the calling thread
+    on_read   called with the bytes of neighbouring regions when they have been read, from the calling thread
+    workers   threads; by default two for each core: while one waits for the disk, another one hashes
+
+    Reads go past the page cache where the file system lets them: what is checked is on the disk, not in memory.
     """
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    workers = workers or 2 * (os.cpu_count() or 1)
+    memories: SimpleQueue[Pages] = SimpleQueue()
+    for _ in range(workers):
+        memories.put(Pages(PIECE_BYTES))
+    runs = _join_neighbours(regions)
+    with ThreadPoolExecutor(workers) as pool:
         try:
-            for region, problems in zip(regions, pool.map(lambda region: _check_region(pack, region), regions)):
-                on_read(region.size_bytes)
+            for run, problems in zip(runs, pool.map(lambda run: _check_run(pack, run, memories), runs)):
+                on_read(sum(region.size_bytes for region in run))
                 yield from problems
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _check_region(pack: Pack, region: Region) -> list[Problem]:
-    path = pack.directory / region.file
+def _join_neighbours(regions: list[Region]) -> list[list[Region]]:
+    """Regions in their order, in groups that one read brings: small ones that follow each other in a file."""
+    runs: list[list[Region]] = []
+    run_bytes = 0
+    for region in regions:
+        last = runs[-1][-1] if runs else None
+        follows = last and (last.file, last.offset_bytes + last.size_bytes) == (region.file, region.offset_bytes)
+        run_bytes = run_bytes + region.size_bytes if follows else region.size_bytes
+        if follows and run_bytes <= PIECE_BYTES:
+            runs[-1].append(region)
+        else:
+            runs.append([region])
+            run_bytes = region.size_bytes
+    return runs
+
+
+def _check_run(pack: Pack, run: list[Region], memories: SimpleQueue[Pages]) -> list[Problem]:
+    memory = memories.get()
     try:
-        found, dirty = _read_region(path, region)
-        note = ""
-        if found != region.sha256:
-            again, dirty = _read_region(path, region, past_cache=True)
-            if again == region.sha256:
-                note = "read twice, the second time well: suspect the cable, the disk's cache or the memory"
-            found = found if note else again
-    except OSError as error:
-        return [_problem(path, region, f"cannot be read: {error.strerror or error}")]
-    if note:
-        return [_problem(path, region, note)]
-    if found != region.sha256:
-        text = f"sha256 is {found[:12]}…, the manifest says {region.sha256[:12]}…; read twice, same result: damaged"
-        return [_problem(path, region, text)]
-    return [_problem(path, region, f"padding byte {offset} of the block is not zero") for offset in dirty]
+        findings: Sequence[_Finding | None] = _read_run(pack, run, memory)
+    except OSError:
+        findings = [None] * len(run)  # one by one, so that an error is of one region
+    try:
+        return [
+            problem for region, found in zip(run, findings) for problem in _judge_region(pack, region, found, memory)
+        ]
+    finally:
+        memories.put(memory)
 
 
-def _read_region(path: Path, region: Region, past_cache: bool = False) -> tuple[str, list[int]]:
-    """The sha256 of a region and the first non-zero byte of each padding run."""
-    digest, dirty = hashlib.sha256(), []
-    with open(path, "rb", buffering=0) as file:
-        if past_cache and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), region.offset_bytes, region.size_bytes, os.POSIX_FADV_DONTNEED)
-        file.seek(region.offset_bytes)
-        done = 0
-        while done < region.size_bytes:
-            piece = file.read(min(PIECE_BYTES, region.size_bytes - done))
-            if not piece:
-                raise OSError(0, f"the file ends {region.size_bytes - done} bytes early")
-            digest.update(piece)
-            for start, end in region.padding:
-                zeros = piece[max(0, start - done) : max(0, end - done)]
-                if zeros.count(0) != len(zeros):
-                    first = next(index for index, value in enumerate(zeros) if value)
-                    dirty.append(max(start, done) + first)
-            done += len(piece)
-    return digest.hexdigest(), dirty
+def _judge_region(pack: Pack, region: Region, found: _Finding | None, memory: Pages) -> list[Problem]:
+    """Problems of a region by its finding; None, or a wrong checksum, is read once more."""
+    path = pack.directory / region.file
+    if found is None or found.sha256 != region.sha256:
+        try:
+            again = _read_run(pack, [region], memory, is_second=True)[0]
+        except OSError as error:
+            return [_problem(path, region, f"cannot be read: {error.strerror or error}")]
+        if again.sha256 == region.sha256:
+            text = "read twice, the second time well: suspect the cable, the disk's cache or the memory"
+            return [_problem(path, region, text, REREAD)]
+        found = again
+        text = f"sha256 is {found.sha256[:12]}…, the manifest says {region.sha256[:12]}…; read twice, "
+        return [_problem(path, region, text + "same result: damaged", region.repair)]
+    text = "padding byte {} of the block is not zero"
+    return [_problem(path, region, text.format(offset), region.repair) for offset in found.dirty]
 
 
-def _problem(path: Path, region: Region, text: str) -> Problem:
+def _read_run(pack: Pack, run: list[Region], memory: Pages, is_second: bool = False) -> list[_Finding]:
+    """What the bytes of neighbouring regions are, read piece by piece. Raises OSError saying where."""
+    file = pack.open_file(run[0].file, direct=True)
+    if is_second and not file.is_direct:
+        file.drop_cache()
+    findings = [_Finding() for _ in run]
+    end = run[-1].offset_bytes + run[-1].size_bytes
+    piece_start = run[0].offset_bytes // DIRECT_ALIGNMENT * DIRECT_ALIGNMENT
+    while piece_start < end:
+        size = min(PIECE_BYTES, end - piece_start)
+        piece = memory.buffer[: align_up(size, DIRECT_ALIGNMENT)]
+        try:
+            file.read_into([piece], piece_start, needed_bytes=size)
+        except OSError as error:
+            text = f"{size} bytes at byte {piece_start}: {error.strerror}"
+            raise OSError(error.errno, text) from None
+        for region, finding in zip(run, findings):
+            first = max(piece_start, region.offset_bytes)
+            last = min(piece_start + size, region.offset_bytes + region.size_bytes)
+            if first < last:
+                finding.add(piece[first - piece_start : last - piece_start], first - region.offset_bytes, region)
+        piece_start += size
+    return findings
+
+
+class _Finding:
+    """What a region was found to hold, taken in part by part: its digest, and each first byte of padding not zero."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self.dirty: list[int] = []
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def add(self, part: memoryview, offset_bytes: int, region: Region) -> None:
+        """The next bytes of the region, which start at this offset in it."""
+        self._digest.update(part)
+        for start, end in region.padding:
+            zeros = bytes(part[max(0, start - offset_bytes) : max(0, end - offset_bytes)])
+            if zeros.count(0) != len(zeros):
+                first = next(index for index, value in enumerate(zeros) if value)
+                self.dirty.append(max(start, offset_bytes) + first)
+
+
+def _problem(path: Path, region: Region, text: str, repair: str = REPAIR) -> Problem:
     if region.expert is None:
-        return Problem(
-            f"{path}: {region.what} at byte {region.offset_bytes}: {text}", str(path), None, None, region.offset_bytes
-        )
+        where = f"{path}: {region.what} at byte {region.offset_bytes}"
+        return Problem(f"{where}: {text}", str(path), None, None, region.offset_bytes, repair)
     error = DamagedPack(path, text, layer=region.layer, expert=region.expert, offset_bytes=region.offset_bytes)
-    return Problem.of(error)
+    return Problem.of(error, repair)
 
 
 def _find_strays(pack: Pack) -> list[Problem]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -134,7 +133,7 @@ def test_f15_padding_that_is_not_zero_is_found_though_its_digest_is_right(tmp_pa
         block[position] = 1
     entry = write_expert_file(pack, 0, manifest.shape, entry.tiers, entry.expert_tiers, [block])
     write_manifest(pack, Manifest(manifest.model, (entry,), manifest.resident, (), {}))
-    for piece_bytes in (verify.PIECE_BYTES, 100):
+    for piece_bytes in (verify.PIECE_BYTES, 4096):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(verify, "PIECE_BYTES", piece_bytes)
             found = texts(pack)
@@ -290,17 +289,75 @@ def test_f29_a_region_that_reads_well_the_second_time_is_not_called_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pack = copy_pack("minimal", tmp_path)
-    read_region, seen = verify._read_region, []
+    read_run, seen = verify._read_run, []
 
-    def unlucky(path: Path, region: verify.Region, past_cache: bool = False) -> tuple[str, list[int]]:
-        digest, dirty = read_region(path, region, past_cache)
-        seen.append((region.what, past_cache))
-        return (digest, dirty) if past_cache or region.what != "block" else (hashlib.sha256().hexdigest(), dirty)
+    def unlucky(pack: Pack, run: list, memory: object, is_second: bool = False) -> list:
+        findings = read_run(pack, run, memory, is_second)
+        seen.extend((region.what, is_second) for region in run)
+        for region, finding in zip(run, findings):
+            if region.what == "block" and not is_second:
+                finding.add(memoryview(b"another byte"), region.size_bytes, region)
+        return findings
 
-    monkeypatch.setattr(verify, "_read_region", unlucky)
+    monkeypatch.setattr(verify, "_read_run", unlucky)
     note = "read twice, the second time well: suspect the cable, the disk's cache or the memory"
     assert texts(pack) == [f"experts/layer_00.bin: layer 0 expert 0 at byte 0: {note}"]
-    assert ("block", True) in seen
+    assert seen.count(("block", True)) == 1
+    assert {problem.repair for problem in find_problems(pack)} == {verify.REREAD}
+
+
+def test_f29_a_read_that_fails_once_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = copy_pack("mixed", tmp_path)
+    failures = iter([True])
+    preadv = os.preadv
+
+    def flaky(*arguments: object) -> int:
+        if next(failures, False):
+            raise OSError(5, "Input/output error")
+        return preadv(*arguments)
+
+    monkeypatch.setattr(os, "preadv", flaky)
+    (problem,) = find_problems(pack)[:1]
+    assert problem.text.endswith("read twice, the second time well: suspect the cable, the disk's cache or the memory")
+
+
+def test_f29_a_damaged_block_is_repaired_alone(tmp_path: Path) -> None:
+    pack = copy_pack("mixed", tmp_path)
+    for file, position in (("experts/layer_01.bin", 5), ("experts/mtp_00.bin", 16384), ("config.json", 3)):
+        with open(pack / file, "r+b") as opened:
+            opened.seek(position)
+            opened.write(b"\x55\xaa")
+    repairs = {problem.file.removeprefix(f"{pack}/"): problem.repair for problem in find_problems(pack)}
+    assert repairs == {
+        "config.json": verify.REPAIR,
+        "experts/layer_01.bin": "moe-convert SRC PACK --redo 1:0",
+        "experts/mtp_00.bin": "moe-convert SRC PACK --redo 2:1",
+    }
+    checked = moe_inspect("verify", pack)
+    assert checked.returncode == 3
+    assert checked.stderr.splitlines()[-2:] == [
+        f"for 1 of them: {verify.REPAIR}",
+        f"for 2 of them: moe-convert SRC {pack} --redo 1:0 --redo 2:1",
+    ]
+
+
+def test_small_neighbours_are_read_together_and_large_regions_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "PIECE_BYTES", 32768)
+    sizes = []
+    preadv = os.preadv
+
+    def counted(descriptor: int, buffers: list, offset: int) -> int:
+        sizes.append(sum(map(len, buffers)))
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    with Pack.open(GOLDEN / "mixed") as pack:
+        regions = list_regions(pack)
+        assert list(verify_contents(pack, regions, workers=1)) == []
+    assert max(sizes) == 32768
+    assert len(sizes) < len(regions)
 
 
 def test_f29_a_file_that_vanishes_while_it_is_verified_is_named(tmp_path: Path) -> None:
@@ -313,7 +370,8 @@ def test_f29_a_file_that_vanishes_while_it_is_verified_is_named(tmp_path: Path) 
     assert found == [
         "resident.safetensors: header at byte 0: cannot be read: No such file or directory",
         "resident.safetensors: tensor model.norm.weight at byte 128: cannot be read: No such file or directory",
-        "experts/layer_00.bin: layer 0 expert 0 at byte 0: cannot be read: the file ends 16284 bytes early",
+        "experts/layer_00.bin: layer 0 expert 0 at byte 0: cannot be read: 16384 bytes at byte 0: the file ends after "
+        "100 of them",
     ]
 
 
