@@ -8,10 +8,12 @@ moe-inspect trace ROUTING.jsonl --slots 500,40%
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -32,6 +34,9 @@ from moepack.layout.sizes import format_size
 from moepack.layout.summary import summarize
 from moepack.layout.trace import Replay, Trace, compare_policies, read_trace
 from moepack.layout.verify import REDO, Problem, list_regions, verify_contents, verify_structure
+
+if TYPE_CHECKING:  # imported where it is used: looking into a pack needs neither checkpoints nor torch
+    from moepack.convert.comparison import ExpertError
 
 app = create_app("moe-inspect")
 PACK = typer.Argument(metavar="PACK", help="Directory that moe-convert wrote.", show_default=False)
@@ -86,6 +91,9 @@ def verify(
     pack: Path = PACK,
     quick: bool = typer.Option(False, "--quick", help="Structure only: manifest, sizes, strays, headers."),
     sample: str = typer.Option(None, "--sample", help="Read a random share of the blocks, as in 5%."),
+    source: Path = typer.Option(
+        None, "--source", help="Compare with the original checkpoint: the error of each expert's weights."
+    ),
     as_json: bool = JSON,
 ) -> None:
     """Check every byte of a pack against its checksums; name each problem with file, layer, expert and offset.
@@ -93,8 +101,9 @@ def verify(
     Exit code 3 if anything is wrong.
     """
     share = _parse_share(sample)
-    if quick and sample:
-        raise UsageError("--quick reads no blocks: leave out --sample, or --quick")
+    if quick and (sample or source):
+        raise UsageError("--quick reads no blocks: leave out --sample and --source, or --quick")
+    started = time.perf_counter()
     opened, problems = verify_structure(pack)
     structural = {problem.file for problem in problems}
     regions = [] if quick else list_regions(opened, share)
@@ -103,11 +112,21 @@ def verify(
     if regions:
         with opened, open_progress(total, "verify") as progress:
             problems += verify_contents(opened, regions, progress.update)
-    blocks = sum(region.what == "block" for region in regions)
+    blocks = [(region.layer, region.expert) for region in regions if region.what == "block"]
+    facts = {"bytes_read": total, "blocks": len(blocks), "seconds": round(time.perf_counter() - started, 3)}
+    errors: list[ExpertError] = []
+    if source:
+        damaged = {(problem.layer, problem.expert) for problem in problems}
+        errors = _measure_errors(opened, source, [block for block in blocks if block not in damaged])
+        problems += _find_unrelated(opened, errors)
     if as_json:
-        print_json({"ok": not problems, "bytes_read": total, "blocks": blocks, "problems": [vars(p) for p in problems]})
+        comparison = {"source": _summarize_errors(errors)} if source else {}
+        print_json({"ok": not problems, **facts, "problems": [vars(p) for p in problems], **comparison})
     else:
-        _print_verdict(pack, problems, "structure only" if quick else f"{blocks} blocks, {format_size(total)} read")
+        extent = "structure only" if quick else f"{len(blocks)} blocks, {format_size(total)} read"
+        _print_verdict(pack, problems, extent)
+        if source:
+            _print_errors(source, _summarize_errors(errors))
     if problems:
         raise typer.Exit(EXIT_DAMAGED)
 
@@ -183,6 +202,54 @@ def _print_verdict(pack: Path, problems: list[Problem], extent: str) -> None:
     if blocks:
         places = " ".join(dict.fromkeys(f"--redo {problem.layer}:{problem.expert}" for problem in blocks))
         log(f"for {len(blocks)} of them: moe-convert SRC {pack} {places}")
+
+
+def _measure_errors(pack: Pack, source: Path, blocks: Sequence[tuple[Any, Any]]) -> list[ExpertError]:
+    from moepack.convert.comparison import Original, measure_errors
+
+    with pack, open_progress(len(blocks), "compare", "expert") as progress:
+        original = Original.open(source, pack)
+        errors = []
+        for error in measure_errors(original, pack, blocks):
+            errors.append(error)
+            progress.update()
+    return errors
+
+
+def _summarize_errors(errors: list[ExpertError]) -> dict[str, Any]:
+    from moepack.convert.comparison import summarize_errors
+
+    return summarize_errors(errors)
+
+
+def _find_unrelated(pack: Pack, errors: list[ExpertError]) -> list[Problem]:
+    """Blocks that hold something else than the source's weights, checksum or not."""
+    from moepack.convert.comparison import UNRELATED
+
+    problems = []
+    for error in errors:
+        wrong = [f"{name} {value:.2f}" for name, value in error.relative_rms.items() if not value < UNRELATED]
+        if wrong:
+            text = f"is not the source's expert: relative error of {', '.join(wrong)}"
+            damage = pack.damaged_block(error.layer, error.expert, text)
+            problems.append(Problem.of(damage, f"{REDO} {error.layer}:{error.expert}"))
+    return problems
+
+
+def _print_errors(source: Path, facts: dict[str, Any]) -> None:
+    print(f"\nrelative RMS error of {facts['experts']} experts against {source}:")
+    rows: list[tuple[str, ...]] = [("", "median", "99 %", "worst", "its layer and expert")]
+    for name, part in facts["projections"].items():
+        worst = part["worst"]
+        place = f"{worst['layer']}:{worst['expert']}"
+        rows.append((name, *(_show_error(value) for value in (part["median"], part["p99"], worst["error"])), place))
+    print_table(rows)
+    named = [f"{one['layer']}:{one['expert']} ({_show_error(one['error'])})" for one in facts["worst_experts"]]
+    print(f"worst experts: {', '.join(named)}")
+
+
+def _show_error(error: float | None) -> str:
+    return "infinite" if error is None else f"{error:.4f}"
 
 
 def _print_differences(pack: Path, other: Path, differences: list[Difference]) -> None:

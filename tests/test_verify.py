@@ -401,7 +401,10 @@ def test_the_command_says_well_and_how_much_it_read() -> None:
     [
         (["--sample", "0"], "error: --sample 0: expected a share of the blocks such as 5% or 0.05\n"),
         (["--sample", "nan"], "error: --sample nan: expected a share of the blocks such as 5% or 0.05\n"),
-        (["--sample", "5%", "--quick"], "error: --quick reads no blocks: leave out --sample, or --quick\n"),
+        (
+            ["--sample", "5%", "--quick"],
+            "error: --quick reads no blocks: leave out --sample and --source, or --quick\n",
+        ),
     ],
 )
 def test_the_command_refuses_a_wrong_request(arguments: list[str], message: str) -> None:
