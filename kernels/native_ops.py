@@ -15,17 +15,24 @@ from collections.abc import Sequence
 
 import torch
 
+from moepack.kernels import reference
+from moepack.kernels.expert_step import ExpertStep
 from moepack.kernels.matrix import Expert, Matrix
 from moepack.kernels.native_floats import FloatOps
 from moepack.kernels.native_library import ADDRESS, INT, declare
 from moepack.kernels.native_matrix import floats, place
 from moepack.kernels.native_token import TokenOps
+from moepack.kernels.slots import HostSlots, view_host_pages
+from moepack.layout.pages import Pages
 
 FLOAT_BYTES = 4
 
 
 class NativeOps(FloatOps, TokenOps):
     """One backend, with its arithmetic chosen. Threads: native_library.set_threads."""
+
+    new_slots, new_pages = HostSlots, Pages
+    view_pages, zeros, upload = staticmethod(view_host_pages), staticmethod(torch.zeros), staticmethod(reference.upload)
 
     def __init__(self, exact: bool = False):
         FloatOps.__init__(self)
@@ -73,6 +80,12 @@ class NativeOps(FloatOps, TokenOps):
             place(expert),
             self.exact,
         )
+
+    def expert_step(
+        self, norm: torch.Tensor, router: Matrix, shared_gate: Matrix, num_chosen: int, width: int, eps: float
+    ) -> ExpertStep:
+        choose = self.fuse_router(norm, router, shared_gate, num_chosen, eps)
+        return ExpertStep(choose, self.route, self.run_experts, self.add_rows)
 
     def route(self, x: torch.Tensor, router: Matrix, num_chosen: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.choose_experts(self.linear(x, router), num_chosen)

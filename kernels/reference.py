@@ -13,13 +13,23 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from moepack.kernels.expert_step import Choice, ExpertStep
 from moepack.kernels.matrix import Expert, Matrix
+from moepack.kernels.slots import HostSlots, view_host_pages
+from moepack.layout.pages import Pages
 
 TILE_WEIGHTS = 2**20  # weights widened at a time: 4 MiB of float32, small enough to stay in cache
 DELTA_CHUNK = 64  # tokens solved together in the gated delta rule; the model's own choice
 SCORE_TILE = 2**22  # attention scores held at a time: 16 MiB
+new_slots, new_pages, view_pages = HostSlots, Pages, view_host_pages  # memory for experts and for other weights
+zeros = torch.zeros  # memory for activations and states
 fuses_tokens = False  # a backend that does has fuse_delta_net and its like: native_token.py
 ELEMENTS_PER_UNIT = {2: (1, 4), 3: (3, 8), 4: (1, 2), 8: (1, 1)}  # bits -> (bytes of a unit, elements in it)
+
+
+def upload(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor where the operations read it: it is there already."""
+    return tensor
 
 
 def dequantize(matrix: Matrix, first: int, count: int) -> torch.Tensor:
@@ -239,6 +249,20 @@ def add_expert(out: torch.Tensor, x: torch.Tensor, expert: Expert, tokens: torch
 def add_rows(x: torch.Tensor, rows: torch.Tensor, weights: Sequence[float]) -> None:
     """x [1, D] += the sum of rows [R, D], each with its weight."""
     x += torch.tensor([weights]) @ rows
+
+
+def expert_step(
+    norm: torch.Tensor, router: Matrix, shared_gate: Matrix, num_chosen: int, width: int, eps: float
+) -> ExpertStep:
+    """What runs the experts of one token, of a layer with this norm and router and experts of at most this width."""
+
+    def choose(x: torch.Tensor) -> Choice:
+        normed = rms_norm(x, norm, eps)
+        expert_ids, expert_weights = route(normed, router, num_chosen)
+        shared_weight = linear(normed, shared_gate).sigmoid()
+        return normed, expert_ids[0].tolist(), [*expert_weights[0].tolist(), shared_weight.item()]
+
+    return ExpertStep(choose, route, run_experts, add_rows)
 
 
 def decay_and_strength(

@@ -118,8 +118,14 @@ class Engine:
         plan = plan_memory(opened, architecture, budget, context, process_bytes, snapshot_bytes)
         if policy not in POLICIES:
             raise UsageError(f"eviction policy {policy!r}: expected one of {', '.join(POLICIES)}")
-        store = ExpertStore(opened, plan.num_slots, policy=POLICIES[policy](), verify_reads=verify_reads)
-        weights = ResidentWeights.load(opened, architecture)
+        store = ExpertStore(
+            opened,
+            plan.num_slots,
+            policy=POLICIES[policy](),
+            verify_reads=verify_reads,
+            new_slots=ops.new_slots,
+        )
+        weights = ResidentWeights.load(opened, architecture, ops)
         if prefetch is None:
             prefetch = plan.num_slots < architecture.num_hidden_layers * architecture.num_experts
         model = Qwen35(architecture, weights, store, ops, prefetch)
@@ -175,7 +181,7 @@ class Engine:
 
     def new_state(self, max_positions: int) -> SequenceState:
         """State of a new sequence of at most max_positions tokens; within the plan up to max_context."""
-        return SequenceState(self.architecture, max_positions)
+        return SequenceState(self.architecture, max_positions, self.model.ops.zeros)
 
     def generate(
         self,

@@ -18,12 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
-import torch
-
 from moepack.kernels.matrix import Expert
+from moepack.kernels.slots import HostSlots
 from moepack.layout.eviction import EvictionPolicy, Key, LeastRecentlyUsed, is_flushing_scan
 from moepack.layout.geometry import BlockGeometry
-from moepack.layout.pages import Pages
 from moepack.layout.reader import Pack
 from moepack.runtime.expert_io import BlockReader, Read, ReadOptions, ReadQueue
 
@@ -102,6 +100,7 @@ class ExpertStore:
     io             how blocks are read
     policy         which expert makes room; least recently used by default
     verify_reads   compare each block that is read with its checksum
+    new_slots      makes the memory that experts lie in: the backend's own
     counts         what it has done so far
     on_fetch       called with the arguments of every fetch, as TraceWriter.record takes them; None at first
     """
@@ -114,14 +113,15 @@ class ExpertStore:
         io: ReadOptions = ReadOptions(),
         policy: EvictionPolicy | None = None,
         verify_reads: bool = False,
+        new_slots: Callable[[int, int, bool], HostSlots] = HostSlots,
     ):
         if num_slots < 1:
             raise ValueError(f"a store needs at least one slot, got {num_slots}")
         self.pack, self.num_slots, self.slot_bytes = pack, num_slots, largest_block(pack)
         self.counts = StoreCounts()
         self.on_fetch: Callable[[int, Sequence[int], bool], object] | None = None
-        self._pages = Pages(num_slots * self.slot_bytes, io.huge_pages)
-        self._views = SlotViews(pack, self._pages, self.slot_bytes)
+        self._slots = new_slots(num_slots, self.slot_bytes, io.huge_pages)
+        self._views = SlotViews(pack, self._slots)
         self._free = list(range(num_slots - 1, -1, -1))
         self._held: dict[Key, _Held] = {}
         self._num_layers = pack.manifest.shape.num_hidden_layers
@@ -129,7 +129,7 @@ class ExpertStore:
         self._fetch: _Fetch | None = None
         self._reads, self._hints = 0, 0  # under way, of all and of hints
         self._reader = BlockReader(pack, io.direct, verify_reads)
-        self._queue = ReadQueue(self._reader.read, io.queue_depth)
+        self._queue = ReadQueue(self._slots.reads_into(self._reader.read), io.queue_depth)
         self._close = weakref.finalize(self, self._queue.close)
         # In order: neighbours that one read brings, and slots that are computed from or read ahead into.
         self._joined = max(1, min(JOINED_BYTES // self.slot_bytes, num_slots // 8))
@@ -176,7 +176,7 @@ class ExpertStore:
             if self._hints == MAX_HINTS:
                 return
             if (layer, expert_id) not in self._held:
-                slot = self._take_slot()
+                slot = self._take_slot(may_wait=False)
                 if slot is None:
                     return
                 self._start(layer, (expert_id,), (slot,), is_hint=True)
@@ -186,7 +186,7 @@ class ExpertStore:
         return {
             "method": self._reader.method,
             "queue_depth": self._queue.depth,
-            "huge_pages": self._pages.is_huge,
+            "huge_pages": self._slots.is_huge,
             "policy": self._policy.name,
             "num_slots": self.num_slots,
             "slot_bytes": self.slot_bytes,
@@ -265,6 +265,7 @@ class ExpertStore:
             if batch := self._list_ready(fetch):
                 return batch
             if self._reads:
+                self._slots.submit()
                 started = perf_counter()
                 read = self._queue.next_done()
                 self.counts.io_wait_s += perf_counter() - started
@@ -294,6 +295,7 @@ class ExpertStore:
         self.counts.hits -= 1
 
     def _release(self, fetch: _Fetch, expert_ids: list[int]) -> None:
+        self._slots.mark_used([self._held[fetch.layer, expert_id].slot for expert_id in expert_ids])
         for expert_id in expert_ids:
             del fetch.left[expert_id]
             fetch.missed.discard(expert_id)
@@ -311,16 +313,22 @@ class ExpertStore:
             for expert_id in self._fetch.left:
                 held = self._held.get((self._fetch.layer, expert_id))
                 if held:
+                    self._slots.mark_used((held.slot,))
                     held.is_pinned = False
         self._fetch = None
 
     # Slots
 
-    def _take_slot(self) -> int | None:
-        """A slot that nobody needs now; None if there is none."""
+    def _take_slot(self, may_wait: bool = True) -> int | None:
+        """A slot that nobody needs now; None if there is none.
+
+        may_wait   take one that a GPU still reads, if there is no other: filling it then waits
+        """
         if self._free:
             return self._free.pop()
-        victim = self._policy.evict(lambda key: self._held[key].is_busy)
+        victim = self._policy.evict(lambda key: self._held[key].is_busy or self._slots.is_in_use(self._held[key].slot))
+        if victim is None and may_wait:
+            victim = self._policy.evict(lambda key: self._held[key].is_busy)
         return None if victim is None else self._held.pop(victim).slot
 
     def _drop(self, key: Key) -> None:
@@ -334,8 +342,8 @@ class ExpertStore:
         for expert_id, slot in zip(expert_ids, slots):
             self._held[layer, expert_id] = _Held(slot, is_hint)
             self._policy.use((layer, expert_id), cold=is_cold or is_hint)
-            first = slot * self.slot_bytes
-            buffers.append(self._pages.buffer[first : first + self.pack.geometry(layer).block(expert_id).block_stride])
+            self._slots.wait_until_free(slot)  # nearly always it is: see _take_slot
+            buffers.append(self._slots.buffer(slot, self.pack.geometry(layer).block(expert_id).block_stride))
         self._reads += 1
         self._hints += is_hint
         self._queue.submit(Read(layer, tuple(expert_ids), buffers, is_hint))
@@ -365,9 +373,8 @@ class SlotViews:
     Making one takes 25 us and more with Python's lock held, at every miss. It is kept: about 8 KiB a slot.
     """
 
-    def __init__(self, pack: Pack, pages: Pages, slot_bytes: int):
-        self._slots = torch.frombuffer(pages.buffer, dtype=torch.uint8)
-        self._slot_bytes = slot_bytes
+    def __init__(self, pack: Pack, slots: HostSlots):
+        self._slots = slots
         kinds: dict[BlockGeometry, int] = {}
         self._pack = pack
         self._kinds = [
@@ -381,7 +388,7 @@ class SlotViews:
         kind = self._kinds[layer][geometry.expert_tiers[expert_id]]
         view = self._views.get((slot, kind))
         if view is None:
-            block = self._slots[slot * self._slot_bytes : (slot + 1) * self._slot_bytes]
+            block = self._slots.block(slot)
             view = self._views[slot, kind] = Expert.from_block(geometry.block(expert_id), block)
         return view
 

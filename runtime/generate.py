@@ -115,7 +115,7 @@ class Generation(Iterator[int]):
         sampler = Sampler(self._sampling, self._prompt_ids)
         last = self._prefill(state, on_prefill)
         while True:
-            logits = engine.model.logits(last)[0].numpy()
+            logits = engine.model.logits(last)[0].cpu().numpy()
             token_id = sampler.next(logits, self._constraint.list_allowed() if self._constraint else None)
             self.token_ids.append(token_id)
             if self._sampling.top_logprobs is not None:

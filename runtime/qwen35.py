@@ -114,30 +114,24 @@ class SparseMoe:
         self.shared_expert: Expert = weights.expert(f"{stem}.mlp.shared_expert")
         self.shared_expert_gate = weights.matrix(f"{stem}.mlp.shared_expert_gate")
         self.next_router: Matrix | None = None  # set where the next layer's experts are to be guessed
-        self.choose = self._choose
-        if ops.fuses_tokens:
-            sizes = (a.num_experts_per_tok, a.rms_norm_eps)
-            self.choose = ops.fuse_router(self.norm, self.router, self.shared_expert_gate, *sizes)
+        width = max(a.moe_intermediate_size, a.shared_expert_intermediate_size)
+        sizes = (a.num_experts_per_tok, width, a.rms_norm_eps)
+        self.step = ops.expert_step(self.norm, self.router, self.shared_expert_gate, *sizes)
 
     def add_one_token(self, x: torch.Tensor) -> None:
-        """x [1, D] += experts(norm(x)). They may arrive in any order; they are added in that of their ids."""
-        normed, expert_ids, expert_weights = self.choose(x)
-        weight_of = dict(zip(expert_ids, expert_weights))
-        chosen = sorted(expert_ids)
+        """x [1, D] += experts(norm(x)). They may arrive in any order; they are added in that of the ids."""
+        chosen = self.step.choose(x)
         row_of = {expert_id: row for row, expert_id in enumerate(chosen)}
         batches = self.store.fetch(self.layer, chosen)  # the seam to the SSD: reads start here
         if self.next_router is not None:
-            guess, _ = self.ops.route(normed, self.next_router, self.a.num_experts_per_tok)
-            self.store.prefetch(self.layer + 1, guess[0].tolist())
-        results = x.new_empty(len(chosen) + 1, x.shape[1])
+            self.store.prefetch(self.layer + 1, self.step.guess(self.next_router))
         waiting, rows = [self.shared_expert], [len(chosen)]  # needs no read: it goes with what is in memory
         for batch in batches:  # first what is in memory, be it nothing, then what arrives
             waiting += [expert for _, expert in batch]
             rows += [row_of[expert_id] for expert_id, _ in batch]
-            self.ops.run_experts(normed, waiting, results, rows)
+            self.step.run(waiting, rows)
             waiting, rows = [], []
-        weights = [*(weight_of[expert_id] for expert_id in chosen), expert_weights[-1]]
-        self.ops.add_rows(x, results, weights)
+        self.step.add()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x + experts(norm(x)) for T tokens: each expert once, in the order of ids, which is the file's."""
@@ -145,10 +139,11 @@ class SparseMoe:
         expert_ids, expert_weights = self.ops.route(normed, self.router, self.a.num_experts_per_tok)  # [T, K] each
         shared_weights = self.ops.linear(normed, self.shared_expert_gate).sigmoid().squeeze(-1)  # [T]
         out = torch.zeros_like(x)
-        self.ops.add_expert(out, normed, self.shared_expert, torch.arange(len(x)), shared_weights)
-        by_expert = expert_ids.flatten().argsort(stable=True)
+        self.ops.add_expert(out, normed, self.shared_expert, self.ops.upload(torch.arange(len(x))), shared_weights)
+        chosen_ids = expert_ids.flatten().cpu()  # the one wait for a GPU in a layer
+        counts = chosen_ids.bincount(minlength=self.a.num_experts)
+        by_expert = self.ops.upload(chosen_ids.argsort(stable=True))
         tokens, weights = by_expert // expert_ids.shape[1], expert_weights.flatten()[by_expert]
-        counts = expert_ids.flatten().bincount(minlength=self.a.num_experts)
         ends = counts.cumsum(0).tolist()
         chosen = counts.nonzero().flatten().tolist()
         for batch in self.store.fetch(self.layer, chosen, in_order=True):  # the seam to the SSD
@@ -156,13 +151,6 @@ class SparseMoe:
                 part = slice(ends[expert_id] - int(counts[expert_id]), ends[expert_id])
                 self.ops.add_expert(out, normed, expert, tokens[part], weights[part])
         return x + out
-
-    def _choose(self, x: torch.Tensor) -> tuple[torch.Tensor, list[int], list[float]]:
-        """norm(x) [1, D], the ids of its experts, and their weights with the shared expert's behind."""
-        normed = self.ops.rms_norm(x, self.norm, self.a.rms_norm_eps)
-        expert_ids, expert_weights = self.ops.route(normed, self.router, self.a.num_experts_per_tok)
-        shared_weight = self.ops.linear(normed, self.shared_expert_gate).sigmoid()
-        return normed, expert_ids[0].tolist(), [*expert_weights[0].tolist(), shared_weight.item()]
 
 
 class DecoderLayer:

@@ -12,14 +12,16 @@ nothing here drafts with it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from moepack.kernels import reference
 from moepack.kernels.matrix import Expert, Matrix
 from moepack.layout.architecture import Architecture, resident_shapes
 from moepack.layout.errors import DamagedPack
 from moepack.layout.geometry import MatrixGeometry, align_up
-from moepack.layout.pages import HUGE_PAGE_BYTES, Pages
+from moepack.layout.pages import HUGE_PAGE_BYTES
 from moepack.layout.reader import Pack
 from moepack.layout.spec import PROJECTIONS, RESIDENT_NAME, SECTION_ALIGNMENT
 from moepack.layout.storage import DIRECT_ALIGNMENT
@@ -88,24 +90,28 @@ class ResidentWeights:
         self._quantized = pack.manifest.resident.quantized
 
     @classmethod
-    def load(cls, pack: Pack, architecture: Architecture) -> ResidentWeights:
-        """Read every tensor that the model needs. Raises DamagedPack if one is missing, misshapen or unreadable."""
+    def load(cls, pack: Pack, architecture: Architecture, ops: Any = reference) -> ResidentWeights:
+        """Read every tensor that the model needs to where `ops` computes.
+
+        Raises DamagedPack if one is missing, misshapen or unreadable.
+        """
         for name, shape in resident_shapes(architecture, mtp_layers=0).items():
             found = pack.manifest.resident.shape_of(name)
             if found != shape:
                 text = f"{name} is {found or 'missing'}, the config needs {shape}: convert again"
                 raise DamagedPack(pack.directory / RESIDENT_NAME, text)
         memory_map = _MemoryMap(pack)
-        pages = Pages(memory_map.size_bytes)
+        pages = ops.new_pages(memory_map.size_bytes)
         for run in memory_map.runs:
             _read_run(pack, run, pages.buffer)
-        data = torch.frombuffer(pages.buffer, dtype=torch.uint8)
+        for name, place in memory_map.moves.items():
+            offset, size = memory_map.offsets[name], pack.manifest.resident.tensors[name].size_bytes
+            pages.buffer[offset : offset + size] = pages.buffer[place : place + size]
+        data = ops.view_pages(pages)
         tensors = {}
         for name, offset in memory_map.offsets.items():
             entry = pack.manifest.resident.tensors[name]
             raw = data[offset : offset + entry.size_bytes]
-            if name in memory_map.moves:
-                raw.copy_(data[memory_map.moves[name] : memory_map.moves[name] + entry.size_bytes])
             plain = entry.dtype in TORCH_DTYPES
             tensors[name] = raw.view(TORCH_DTYPES[entry.dtype]).view(entry.shape) if plain else raw
         return cls(tensors, pack, pages.lock())

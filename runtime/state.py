@@ -9,7 +9,7 @@ back: snapshots.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from moepack.layout.architecture import LINEAR, Architecture
 from moepack.layout.errors import UsageError
 
 FLOAT_BYTES = 4
+Zeros = Callable[..., torch.Tensor]  # makes a float32 tensor of a shape where the operations keep their states
 
 
 @dataclass
@@ -55,9 +56,9 @@ class KeyValueCache:
 class SequenceState:
     """All layers' state of one sequence of at most max_positions tokens."""
 
-    def __init__(self, architecture: Architecture, max_positions: int):
+    def __init__(self, architecture: Architecture, max_positions: int, zeros: Zeros = torch.zeros):
         self.layers = [
-            _new_delta_state(architecture) if kind == LINEAR else _new_cache(architecture, max_positions)
+            _new_delta_state(architecture, zeros) if kind == LINEAR else _new_cache(architecture, max_positions, zeros)
             for kind in architecture.layer_types
         ]
 
@@ -110,13 +111,13 @@ class SequenceState:
         return FLOAT_BYTES * sum(delta if kind == LINEAR else cache for kind in a.layer_types)
 
 
-def _new_delta_state(a: Architecture) -> DeltaState:
+def _new_delta_state(a: Architecture, zeros: Zeros) -> DeltaState:
     return DeltaState(
-        torch.zeros(a.linear_conv_kernel_dim - 1, a.conv_dim),
-        torch.zeros(a.linear_num_value_heads, a.linear_key_head_dim, a.linear_value_head_dim),
+        zeros(a.linear_conv_kernel_dim - 1, a.conv_dim),
+        zeros(a.linear_num_value_heads, a.linear_key_head_dim, a.linear_value_head_dim),
     )
 
 
-def _new_cache(a: Architecture, max_positions: int) -> KeyValueCache:
+def _new_cache(a: Architecture, max_positions: int, zeros: Zeros) -> KeyValueCache:
     shape = (a.num_key_value_heads, max_positions, a.head_dim)
-    return KeyValueCache(torch.zeros(shape), torch.zeros(shape))
+    return KeyValueCache(zeros(*shape), zeros(*shape))

@@ -1,0 +1,60 @@
+"""The experts of one token: chosen, run in the order in which they come off the disk, added in the order of their ids.
+
+The order of a sum changes its last bits, so what was in memory must not decide it. A backend makes one step for each
+layer (ops.expert_step) and keeps it.
+
+    step = ops.expert_step(norm, router, shared_gate, num_chosen=8, width=512, eps=1e-6)
+    expert_ids = step.choose(x)
+    step.run([expert], rows=[3])      # expert_ids[3], as soon as it is there
+    step.add()                        # x += all of them, each with its weight
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from moepack.kernels.matrix import Expert, Matrix
+
+Choice = tuple[torch.Tensor, list[int], list[float]]
+Route = Callable[[torch.Tensor, Matrix, int], tuple[torch.Tensor, torch.Tensor]]
+
+
+class ExpertStep:
+    """x [1, D] += the chosen experts of norm(x), for one layer and one token after the other."""
+
+    def __init__(
+        self,
+        choose: Callable[[torch.Tensor], Choice],
+        route: Route,
+        run_experts: Callable[[torch.Tensor, Sequence[Expert], torch.Tensor, Sequence[int]], None],
+        add_rows: Callable[[torch.Tensor, torch.Tensor, Sequence[float]], None],
+    ):
+        """
+        choose   x -> norm(x) [1, D], the ids of its experts, and their weights with the shared expert's behind
+        The others are operations of reference.py.
+        """
+        self._choose, self._route, self._run_experts, self._add_rows = choose, route, run_experts, add_rows
+
+    def choose(self, x: torch.Tensor) -> list[int]:
+        """The ids of the experts of x [1, D]: row r is the expert of the r-th id, the last row the shared expert."""
+        self._x = x
+        self._normed, expert_ids, weights = self._choose(x)
+        order = sorted(range(len(expert_ids)), key=expert_ids.__getitem__)
+        self._weights = [*(weights[place] for place in order), weights[-1]]
+        self._results = x.new_empty(len(weights), x.shape[1])
+        return [expert_ids[place] for place in order]
+
+    def guess(self, router: Matrix) -> list[int]:
+        """The experts that another layer's router would choose for the same token, the likeliest first."""
+        expert_ids, _ = self._route(self._normed, router, len(self._weights) - 1)
+        return expert_ids[0].tolist()
+
+    def run(self, experts: Sequence[Expert], rows: Sequence[int]) -> None:
+        """Run some of the experts, each once a token; their memory is needed until the work handed over is done."""
+        self._run_experts(self._normed, experts, self._results, rows)
+
+    def add(self) -> None:
+        """Add all rows to x."""
+        self._add_rows(self._x, self._results, self._weights)
