@@ -3,6 +3,7 @@
 moe-inspect show PACK
 moe-inspect diff PACK OTHER
 moe-inspect verify PACK --quick
+moe-inspect doctor PACK
 moe-inspect trace ROUTING.jsonl --slots 500,40%
 """
 
@@ -28,9 +29,11 @@ from moepack.layout.console import (
     run_app,
 )
 from moepack.layout.difference import Difference, compare_packs
-from moepack.layout.errors import EXIT_DAMAGED, EXIT_FAILED, UsageError
+from moepack.layout.doctor import Finding, examine_disk, examine_machine
+from moepack.layout.errors import EXIT_DAMAGED, EXIT_FAILED, MoepackError, UsageError
 from moepack.layout.reader import Pack
 from moepack.layout.sizes import format_size
+from moepack.layout.spec import MANIFEST_NAME
 from moepack.layout.summary import summarize
 from moepack.layout.trace import Replay, Trace, compare_policies, read_trace
 from moepack.layout.verify import REDO, Problem, list_regions, verify_contents, verify_structure
@@ -202,6 +205,56 @@ def _print_verdict(pack: Path, problems: list[Problem], extent: str) -> None:
     if blocks:
         places = " ".join(dict.fromkeys(f"--redo {problem.layer}:{problem.expert}" for problem in blocks))
         log(f"for {len(blocks)} of them: moe-convert SRC {pack} {places}")
+
+
+@app.command()
+def doctor(
+    path: Path = typer.Argument(Path(), metavar="[PATH]", help="A pack, or the directory where one shall be."),
+    as_json: bool = JSON,
+) -> None:
+    """Look at this machine: one line for each thing that decides the speed, with advice where it costs some.
+
+    Exit code 1 if moepack cannot run here, whatever its speed.
+    """
+    directory = path if path.is_dir() else path.parent
+    if not directory.is_dir():
+        raise UsageError(f"{path}: no such directory: give a pack, or a directory where one shall be")
+    lock_bytes = 0
+    if (path / MANIFEST_NAME).exists():
+        with Pack.open(path) as pack:
+            lock_bytes = pack.manifest.resident.size_bytes
+    findings = [*_examine_arithmetic(), *examine_machine(lock_bytes), *examine_disk(directory)]
+    if as_json:
+        print_json({"ok": not any(one.advice for one in findings), "findings": [vars(one) for one in findings]})
+    else:
+        width = max(len(one.name) for one in findings)
+        for one in findings:
+            print(f"{one.name:{width}}  {one.text}")
+            if one.advice:
+                print(f"{'':{width}}  -> {one.advice}")
+    if any(one.blocks for one in findings):
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _examine_arithmetic() -> list[Finding]:
+    """torch, the backend that would be chosen, and the native core's instruction set."""
+    try:
+        import torch
+    except ImportError as error:
+        return [Finding("torch", None, f"missing: {error}", "pip install moepack, with its dependencies", blocks=True)]
+    from moepack.kernels.backend import choose_backend, describe_backend
+    from moepack.kernels.native_library import isa
+    from moepack.runtime.engine import choose_threads
+
+    findings = [Finding("torch", torch.__version__, torch.__version__)]
+    try:
+        ops, device = choose_backend("auto", threads=choose_threads(None))
+        name = isa()
+    except MoepackError as error:
+        return [*findings, Finding("backend", None, "none", str(error), blocks=True)]
+    findings.append(Finding("backend", device, f"{device}: {describe_backend(ops)}"))
+    advice = "no kernels for this processor: expect a tenth of the speed" if name == "portable" else None
+    return [*findings, Finding("instruction set", name, name, advice)]
 
 
 def _measure_errors(pack: Pack, source: Path, blocks: Sequence[tuple[Any, Any]]) -> list[ExpertError]:

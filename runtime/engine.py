@@ -108,7 +108,7 @@ class Engine:
 
         Raises DamagedPack, UnsupportedVersion, UsageError, or MemoryBudgetError with the numbers.
         """
-        ops, device = choose_backend(device, exact, _choose_threads(threads))
+        ops, device = choose_backend(device, exact, choose_threads(threads))
         opened = Pack.open(pack)
         architecture = read_architecture(opened, experts_per_token)
         tokenizer = tokenizer or Tokenizer.load(opened.directory)
@@ -288,7 +288,7 @@ def hash_manifest(pack: Pack) -> str:
     return hashlib.sha256((pack.directory / MANIFEST_NAME).read_bytes()).hexdigest()
 
 
-def _choose_threads(threads: int | None) -> int:
+def choose_threads(threads: int | None) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if threads is not None and not 1 <= threads <= max(MOST_THREADS, cores):
         raise UsageError(f"--threads {threads}: expected 1 to {max(MOST_THREADS, cores)}")
