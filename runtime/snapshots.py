@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import sys
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -30,7 +31,6 @@ import torch
 import zstandard
 
 from moepack.kernels.reference import DELTA_CHUNK
-from moepack.layout.console import log
 from moepack.runtime.state import SequenceState
 
 MAGIC = b"moepack state 1\n"
@@ -163,7 +163,8 @@ class Snapshots:
         except OSError as error:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
-            log(f"note: {path}: cannot be written ({error.strerror}): prompts are remembered in memory only")
+            note = f"note: {path}: cannot be written ({error.strerror}): prompts are remembered in memory only"
+            print(note, file=sys.stderr, flush=True)
             self.directory = None
 
     def _read(self, path: Path, state: SequenceState, position: int) -> bool:
@@ -186,7 +187,8 @@ class Snapshots:
         except OSError:  # most often: there is none
             return False
         except (ValueError, zstandard.ZstdError) as error:
-            log(f"note: {path}: not used, and deleted ({error}): the prompt is computed")
+            note = f"note: {path}: not used, and deleted ({error}): the prompt is computed"
+            print(note, file=sys.stderr, flush=True)
             path.unlink(missing_ok=True)
             state.clear()
             return False
