@@ -1,6 +1,7 @@
 """moe-run: tokens from a pack, its experts streamed from the SSD.
 
 moe-run generate PACK "Tell me a story about a fox" --memory 8GiB
+moe-run chat PACK
 moe-run eval PACK --text book.txt --reference PACK16
 """
 
@@ -38,6 +39,14 @@ PREFETCH = typer.Option(
     None,
     "--prefetch/--no-prefetch",
     help="While the disk is idle, read what the next layer's router would pick now.  [default: if experts do not fit]",
+)
+SNAPSHOT_MEMORY = typer.Option(
+    None,
+    "--snapshot-memory",
+    help="For states of prompts already read, so that a turn computes what is new.  [default: a tenth of --memory]",
+)
+SNAPSHOT_DIRECTORY = typer.Option(
+    None, "--snapshot-dir", help="Keep such states on disk as well, for the next start. They hold what was said."
 )
 LONG_PROMPT = 256  # tokens from which the prefill shows a progress bar
 
@@ -130,6 +139,59 @@ def generate(
         _print_plan(engine)
     with _record_trace(engine, trace), open_progress(len(ids), "prompt", "tok", len(ids) >= LONG_PROMPT) as progress:
         _run_generation(engine, engine.generate(ids, sampling, progress.update), progress, as_json)
+
+
+@app.command()
+def chat(
+    pack: Path = PACK,
+    system: str = typer.Option(None, "--system", help="System message."),
+    think: bool = typer.Option(
+        None, "--think/--no-think", help="Let the model think first.  [default: the template's choice]"
+    ),
+    hide_thinking: bool = typer.Option(False, "--hide-thinking", help="Do not print what the model thinks."),
+    tools: Path = typer.Option(None, "--tools", help="Tools file: programs that run after you agree to each call."),
+    load: Path = typer.Option(None, "--load", help="Go on with a conversation that /save has written."),
+    context: int = typer.Option(None, "--context", help="Tokens to plan memory for.  [default: 16384]", min=64),
+    max_tokens: int = typer.Option(None, "--max-tokens", help="Longest answer.  [default: 2048]", min=1),
+    temperature: float = typer.Option(None, help="0 is greedy.  [default: the model's own]"),
+    seed: int = typer.Option(0, help="Of the random choices."),
+    exact: bool = EXACT,
+    experts_per_token: int = EXPERTS,
+    threads: int = THREADS,
+    memory: str = MEMORY,
+    device: str = DEVICE,
+    snapshot_memory: str = SNAPSHOT_MEMORY,
+    snapshot_dir: Path = SNAPSHOT_DIRECTORY,
+) -> None:
+    """Talk with the model at the terminal: streaming, history, /help for its commands."""
+    from moepack.runtime.conversation import Conversation
+    from moepack.runtime.engine import Engine
+    from moepack.runtime.local_tools import LocalTools
+    from moepack.runtime.memory import default_budget_bytes, snapshot_share_bytes
+    from moepack.runtime.terminal import ChatSettings, Terminal
+
+    local_tools = None if tools is None else LocalTools.load(tools)
+    conversation = Conversation() if load is None else Conversation.load(load)
+    conversation.system = system or conversation.system
+    conversation.thinking = conversation.thinking if think is None else think
+    budget = default_budget_bytes() if memory is None else parse_size(memory)
+    with Engine.open(
+        pack,
+        memory=budget,
+        device=device,
+        exact=exact,
+        threads=threads,
+        experts_per_token=experts_per_token,
+        max_context=context,
+        snapshot_bytes=snapshot_share_bytes(budget) if snapshot_memory is None else parse_size(snapshot_memory),
+        snapshot_directory=snapshot_dir,
+    ) as engine:
+        _note_changes(engine.architecture.num_experts_per_tok, engine.pack.manifest.model["text_config"])
+        template = engine.chat_template()
+        if template is None:
+            raise UsageError(f"{pack}: has no chat template: moe-run generate --raw continues plain text")
+        sampling = engine.default_sampling(temperature=temperature, seed=seed, max_tokens=max_tokens)
+        Terminal(engine, template, conversation, ChatSettings(sampling, not hide_thinking, local_tools)).run()
 
 
 @app.command(name="eval")

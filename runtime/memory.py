@@ -30,6 +30,7 @@ SLOT_VIEW_BYTES = 8 * 2**10  # Python's views of the expert in a slot
 LOGIT_ELEMENTS = 2**22  # scores that exist at the same time where every position is scored
 LOGIT_ROWS = 64  # divides every chunk, so that pieces of scores do not depend on the budget
 ALLOCATOR_BYTES = 50 * 2**20  # arenas, thread stacks, fragmentation, Python's tables, the last huge page of the slots
+SNAPSHOT_SHARE = 10  # one part in so many of the budget: a state of 16,384 positions of the 35B model fits 8 GiB
 DEFAULT_SHARE = 0.9  # of what is available, so that a default run never makes the machine swap
 
 
@@ -122,6 +123,11 @@ def logit_rows(a: Architecture) -> int:
     """Positions whose scores are computed together: a power of two, so that chunks end where these do."""
     fitting = max(1, min(LOGIT_ROWS, LOGIT_ELEMENTS // a.vocab_size))
     return 1 << fitting.bit_length() - 1
+
+
+def snapshot_share_bytes(budget_bytes: int) -> int:
+    """What a conversation sets aside of a budget for states of earlier turns."""
+    return budget_bytes // SNAPSHOT_SHARE
 
 
 def default_budget_bytes() -> int:
