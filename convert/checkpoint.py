@@ -10,13 +10,13 @@ or placeholder file is found before any work.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moepack.convert.shard_reader import ShardReader
 from moepack.layout.errors import CheckpointError
 from moepack.layout.quantized import bf16_to_float32, float32_to_bf16
 from moepack.layout.spec import DTYPE_BYTES
@@ -52,10 +52,11 @@ class Checkpoint:
     config    config.json as it is
     tensors   name -> spec, over all shards
     shards    the files that hold them, sorted by name
+    reader    what reads them
     """
 
     def __init__(self, directory: Path, config: dict[str, Any], files: dict[str, dict[str, TensorSpec]]):
-        self.directory, self.config = directory, config
+        self.directory, self.config, self.reader = directory, config, ShardReader()
         self.shards = sorted(files)
         self.tensors = {name: spec for specs in files.values() for name, spec in specs.items()}
         self._shard_of = {name: shard for shard, specs in files.items() for name in specs}
@@ -94,7 +95,7 @@ class Checkpoint:
         columns = spec.shape[-1]
         row_bytes = columns * self.item_bytes(name)
         raw = self._read(name, spec.offset_bytes + first * row_bytes, count * row_bytes)
-        return Rows(spec.dtype, np.frombuffer(raw, dtype=FLOAT_DTYPES[spec.dtype]).reshape(count, columns))
+        return Rows(spec.dtype, raw.view(FLOAT_DTYPES[spec.dtype]).reshape(count, columns))
 
     def item_bytes(self, name: str) -> int:
         """Bytes of one element of a tensor."""
@@ -103,20 +104,12 @@ class Checkpoint:
     def _path(self, name: str) -> Path:
         return self.directory / self._shard_of[name]
 
-    def _read(self, name: str, offset: int, size: int) -> bytes:
+    def _read(self, name: str, offset: int, size: int) -> np.ndarray:
         path = self._path(name)
         try:
-            with open(path, "rb", buffering=0) as file:
-                raw = os.pread(file.fileno(), size, offset)
-                while 0 < len(raw) < size and (more := os.pread(file.fileno(), size - len(raw), offset + len(raw))):
-                    raw += more
+            return self.reader.read(path, offset, size, name)
         except OSError as error:
             raise CheckpointError(f"{path}: {name} at byte {offset} cannot be read: {error.strerror}") from None
-        if len(raw) != size:
-            raise CheckpointError(
-                f"{path}: {name} ends {size - len(raw)} bytes early: the file changed while it was read"
-            )
-        return raw
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """The conversion itself: read an expert, quantize it, write its block; layer by layer, resumable, manifest last.
 
-Only a few experts are in memory at any time, whatever the size of the model. Workers quantize experts side by side;
-blocks are written in order, so the output's bytes depend on the source and the settings alone. What is finished is
-noted in a journal, file by file.
+Only a few experts are in memory at any time, whatever the size of the model. Workers read, quantize and hash experts
+side by side, across the borders of layers; blocks are written in order past the page cache, so the output's bytes
+depend on the source and the settings alone. What is finished is noted in a journal, file by file.
+
+The source is read once. Each tensor's hash is the sha256 of the sha256 of its pieces in the order of reading (an
+expert's matrix, or the rows of about 8 MiB), so that pieces may be hashed side by side and apart from each other.
 
     convert(plan, workers=2, on_bytes=progress.update)
 """
@@ -11,12 +14,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from time import perf_counter
+from typing import IO, Any
 
 import numpy as np
 
@@ -24,31 +34,81 @@ from moepack.convert.checkpoint import Rows
 from moepack.convert.journal import Journal
 from moepack.convert.plan import ConversionPlan, check_free_space, list_copied_files
 from moepack.convert.quantizers import QUANTIZERS
+from moepack.convert.report import RESIDENT, Report, Rounding
+from moepack.convert.shard_reader import Record
+from moepack.kernels.native_quantize import RoundingError
 from moepack.layout.errors import CheckpointError
 from moepack.layout.geometry import Scheme
 from moepack.layout.manifest import ExpertFile, Manifest, ResidentFile, block_geometry
 from moepack.layout.spec import RESIDENT_NAME, expert_file_name
-from moepack.layout.tensor_file import TensorSpec
-from moepack.layout.writer import assemble_block, copy_file, write_expert_file, write_manifest, write_resident_file
+from moepack.layout.tensor_file import TensorSpec, layout_tensors
+from moepack.layout.writer import (
+    HashedBlock,
+    assemble_block,
+    copy_file,
+    write_expert_file,
+    write_manifest,
+    write_resident_file,
+)
 
 PIECE_BYTES = 8 * 2**20  # source bytes of a resident matrix dealt with at a time
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+READS_AHEAD = 2  # threads beyond the workers: while some wait for the disk, as many as there are workers compute
+SINGLE_EXPERT = re.compile(r"(.+\.experts)\.\d+\..+")  # tensors stored one by one are hashed as one, in their order
 
 
-def convert(plan: ConversionPlan, workers: int, on_bytes: Callable[[int], object]) -> Manifest:
+@dataclass
+class Encoded:
+    """What one piece of work made: the stored arrays, and how.
+
+    arrays    name -> bytes; of an expert its whole block, under "block"
+    size      bytes of the source
+    rounding  projection or "resident" -> error
+    """
+
+    arrays: dict[str, memoryview]
+    size: int
+    rounding: dict[str, RoundingError]
+    sha256: str = ""
+    record: Record = field(default_factory=Record)
+
+
+def convert(
+    plan: ConversionPlan, workers: int, on_bytes: Callable[[int], object], report: Report | None = None
+) -> Manifest:
     """Write the pack, going on where an earlier run with the same settings ended; returns its manifest.
 
+    workers    experts quantized side by side
     on_bytes   called with source bytes as they are dealt with, those of earlier runs at once
+    report     filled in as the work goes on
 
     Raises NotEnoughSpace, CheckpointError or UsageError; after any of them the same call goes on.
     """
     check_free_space(plan)
-    with Journal.open(plan.out, plan.settings) as journal, ThreadPoolExecutor(workers) as pool:
+    threads = workers + READS_AHEAD
+    with Journal.open(plan.out, plan.settings) as journal, ThreadPoolExecutor(threads) as pool:
         try:
-            return _Conversion(plan, journal, pool, workers, on_bytes).run()
+            return _Conversion(plan, journal, pool, threads, on_bytes, report or Report()).run()
         finally:
             pool.shutdown(cancel_futures=True)
+            plan.checkpoint.reader.close()
+
+
+class SourceHashes:
+    """The hashes of tensors, from the digests of their pieces in order."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, Any] = {}
+
+    def add(self, record: Record) -> None:
+        for tensor, digest in record.digests:
+            single = SINGLE_EXPERT.fullmatch(tensor)
+            name = f"{single[1]}.*" if single else tensor
+            self._running.setdefault(name, hashlib.sha256()).update(digest)
+
+    def take(self) -> dict[str, str]:
+        """All of them so far, hexadecimal; the next ones begin anew."""
+        running, self._running = self._running, {}
+        return {name: digest.hexdigest() for name, digest in running.items()}
 
 
 class _Conversion:
@@ -59,83 +119,124 @@ class _Conversion:
         plan: ConversionPlan,
         journal: Journal,
         pool: ThreadPoolExecutor,
-        workers: int,
+        threads: int,
         on_bytes: Callable[[int], object],
+        report: Report,
     ):
-        self.plan, self.journal, self.pool, self.workers, self.on_bytes = plan, journal, pool, workers, on_bytes
+        self.plan, self.journal, self.pool, self.on_bytes, self.report = plan, journal, pool, on_bytes, report
+        self.hashes, self.rounding = SourceHashes(), Rounding()  # of the file that is being written
+        self.residents = ResidentEncoder(plan)
+        layers = range(len(plan.source.experts))
+        pending = [layer for layer in layers if self.find_finished(self.layer_file(layer)) is None]
+        jobs: Iterator[Callable[[], Encoded]] = (
+            partial(encode_expert, plan, layer, expert) for layer in pending for expert in range(plan.shape.num_experts)
+        )
+        if self.find_finished(RESIDENT_NAME) is None:
+            jobs = chain(jobs, self.residents.list_jobs())
+        self.encoded = self.taken(map_in_order(pool, jobs, threads))
 
     def run(self) -> Manifest:
         plan = self.plan
-        expert_files = tuple(self.write_layer(layer) for layer in range(len(plan.source.experts)))
-        resident = self.write_resident()
-        hashes = {shard: self.hash_shard(shard) for shard in plan.checkpoint.shards}
+        expert_files: list[ExpertFile] = []
+        hashes: dict[str, str] = {}
+        for layer in range(len(plan.source.experts)):
+            entry, layer_hashes = self.write_layer(layer)
+            expert_files.append(entry)
+            hashes |= layer_hashes
+        resident, resident_hashes = self.write_resident()
         directory = plan.checkpoint.directory
         manifest = Manifest(
             model={"architecture": "qwen3_5_moe", "text_config": complete_text_config(plan)},
-            expert_files=expert_files,
+            expert_files=tuple(expert_files),
             resident=resident,
             copied_files=tuple(copy_file(path, plan.out) for path in list_copied_files(directory)),
             provenance={
                 "source": os.fsencode(directory.resolve().name).decode("utf-8", "replace"),
                 "settings": plan.settings,
-                "source_sha256": hashes,
+                "source_sha256": dict(sorted((hashes | resident_hashes).items())),
                 "notes": list(plan.notes),
             },
         )
         write_manifest(plan.out, manifest, when_written=self.journal.remove)
         return manifest
 
-    def write_layer(self, layer: int) -> ExpertFile:
-        plan = self.plan
-        name = expert_file_name(layer, plan.shape.num_hidden_layers)
-        step = Path(name).stem
-        record = self.journal.get(step)
-        if record is not None and _has_size(plan.out / name, record["size_bytes"]):
-            self.on_bytes(plan.layer_source_bytes[layer])
-            return ExpertFile.from_json(record, plan.shape)
-        experts = range(plan.shape.num_experts)
-        blocks = map_in_order(self.pool, lambda expert: encode_expert(plan, layer, expert), experts, self.workers)
-        share = plan.layer_source_bytes[layer] // len(experts)
-        entry = write_expert_file(
-            plan.out,
-            layer,
-            plan.shape,
-            tiers=(plan.recipe.expert_schemes,),
-            expert_tiers=(0,) * len(experts),
-            blocks=self.counted(blocks, lambda _: share),
-        )
-        self.journal.put(step, entry.as_json())
-        return entry
+    def layer_file(self, layer: int) -> str:
+        return expert_file_name(layer, self.plan.shape.num_hidden_layers)
 
-    def write_resident(self) -> ResidentFile:
-        plan = self.plan
-        record = self.journal.get("resident")
-        if record is not None and _has_size(plan.out / RESIDENT_NAME, record["size_bytes"]):
-            self.on_bytes(plan.resident_source_bytes)
-            return ResidentFile.from_json(record)
-        encoder = ResidentEncoder(plan, self.on_bytes)
-        entry = write_resident_file(plan.out, plan.forecast.resident_arrays, plan.forecast.quantized, encoder.read)
-        self.journal.put("resident", entry.as_json())
-        return entry
+    def find_finished(self, file: str) -> dict[str, Any] | None:
+        """The journal's record of a file, if the file is still there in its size."""
+        record, path = self.journal.get(Path(file).stem), self.plan.out / file
+        if record is None or not path.exists() or path.stat().st_size != record["entry"]["size_bytes"]:
+            return None
+        return record
 
-    def hash_shard(self, shard: str) -> str:
-        step = f"sha256 {shard}"
-        record = self.journal.get(step)
-        size_bytes = self.plan.shard_bytes[shard]
+    def write_layer(self, layer: int) -> tuple[ExpertFile, dict[str, str]]:
+        plan, file = self.plan, self.layer_file(layer)
+        self.report.step = Path(file).stem
+        if record := self.resume(file, plan.layer_source_bytes[layer]):
+            return ExpertFile.from_json(record["entry"], plan.shape), record["source_sha256"]
+        num_experts = plan.shape.num_experts
+        share = plan.layer_source_bytes[layer] // num_experts
+
+        def blocks() -> Iterator[HashedBlock]:
+            for _ in range(num_experts):
+                encoded = next(self.encoded)
+                yield HashedBlock(encoded.arrays["block"], encoded.sha256)
+                self.report.bytes_out += len(encoded.arrays["block"])
+                self.on_bytes(share)
+
+        tiers, expert_tiers = (plan.recipe.expert_schemes,), (0,) * num_experts
+        entry = write_expert_file(plan.out, layer, plan.shape, tiers, expert_tiers, blocks())
+        return entry, self.finish(file, entry.as_json())
+
+    def write_resident(self) -> tuple[ResidentFile, dict[str, str]]:
+        plan = self.plan
+        self.report.step = RESIDENT
+        if record := self.resume(RESIDENT_NAME, plan.resident_source_bytes):
+            return ResidentFile.from_json(record["entry"]), record["source_sha256"]
+        arrays, quantized = plan.forecast.resident_arrays, plan.forecast.quantized
+        with tempfile.TemporaryFile(dir=self.journal.folder) as spill:
+
+            def read(spec: TensorSpec) -> Iterator[memoryview]:
+                for encoded, data in self.residents.read(spec, self.encoded, spill):
+                    yield data
+                    self.report.bytes_out += len(data)
+                    self.on_bytes(encoded.size if encoded else 0)
+
+            entry = write_resident_file(plan.out, arrays, quantized, read)
+        return entry, self.finish(RESIDENT_NAME, entry.as_json())
+
+    def resume(self, file: str, source_bytes: int) -> dict[str, Any] | None:
+        """The record of a file that an earlier run finished, counted as dealt with."""
+        record = self.find_finished(file)
         if record is not None:
-            self.on_bytes(size_bytes)
-            return str(record["sha256"])
-        digest = hashlib.sha256()
-        with open(self.plan.checkpoint.directory / shard, "rb") as file:
-            for piece in self.counted(iter(lambda: file.read(PIECE_BYTES), b""), len):
-                digest.update(piece)
-        self.journal.put(step, {"sha256": digest.hexdigest()})
-        return digest.hexdigest()
+            self.report.rounding.add({kind: RoundingError(*error) for kind, error in record["rounding"].items()})
+            self.on_bytes(source_bytes)
+        return record
 
-    def counted(self, items: Iterable[Item], size_of: Callable[[Item], int]) -> Iterator[Item]:
-        for item in items:
-            yield item
-            self.on_bytes(size_of(item))
+    def finish(self, file: str, entry: dict[str, Any]) -> dict[str, str]:
+        """Note a file as finished; the hashes of the tensors that went into it."""
+        hashes = self.hashes.take()
+        rounding = {kind: list(vars(error).values()) for kind, error in self.rounding.items()}
+        self.rounding = Rounding()
+        self.journal.put(Path(file).stem, {"entry": entry, "source_sha256": hashes, "rounding": rounding})
+        return hashes
+
+    def taken(self, results: Iterator[Encoded]) -> Iterator[Encoded]:
+        """Results in order, their hashes, errors and times noted; what the taker does between two counts as writing."""
+        while True:
+            with _timed(self.report, "wait for workers"):
+                encoded = next(results, None)
+            if encoded is None:
+                return
+            self.hashes.add(encoded.record)
+            for stage, seconds in encoded.record.seconds.items():
+                self.report.seconds[stage] += seconds
+            self.report.bytes_in += encoded.size
+            self.rounding.add(encoded.rounding)
+            self.report.rounding.add(encoded.rounding)
+            with _timed(self.report, "hash and write files"):
+                yield encoded
 
 
 def complete_text_config(plan: ConversionPlan) -> dict[str, Any]:
@@ -151,68 +252,90 @@ def complete_text_config(plan: ConversionPlan) -> dict[str, Any]:
     return filled | {key: value for key, value in own.items() if value is not None}
 
 
-def encode_expert(plan: ConversionPlan, layer: int, expert: int) -> bytearray:
+def encode_expert(plan: ConversionPlan, layer: int, expert: int) -> Encoded:
     """Read one expert and make its block. Raises CheckpointError naming a tensor that is not finite."""
-    block = block_geometry(plan.shape, plan.recipe.expert_schemes)
+    geometry = block_geometry(plan.shape, plan.recipe.expert_schemes)
     arrays: dict[str, memoryview] = {}
-    for projection, matrix in block.matrices:
-        place = plan.source.experts[layer][expert][projection]
-        rows = plan.checkpoint.read_rows(place.name, place.first_row, matrix.out_features)
-        where = f"{plan.checkpoint.directory}: {place.name} (expert {expert})"
-        for name, array in _encode(plan, rows, matrix.scheme, where).items():
-            arrays[f"{projection}.{name}"] = array.data.cast("B")
-    return assemble_block(block, arrays)
+    rounding: dict[str, RoundingError] = {}
+    size = 0
+    with plan.checkpoint.reader.recording() as record:
+        for projection, matrix in geometry.matrices:
+            place = plan.source.experts[layer][expert][projection]
+            rows = plan.checkpoint.read_rows(place.name, place.first_row, matrix.out_features)
+            where = f"{plan.checkpoint.directory}: {place.name} (expert {expert})"
+            with record.timed("quantize"):
+                encoded, error = _encode(plan, rows, matrix.scheme, where)
+            arrays |= {f"{projection}.{name}": _bytes_of(array) for name, array in encoded.items()}
+            rounding |= {projection: error} if error else {}
+            size += rows.values.nbytes
+        block = assemble_block(geometry, arrays)
+        with record.timed("hash"):
+            digest = hashlib.sha256(block).hexdigest()
+    return Encoded({"block": memoryview(block)}, size, rounding, digest, record)
 
 
 class ResidentEncoder:
-    """Gives the arrays of resident.safetensors piece by piece, in whatever order the file wants them.
+    """Gives the arrays of resident.safetensors piece by piece, in the order of the file.
 
     A quantized matrix makes three arrays that lie far apart in the file: the source is quantized once for the
-    integers, and the scales and biases, small, are kept until their turn.
+    integers, and the scales and biases wait for their turn in a temporary file, for there are hundreds of megabytes.
     """
 
-    def __init__(self, plan: ConversionPlan, on_bytes: Callable[[int], object]):
-        self.plan, self.on_bytes = plan, on_bytes
-        self.kept: dict[str, list[np.ndarray]] = {}
+    def __init__(self, plan: ConversionPlan):
+        self.plan = plan
+        self.spilled: dict[str, list[tuple[int, int]]] = {}  # array -> (offset, size) of its pieces
 
-    def read(self, spec: TensorSpec) -> Iterator[memoryview]:
-        """The bytes of one array."""
-        matrix, _, part = spec.name.rpartition(".")
-        scheme = self.plan.forecast.quantized.get(matrix)
-        where = f"{self.plan.checkpoint.directory}: {spec.name}"
-        if scheme is None:
-            for rows in self._read_source(spec.name):
-                _check_finite(rows, where)
-                yield rows.values.data.cast("B")
-        elif part != "weight":
-            yield from (array.data.cast("B") for array in self.kept.pop(spec.name))
-        else:
-            scales: list[np.ndarray] = self.kept.setdefault(f"{matrix}.scales", [])
-            biases: list[np.ndarray] = self.kept.setdefault(f"{matrix}.biases", [])
-            for rows in self._read_source(spec.name):
-                arrays = _encode(self.plan, rows, scheme, where)
-                scales.append(arrays["scales"])
-                biases.append(arrays["biases"])
-                yield arrays["w_q"].data.cast("B")
+    def list_jobs(self) -> Iterator[Callable[[], Encoded]]:
+        """The pieces of work in the order in which `read` wants their results."""
+        for spec in layout_tensors(self.plan.forecast.resident_arrays)[1]:
+            yield from (partial(self._encode, spec.name, first, count) for first, count in self._list_pieces(spec.name))
 
-    def _read_source(self, name: str) -> Iterator[Rows]:
-        original = self.plan.source.residents[name]
+    def read(
+        self, spec: TensorSpec, encoded: Iterator[Encoded], spill: IO[bytes]
+    ) -> Iterator[tuple[Encoded | None, memoryview]]:
+        """The bytes of one array, each with the piece of work that they come from, if they come fresh."""
+        for offset, size in self.spilled.pop(spec.name, ()):
+            spill.seek(offset)
+            yield None, memoryview(spill.read(size))
+        for _ in self._list_pieces(spec.name):
+            piece = next(encoded)
+            yield piece, piece.arrays.pop("weight")
+            matrix = spec.name.rpartition(".")[0]
+            for name, data in piece.arrays.items():
+                self.spilled.setdefault(f"{matrix}.{name}", []).append((spill.seek(0, os.SEEK_END), len(data)))
+                spill.write(data)
+
+    def _list_pieces(self, name: str) -> Iterator[tuple[int, int]]:
+        """(first row, rows) of each piece of a tensor; none for the scales and biases that come with one."""
+        original = self.plan.source.residents.get(name)
+        if original is None:
+            return
         spec = self.plan.checkpoint.tensors[original]
         rows = spec.size_bytes // (spec.shape[-1] * self.plan.checkpoint.item_bytes(original))
         step = max(1, PIECE_BYTES * rows // max(1, spec.size_bytes))
-        for first in range(0, rows, step):
-            piece = self.plan.checkpoint.read_rows(original, first, min(step, rows - first))
-            yield piece
-            self.on_bytes(piece.values.nbytes)
+        yield from ((first, min(step, rows - first)) for first in range(0, rows, step))
+
+    def _encode(self, name: str, first: int, count: int) -> Encoded:
+        scheme = self.plan.forecast.quantized.get(name.removesuffix(".weight"))
+        where = f"{self.plan.checkpoint.directory}: {name}"
+        with self.plan.checkpoint.reader.recording() as record:
+            rows = self.plan.checkpoint.read_rows(self.plan.source.residents[name], first, count)
+            with record.timed("quantize"):
+                if scheme is None:
+                    _check_finite(rows, where)
+                    arrays, error = {"weight": rows.values}, None
+                else:
+                    arrays, error = _encode(self.plan, rows, scheme, where)
+                    arrays["weight"] = arrays.pop("w_q")
+        data = {name: _bytes_of(array) for name, array in arrays.items()}
+        return Encoded(data, rows.values.nbytes, {RESIDENT: error} if error else {}, record=record)
 
 
-def map_in_order(
-    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
-) -> Iterator[Result]:
-    """Like pool.map, but at most `ahead` + 1 results exist before they are taken: memory stays bounded."""
-    pending: deque[Future[Result]] = deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
+def map_in_order(pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], Encoded]], ahead: int) -> Iterator[Encoded]:
+    """The results of jobs, at most `ahead` + 1 of them before they are taken: memory stays bounded."""
+    pending: deque[Future[Encoded]] = deque()
+    for job in jobs:
+        pending.append(pool.submit(job))
         if len(pending) > ahead:
             yield pending.popleft().result()
     while pending:
@@ -228,21 +351,38 @@ def estimate_seconds(plan: ConversionPlan, workers: int) -> float:
     return per_expert * plan.bytes_to_read / share / workers
 
 
-def _encode(plan: ConversionPlan, rows: Rows, scheme: Scheme, where: str) -> dict[str, np.ndarray]:
-    """The stored arrays of some rows of a matrix by name. Raises CheckpointError if a weight is not finite."""
+def _encode(
+    plan: ConversionPlan, rows: Rows, scheme: Scheme, where: str
+) -> tuple[dict[str, np.ndarray], RoundingError | None]:
+    """The stored arrays of some rows of a matrix by name, and what rounding cost.
+
+    Raises CheckpointError if a weight is not finite.
+    """
     if scheme.group_size is None:
         _check_finite(rows, where)
-        return {"weight": rows.to_bf16()}
+        return {"weight": rows.to_bf16()}, None
     try:
-        return QUANTIZERS[plan.recipe.quantizer](rows.values, scheme.bits, scheme.group_size).arrays
+        quantized = QUANTIZERS[plan.recipe.quantizer](rows.values, scheme.bits, scheme.group_size)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}: the file is damaged, download it again") from None
+    return quantized.arrays, quantized.error
 
 
 def _check_finite(rows: Rows, where: str) -> None:
-    if not np.isfinite(rows.to_float32()).all():
+    exponents = rows.values & np.uint16(0x7F80) if rows.dtype == "BF16" else None
+    finite = np.isfinite(rows.values).all() if exponents is None else (exponents != 0x7F80).all()
+    if not finite:
         raise CheckpointError(f"{where} holds NaN or infinity: the file is damaged, download it again")
 
 
-def _has_size(path: Path, size_bytes: int) -> bool:
-    return path.exists() and path.stat().st_size == size_bytes
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).view(np.uint8).data.cast("B")
+
+
+@contextmanager
+def _timed(report: Report, stage: str) -> Iterator[None]:
+    started = perf_counter()
+    try:
+        yield
+    finally:
+        report.seconds[stage] += perf_counter() - started

@@ -81,13 +81,9 @@ class ConversionPlan:
         return sum(self.checkpoint.tensors[name].size_bytes for name in self.source.residents.values())
 
     @property
-    def shard_bytes(self) -> dict[str, int]:
-        return {shard: (self.checkpoint.directory / shard).stat().st_size for shard in self.checkpoint.shards}
-
-    @property
     def bytes_to_read(self) -> int:
-        """Every used tensor once, and every shard once more for its hash."""
-        return sum(self.layer_source_bytes) + self.resident_source_bytes + sum(self.shard_bytes.values())
+        """Every used tensor once."""
+        return sum(self.layer_source_bytes) + self.resident_source_bytes
 
     def describes(self, manifest: Manifest) -> bool:
         """Whether a finished pack is what this plan would write."""

@@ -30,7 +30,7 @@ class Pages:
     """
 
     def __init__(self, size_bytes: int, huge: bool = True):
-        self.size_bytes = align_up(max(1, size_bytes), HUGE_PAGE_BYTES)
+        self.size_bytes = self.round_up(size_bytes)
         # Private: shared anonymous memory, Python's default, counts as a file in memory and gets no huge pages.
         # One page more than needed, never touched, so that a huge page can start inside.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -39,6 +39,11 @@ class Pages:
         self.is_huge = _advise(mapping, start, self.size_bytes, huge)
         self.buffer = memoryview(mapping)[start : start + self.size_bytes]
         self.is_locked = False
+
+    @staticmethod
+    def round_up(size_bytes: int) -> int:
+        """The size of the memory that is got for a size asked for."""
+        return align_up(max(1, size_bytes), HUGE_PAGE_BYTES)
 
     def lock(self) -> bool:
         """Keep this memory from being swapped out, if the user may; often the limit (ulimit -l) is too low."""

@@ -85,11 +85,16 @@ class DataFile:
             if not self.is_direct or error.errno not in REFUSED:
                 raise
         # Some file systems take the flag and refuse the read. Without it the same descriptor reads through the cache.
-        if hasattr(os, "O_DIRECT"):
-            flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        stop_direct(self._descriptor)
         self.is_direct = False
         return os.preadv(self._descriptor, buffers, offset_bytes)
+
+
+def stop_direct(descriptor: int) -> None:
+    """Let an open file be read and written through the page cache from now on."""
+    if hasattr(os, "O_DIRECT"):
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
 
 
 def _skip(buffers: Sequence[memoryview], count: int) -> list[memoryview]:

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from moepack.layout.errors import NotEnoughSpace
 from moepack.layout.geometry import BlockGeometry, LayerGeometry, Scheme
@@ -29,6 +29,7 @@ from moepack.layout.manifest import (
     ResidentTensor,
     block_geometry,
 )
+from moepack.layout.sequential import SequentialFile
 from moepack.layout.spec import MANIFEST_NAME, PARTIAL_SUFFIX, RESIDENT_NAME, expert_file_name
 from moepack.layout.tensor_file import TensorSpec, layout_tensors
 
@@ -36,16 +37,25 @@ NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 COPY_CHUNK_BYTES = 2**20
 
 
+class HashedBlock(NamedTuple):
+    """A block whose sha256 (hexadecimal) is known already."""
+
+    data: bytes | bytearray | memoryview
+    sha256: str
+
+
 @contextmanager
-def partial_file(path: Path) -> Iterator[BinaryIO]:
+def partial_file(path: Path, large: bool = False) -> Iterator[BinaryIO | SequentialFile]:
     """Write a file under its temporary name and flush it to the disk; a failure removes it.
+
+    large   whether to write past the page cache
 
     Raises NotEnoughSpace where the disk, the quota or the file size limit ends.
     """
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+        with SequentialFile(partial) if large else open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -60,9 +70,9 @@ def partial_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, large: bool = False) -> Iterator[BinaryIO | SequentialFile]:
     """Write a file under a temporary name and, when it is safe on the disk, give it its own. Raises NotEnoughSpace."""
-    with partial_file(path) as file:
+    with partial_file(path, large) as file:
         yield file
     finish_partial(path)
 
@@ -104,7 +114,7 @@ def write_expert_file(
     shape: ModelShape,
     tiers: Sequence[BlockSchemes],
     expert_tiers: Sequence[int],
-    blocks: Iterable[bytes | bytearray],
+    blocks: Iterable[bytes | bytearray | HashedBlock],
 ) -> ExpertFile:
     """Write one layer's blocks, expert 0 first, and return the manifest's entry for the file.
 
@@ -114,12 +124,13 @@ def write_expert_file(
     geometry = LayerGeometry([block_geometry(shape, tier) for tier in tiers], expert_tiers)
     whole = hashlib.sha256()
     digests: list[str] = []
-    with atomic_file(directory / name) as file:
-        for block in blocks:
+    with atomic_file(directory / name, large=True) as file:
+        for given in blocks:
+            block, digest = given if isinstance(given, HashedBlock) else (given, hashlib.sha256(given).hexdigest())
             expert = len(digests)
             if expert == geometry.num_experts or len(block) != geometry.block(expert).block_stride:
                 raise ValueError(f"{name}: unexpected block of {len(block)} bytes for expert {expert}")
-            digests.append(hashlib.sha256(block).hexdigest())
+            digests.append(digest)
             whole.update(block)
             file.write(block)
         if len(digests) != geometry.num_experts:
@@ -145,7 +156,7 @@ def write_resident_file(
     """
     header, specs = layout_tensors(arrays)
     whole, tensors, size_bytes = hashlib.sha256(header), {}, len(header)
-    with atomic_file(directory / RESIDENT_NAME) as file:
+    with atomic_file(directory / RESIDENT_NAME, large=True) as file:
         file.write(header)
         for spec in specs:
             digest, written = hashlib.sha256(), 0
