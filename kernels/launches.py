@@ -1,0 +1,388 @@
+"""What runs where: for each kernel of metal/, its arguments in order, its constants packed, its grid and threadgroup.
+
+Geometry is part of a kernel: how many rows a threadgroup takes decides how many there are. It stands here once, for
+the executor, for Metal and for CUDA alike; a host only turns a Launch into a call. Nothing here depends on a token's
+values, only on shapes, so a Launch can be kept and repeated. Buffers are contiguous tensors; float buffers start on 16
+bytes.
+
+    launch = rms_norm(x, weight, out, eps=1e-6)
+    simt.Executor().run(launch)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moepack.kernels import msl
+from moepack.kernels.matrix import Matrix
+from moepack.layout.geometry import BlockGeometry, MatrixGeometry
+
+UNIT, ROWS, SIMDGROUPS, LANES = 16, 4, 4, 32  # metal/matrix.h
+MAX_PLACES, MAX_ROWS = 32, 16  # metal/experts.metal
+MAX_TAPS = 8  # metal/causal_conv.metal
+DELTA_ROWS, MAX_WIDTH = 32, 256  # metal/delta_step.metal, rope_cache.metal, attention_step.metal
+MAX_EXPERTS = 1024  # metal/choose_experts.metal
+PLAIN_STORAGES = {torch.bfloat16: 16, torch.float16: 17, torch.float32: 32}
+SLOT_BANKS, RESIDENT_BANK = (0, 1), 2
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One dispatch.
+
+    arguments   buffers in the order of the kernel's signature; bytes are a packed `constant` struct
+    grid        threadgroups, not threads
+    group       threads of a threadgroup
+    """
+
+    file: str
+    kernel: str
+    arguments: tuple[torch.Tensor | bytes, ...]
+    grid: tuple[int, int, int]
+    group: tuple[int, int, int]
+
+
+def lanes_of_row(columns: int) -> int:
+    """How many lanes share a row of this many columns: the largest power of two that leaves none without a unit."""
+    lanes = LANES
+    while lanes > 1 and lanes * UNIT > columns:
+        lanes //= 2
+    return lanes
+
+
+def rows_of_group(lanes: int, simdgroups: int = SIMDGROUPS) -> int:
+    """Rows that a threadgroup multiplies."""
+    return simdgroups * LANES // lanes * ROWS
+
+
+def shape_of(file: str, struct: str, **values: Any) -> bytes:
+    """A packed struct of a kernel file."""
+    return msl.load(file).structs[struct].pack(**values)
+
+
+def matrix_form(matrix: Matrix, base: torch.Tensor, first_out: int = 0, first_group: int = 0) -> bytes:
+    """A MatrixForm: where a matrix, all of whose parts are views into one memory, lies from its `base`."""
+    parts = [matrix.data if part is None else part for part in (matrix.data, matrix.scales, matrix.biases)]
+    offsets = [part.data_ptr() - base.data_ptr() for part in parts]
+    is_packed = matrix.scales is not None
+    storage = matrix.bits if is_packed else PLAIN_STORAGES[matrix.data.dtype]
+    group_size = matrix.in_features // matrix.scales.shape[1] if matrix.scales is not None else 0
+    sizes = (storage, group_size, matrix.out_features, matrix.in_features)
+    return _pack_matrix(offsets, *sizes, first_out, first_group)
+
+
+def _pack_matrix(
+    offsets: Sequence[int],
+    storage: int,
+    group_size: int,
+    rows: int,
+    columns: int,
+    first_out: int = 0,
+    first_group: int = 0,
+) -> bytes:
+    if offsets[0] % 16:
+        raise ValueError(f"a matrix must start on a multiple of 16 bytes, this one is at {offsets[0]}")
+    return shape_of(
+        "experts",
+        "MatrixForm",
+        data=offsets[0],
+        scales=offsets[1],
+        biases=offsets[2],
+        storage=storage,
+        group_size=group_size,
+        rows=rows,
+        columns=columns,
+        first_out=first_out,
+        first_group=first_group,
+    )
+
+
+def matrix_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
+    """The MatrixForms of matrices that share an input: their results and threadgroups follow each other."""
+    rows_each = rows_of_group(lanes_of_row(matrices[0].in_features))
+    forms, first_out, first_group = [], 0, 0
+    for matrix in matrices:
+        forms.append(matrix_form(matrix, base, first_out, first_group))
+        first_out += matrix.out_features
+        first_group += -(-matrix.out_features // rows_each)
+    return b"".join(forms)
+
+
+def expert_form_of_block(geometry: BlockGeometry, bank: int) -> bytes:
+    """The ExpertForm of blocks of this geometry in a bank of slots."""
+    sections = iter(geometry.sections)
+    parts = {}
+    for projection, matrix in geometry.matrices:
+        offsets = [next(sections).offset_bytes for _ in matrix.arrays]
+        parts[projection] = _form_in_block(matrix, (offsets * 3)[:3])
+    return _pack_expert([parts[name] for name in ("gate_proj", "up_proj", "down_proj")], bank)
+
+
+def _form_in_block(matrix: MatrixGeometry, offsets: Sequence[int]) -> bytes:
+    scheme = matrix.scheme
+    storage = scheme.bits if scheme.is_quantized else PLAIN_STORAGES[torch.bfloat16]
+    return _pack_matrix(offsets, storage, scheme.group_size or 0, matrix.out_features, matrix.in_features)
+
+
+def expert_form(matrices: Sequence[Matrix], base: torch.Tensor, bank: int) -> bytes:
+    """The ExpertForm of gate, up and down, wherever they lie in a bank from its `base`; its Place has offset 0."""
+    return _pack_expert([matrix_form(matrix, base) for matrix in matrices], bank)
+
+
+def _pack_expert(parts: Sequence[bytes], bank: int) -> bytes:
+    return shape_of("experts", "ExpertForm", gate=parts[0], up=parts[1], down=parts[2], bank=bank)
+
+
+def pack_places(places: Iterable[tuple[int, int, int]]) -> bytes:
+    """Places from (offset in the bank, index of the form, rank)."""
+    return b"".join(shape_of("experts", "Place", offset=o, form=f, rank=r) for o, f, r in places)
+
+
+def linears(
+    weights: torch.Tensor,
+    forms: torch.Tensor,
+    matrices: Sequence[Matrix],
+    x: torch.Tensor,
+    out: torch.Tensor,
+    norm: torch.Tensor | None = None,
+    normed: torch.Tensor | None = None,
+    accumulate: bool = False,
+    eps: float = 0.0,
+) -> Launch:
+    """out [T, R] (+)= [x or rms_norm(x, norm)] times matrices of together R rows, side by side.
+
+    weights   the memory of the matrices, from its base
+    forms     matrix_forms(matrices, weights) in a tensor
+    x         [T, at least K]; its rows may be longer than K
+    normed    [T, K], gets rms_norm(x, norm) if given
+    """
+    columns = matrices[0].in_features
+    if any(matrix.in_features != columns for matrix in matrices):
+        raise ValueError("matrices of one dispatch have one number of columns")
+    if normed is not None and norm is None:
+        raise ValueError("without a norm there is nothing to keep")
+    lanes = lanes_of_row(columns)
+    rows_each = rows_of_group(lanes)
+    shape = shape_of(
+        "linears",
+        "LinearsShape",
+        count=len(matrices),
+        columns=columns,
+        lanes=lanes,
+        x_stride=x.shape[-1],
+        out_stride=out.shape[-1],
+        is_normed=norm is not None,
+        keeps_normed=normed is not None,
+        accumulates=accumulate,
+        eps=eps,
+    )
+    groups = sum(-(-matrix.out_features // rows_each) for matrix in matrices)
+    arguments = (weights, forms, x, x if norm is None else norm, out if normed is None else normed, out, shape)
+    return Launch("linears", "linears", arguments, (groups, x.shape[0], 1), (SIMDGROUPS * LANES, 1, 1))
+
+
+def experts_gate_up(
+    banks: Sequence[torch.Tensor], forms: torch.Tensor, places: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor
+) -> Launch:
+    """hidden [ranks, widest expert] of the experts in places, from x [1, D]."""
+    lanes = lanes_of_row(x.shape[-1])
+    shape = shape_of("experts", "GateUpShape", lanes=lanes, hidden_stride=hidden.shape[-1])
+    grid = (-(-hidden.shape[-1] // rows_of_group(lanes)), count_places(places), 1)
+    arguments: tuple[torch.Tensor | bytes, ...] = (*banks, forms, places, x, hidden, shape)
+    return Launch("experts", "experts_gate_up", arguments, grid, (SIMDGROUPS * LANES, 1, 1))
+
+
+def experts_down(
+    banks: Sequence[torch.Tensor],
+    forms: torch.Tensor,
+    places: torch.Tensor,
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    x: torch.Tensor,
+) -> Launch:
+    """x [1, D] += the sum over places, which are in the order of their ranks, of weights[rank] * down(hidden[rank])."""
+    count, rows = count_places(places), x.shape[-1]
+    if count > MAX_PLACES:
+        raise ValueError(f"at most {MAX_PLACES} experts of a token in one dispatch, got {count}")
+    lanes = max(lanes_of_row(hidden.shape[-1]), LANES * ROWS // MAX_ROWS)
+    shape = shape_of("experts", "DownShape", places=count, lanes=lanes, hidden_stride=hidden.shape[-1], rows=rows)
+    grid = (-(-rows // rows_of_group(lanes, simdgroups=1)), 1, 1)
+    arguments: tuple[torch.Tensor | bytes, ...] = (*banks, forms, places, hidden, weights, x, shape)
+    return Launch("experts", "experts_down", arguments, grid, (count * LANES, 1, 1))
+
+
+def count_places(places: torch.Tensor) -> int:
+    """How many places a tensor of them holds."""
+    return places.numel() * places.element_size() // msl.load("experts").structs["Place"].size_bytes
+
+
+def embed(
+    weights: torch.Tensor, form: torch.Tensor, matrix: Matrix, token_ids: torch.Tensor, out: torch.Tensor
+) -> Launch:
+    """out [T, K] = rows of a matrix for int32 token_ids [T]; form is its matrix_form in a tensor."""
+    grid = (-(-matrix.in_features // 256), token_ids.shape[0], 1)
+    return Launch("embed", "embed", (weights, form, token_ids, out), grid, (256, 1, 1))
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float) -> Launch:
+    """out = x / rms(x) * (1 + weight) over the last dimension W of contiguous x and out."""
+    width = weight.shape[0]
+    shape = shape_of("norms", "NormShape", width=width, heads=1, gate_stride=0, eps=eps)
+    return Launch("norms", "rms_norm", (x, weight, out, shape), (x.numel() // width, 1, 1), _threads_for(width))
+
+
+def gated_rms_norm(
+    x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float, gate_stride: int
+) -> Launch:
+    """out [T, H, W] = x / rms(x) * weight * silu(gate); token t's gates [H, W] start at gate[t * gate_stride]."""
+    heads, width = x.shape[-2:]
+    shape = shape_of("norms", "NormShape", width=width, heads=heads, gate_stride=gate_stride, eps=eps)
+    grid = (x.numel() // width, 1, 1)
+    return Launch("norms", "gated_rms_norm", (x, gate, weight, out, shape), grid, _threads_for(width))
+
+
+def _threads_for(width: int) -> tuple[int, int, int]:
+    return (min(msl.MAX_THREADS, -(-width // LANES) * LANES), 1, 1)
+
+
+def causal_conv(x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor, out: torch.Tensor) -> Launch:
+    """out [T, C] from the first C columns of x [T, any]; weight [C, W], state [W - 1, C] moves on."""
+    channels, taps = weight.shape
+    if taps > MAX_TAPS:
+        raise ValueError(f"a convolution has at most {MAX_TAPS} taps, got {taps}")
+    shape = shape_of("causal_conv", "ConvShape", channels=channels, taps=taps, tokens=x.shape[0], x_stride=x.shape[-1])
+    return Launch(
+        "causal_conv", "causal_conv", (x, weight, state, out, shape), (-(-channels // 256), 1, 1), (256, 1, 1)
+    )
+
+
+def delta_step(
+    mixed: torch.Tensor,
+    projected: torch.Tensor,
+    a_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    norm: torch.Tensor,
+    state: torch.Tensor,
+    out: torch.Tensor,
+    key_heads: int,
+    z_offset: int,
+    a_offset: int,
+    b_offset: int,
+    eps: float,
+) -> Launch:
+    """One token: out [H, Dv] from mixed [C] and the z, a, b in projected; state [H, Dk, Dv] moves on."""
+    value_heads, key_width, value_width = state.shape
+    columns = -(-value_width // LANES) * LANES
+    threads = -(-key_width // DELTA_ROWS) * columns
+    if threads > msl.MAX_THREADS or key_width > MAX_WIDTH:
+        raise ValueError(f"the delta rule takes heads of up to 128 x 256, got {key_width} x {value_width}")
+    shape = shape_of(
+        "delta_step",
+        "DeltaShape",
+        key_heads=key_heads,
+        value_heads=value_heads,
+        key_width=key_width,
+        value_width=value_width,
+        z_offset=z_offset,
+        a_offset=a_offset,
+        b_offset=b_offset,
+        eps=eps,
+    )
+    arguments = (mixed, projected, a_log, dt_bias, norm, state, out, shape)
+    return Launch("delta_step", "delta_step", arguments, (value_heads, 1, 1), (threads, 1, 1))
+
+
+def rope_cache(
+    projected: torch.Tensor,
+    q_norm: torch.Tensor,
+    k_norm: torch.Tensor,
+    frequencies: torch.Tensor,
+    position: torch.Tensor,
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    eps: float,
+) -> Launch:
+    """q [T, H, Dh], and rows position .. of keys and values [Hkv, max_positions, Dh], from projected [T, any]."""
+    (tokens, heads, width), (kv_heads, max_positions, _) = q.shape, keys.shape
+    _check_head(width)
+    shape = shape_of(
+        "rope_cache",
+        "RopeShape",
+        heads=heads,
+        kv_heads=kv_heads,
+        width=width,
+        rotary=2 * frequencies.shape[0],
+        max_positions=max_positions,
+        stride=projected.shape[-1],
+        eps=eps,
+    )
+    arguments = (projected, q_norm, k_norm, frequencies, position, q, keys, values, shape)
+    return Launch("rope_cache", "rope_cache", arguments, (heads + 2 * kv_heads, tokens, 1), (LANES, 1, 1))
+
+
+def _check_head(width: int) -> None:
+    if width > MAX_WIDTH:
+        raise ValueError(f"attention heads have at most {MAX_WIDTH} dimensions, got {width}")
+
+
+def rope_frequencies(theta: float, rotary_dim: int) -> torch.Tensor:
+    """Turns per position of each pair of dimensions, float32 [rotary_dim / 2], as reference.rope has them."""
+    half = rotary_dim // 2
+    return theta ** -(torch.arange(half, dtype=torch.float32) / half)
+
+
+def attention_split(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: torch.Tensor,
+    partial: torch.Tensor,
+    stats: torch.Tensor,
+) -> Launch:
+    """Attention of one token, q [H, Dh], in parts: partial [H, splits, Dh], stats [H, splits, 2]."""
+    (heads, splits, width), (kv_heads, _, _) = partial.shape, keys.shape
+    _check_head(width)
+    arguments = (q, keys, values, position, partial, stats, _attention_shape(partial, keys))
+    group = (heads // kv_heads * LANES, 1, 1)
+    return Launch("attention_step", "attention_split", arguments, (kv_heads, splits, 1), group)
+
+
+def attention_combine(
+    partial: torch.Tensor, stats: torch.Tensor, keys: torch.Tensor, gate: torch.Tensor, out: torch.Tensor
+) -> Launch:
+    """out [H, Dh] = the parts together, times sigmoid of the gate, which lies with the queries: [H, 2 Dh]."""
+    heads, _, width = partial.shape
+    arguments = (partial, stats, gate, out, _attention_shape(partial, keys))
+    return Launch("attention_step", "attention_combine", arguments, (heads, 1, 1), _threads_for(width))
+
+
+def _attention_shape(partial: torch.Tensor, keys: torch.Tensor) -> bytes:
+    (heads, splits, width), (kv_heads, max_positions, _) = partial.shape, keys.shape
+    sizes = {"heads": heads, "kv_heads": kv_heads, "width": width, "max_positions": max_positions, "splits": splits}
+    return shape_of("attention_step", "AttentionStepShape", **sizes)
+
+
+def choose_experts(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    table: torch.Tensor,
+    places: torch.Tensor,
+    places_wanted: bool = True,
+) -> Launch:
+    """ids int32 [R, K] and weights [R, K + 1] from logits [R, E + 1], the shared expert's gate last in both.
+
+    table    Place [E + 1]: where this layer's experts lie, the shared one last
+    places   Place [K + 1], gets those of row 0's choice; if they are not wanted, both may hold anything
+    """
+    rows, experts = logits.shape[0], logits.shape[1] - 1
+    if experts > MAX_EXPERTS:
+        raise ValueError(f"a router chooses among at most {MAX_EXPERTS} experts, got {experts}")
+    shape = shape_of("choose_experts", "ChooseShape", experts=experts, chosen=ids.shape[1], places_wanted=places_wanted)
+    arguments = (logits, ids, weights, table, places, shape)
+    return Launch("choose_experts", "choose_experts", arguments, (rows, 1, 1), (LANES, 1, 1))

@@ -1,0 +1,70 @@
+// The Metal Shading Language on the executor of simt.h.
+#pragma once
+#include <math.h>
+#include <string.h>
+
+#include "simt.h"
+
+#define MSL_FUNCTION inline __attribute__((always_inline))
+#include "types.h"
+
+namespace metal {
+
+template <class T>
+MSL_FUNCTION uint64_t to_bits(T value) {
+  static_assert(sizeof(T) <= 8, "simdgroup operations take values of up to 8 bytes");
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof(T));
+  return bits;
+}
+
+template <class T>
+MSL_FUNCTION T from_bits(uint64_t bits) {
+  T value;
+  memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+template <class T>
+__attribute__((noinline)) SIMT_UNCHECKED T simd_shuffle(T value, ushort lane) {
+  return from_bits<T>(simt_exchange(to_bits(value), SIMT_SHUFFLE)[lane % SIMT_LANES]);
+}
+
+template <class T>
+T simd_shuffle_xor(T value, ushort mask) {
+  return simd_shuffle(value, ushort(simt_here().lane ^ mask));
+}
+
+// All lanes' values joined two by two, as butterfly shuffles join them: the same bits in every lane.
+template <class T, class Join>
+__attribute__((noinline)) SIMT_UNCHECKED T simd_reduce(T value, simt_operation operation, Join join) {
+  const uint64_t* bits = simt_exchange(to_bits(value), operation);
+  T values[SIMT_LANES];
+  for (int i = 0; i < SIMT_LANES; i++) values[i] = from_bits<T>(bits[i]);
+  for (int half = SIMT_LANES / 2; half; half /= 2) {
+    for (int i = 0; i < half; i++) values[i] = join(values[i], values[i + half]);
+  }
+  return values[0];
+}
+
+template <class T>
+T simd_sum(T value) {
+  return simd_reduce(value, SIMT_SUM, [](T a, T b) { return a + b; });
+}
+
+template <class T>
+T simd_max(T value) {
+  return simd_reduce(value, SIMT_MAX, [](T a, T b) { return max(a, b); });
+}
+
+template <class T>
+T simd_min(T value) {
+  return simd_reduce(value, SIMT_MIN, [](T a, T b) { return min(a, b); });
+}
+
+inline void threadgroup_barrier(mem_flags flags) { simt_wait(SIMT_BARRIER, flags != mem_flags::mem_none); }
+inline void simdgroup_barrier(mem_flags flags) { simt_wait(SIMT_SIMD_BARRIER, flags != mem_flags::mem_none); }
+
+}  // namespace metal
+
+#include "names.h"

@@ -1,0 +1,32 @@
+// Opens the namespace that a kernel file is compiled in. Using-declarations, unlike `using namespace`, hide what CUDA
+// and <math.h> have under the same names at global scope.
+#pragma once
+
+namespace metal_text {
+using metal::as_type;
+using metal::exp;
+using metal::float2;
+using metal::float4;
+using metal::fma;
+using metal::half;
+using metal::log;
+using metal::max;
+using metal::mem_flags;
+using metal::min;
+using metal::rsqrt;
+using metal::simd_max;
+using metal::simd_min;
+using metal::simd_shuffle;
+using metal::simd_shuffle_xor;
+using metal::simd_sum;
+using metal::simdgroup_barrier;
+using metal::threadgroup_barrier;
+using metal::uchar;
+using metal::uint;
+using metal::uint2;
+using metal::uint3;
+using metal::uint4;
+using metal::ulong;
+using metal::ushort;
+namespace precise = metal::precise;
+}  // namespace metal_text

@@ -1,0 +1,432 @@
+// The executor of simt.h. Fibers with a switch of a dozen instructions; ucontext where it has not been written.
+// Sanitizers must be told of each switch: SIMT_ADDRESS and SIMT_THREAD say which one is compiled in.
+#include "simt.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <vector>
+
+#if defined(__x86_64__) && !defined(SIMT_PORTABLE)
+#define SIMT_SWITCH 1
+#else
+#include <ucontext.h>
+#endif
+
+extern "C" {
+#ifdef SIMT_ADDRESS
+void __sanitizer_start_switch_fiber(void** save, const void* bottom, size_t size);
+void __sanitizer_finish_switch_fiber(void* save, const void** bottom, size_t* size);
+#endif
+#ifdef SIMT_THREAD
+void* __tsan_get_current_fiber();
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_destroy_fiber(void* fiber);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+void __tsan_acquire(void* address);
+void __tsan_release(void* address);
+#endif
+#ifdef SIMT_SWITCH
+void simt_switch(void** from, void* to);
+#endif
+}
+
+#ifdef SIMT_SWITCH
+asm(R"(
+.text
+.globl simt_switch
+.type simt_switch,@function
+simt_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp,(%rdi)
+  movq %rsi,%rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+#endif
+
+namespace {
+
+#ifdef SIMT_THREAD
+const size_t STACK_BYTES = 64 << 10;  // ThreadSanitizer keeps four bytes for each
+const bool FRESH_STACKS = true;       // and would take the next threadgroup's use of a stack for a race
+#else
+const size_t STACK_BYTES = 256 << 10;
+const bool FRESH_STACKS = false;
+#endif
+const char* const OPERATIONS[] = {"running", "a shuffle", "simd_sum", "simd_max", "simd_min",
+    "a simdgroup matrix operation", "simdgroup_barrier", "threadgroup_barrier", "finished"};
+
+struct Fiber {
+  simt_place place;
+  simt_operation waits;
+  unsigned exchanges, barriers;  // so far: their parity picks one of two sets of values, and of marks for TSan
+  char* stack;
+#ifdef SIMT_SWITCH
+  void* stack_pointer;
+#else
+  ucontext_t context;
+#endif
+  void *address_save, *thread_fiber;
+};
+
+struct Simdgroup {
+  uint64_t values[2][2 * SIMT_LANES];
+  unsigned arrived;
+};
+
+struct Variable {
+  void* memory;
+  size_t size_bytes;
+};
+
+// Threadgroup memory. AddressSanitizer sees the ends of allocations; ThreadSanitizer would take an allocation for an
+// access of the lane that made it, so there each threadgroup gets new addresses out of one mapping.
+struct Arena {
+#ifdef SIMT_THREAD
+  char* base;
+  size_t used, size_bytes;
+
+  SIMT_UNCHECKED void open(size_t threadgroups) {
+    used = 0;
+    size_bytes = 2 * SIMT_MAX_THREADGROUP_BYTES * threadgroups;
+    base = (char*)mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  }
+  SIMT_UNCHECKED void* allocate(size_t bytes) {
+    char* memory = base + used;
+    used += (bytes + 63) / 64 * 64;
+    if (used > size_bytes) abort();
+    return memory;
+  }
+  SIMT_UNCHECKED void release(void*) {}
+  SIMT_UNCHECKED void close() { munmap(base, size_bytes); }
+#else
+  void open(size_t) {}
+  void* allocate(size_t bytes) { return malloc(bytes); }
+  void release(void* memory) { free(memory); }
+  void close() {}
+#endif
+};
+
+struct Machine {
+  std::vector<Fiber> fibers;
+  std::vector<Simdgroup> simdgroups;
+  std::vector<Variable> variables;
+  Arena arena;
+  Fiber* current;
+  unsigned arrived, finished;  // at the threadgroup's barrier; done
+  simt_kernel kernel;
+  void** buffers;
+  size_t threadgroup_bytes;
+  char error[256];
+#ifdef SIMT_SWITCH
+  void* stack_pointer;
+#else
+  ucontext_t context;
+#endif
+  void *address_save, *thread_fiber;
+  const void* stack_bottom;
+  size_t stack_size;
+  char at_start, at_end, at_barrier[2], at_simdgroup[SIMT_MAX_THREADS / SIMT_LANES][2];  // marks for TSan
+} machine;
+
+SIMT_UNCHECKED void acquire(char* mark) {
+#ifdef SIMT_THREAD
+  __tsan_acquire(mark);
+#else
+  (void)mark;
+#endif
+}
+
+SIMT_UNCHECKED void release(char* mark) {
+#ifdef SIMT_THREAD
+  __tsan_release(mark);
+#else
+  (void)mark;
+#endif
+}
+
+SIMT_UNCHECKED void leave(bool for_ever) {  // from a fiber to the scheduler
+  Fiber* fiber = machine.current;
+#ifdef SIMT_ADDRESS
+  __sanitizer_start_switch_fiber(for_ever ? nullptr : &fiber->address_save, machine.stack_bottom, machine.stack_size);
+#endif
+#ifdef SIMT_THREAD
+  __tsan_switch_to_fiber(machine.thread_fiber, 1);  // 1: a switch orders nothing
+#endif
+  (void)for_ever;
+#ifdef SIMT_SWITCH
+  simt_switch(&fiber->stack_pointer, machine.stack_pointer);
+#else
+  swapcontext(&fiber->context, &machine.context);
+#endif
+#ifdef SIMT_ADDRESS
+  __sanitizer_finish_switch_fiber(fiber->address_save, &machine.stack_bottom, &machine.stack_size);
+#endif
+}
+
+SIMT_UNCHECKED void enter(Fiber* fiber) {  // from the scheduler to a fiber
+  machine.current = fiber;
+#ifdef SIMT_ADDRESS
+  __sanitizer_start_switch_fiber(&machine.address_save, fiber->stack, STACK_BYTES);
+#endif
+#ifdef SIMT_THREAD
+  __tsan_switch_to_fiber(fiber->thread_fiber, 1);
+#endif
+#ifdef SIMT_SWITCH
+  simt_switch(&machine.stack_pointer, fiber->stack_pointer);
+#else
+  swapcontext(&machine.context, &fiber->context);
+#endif
+#ifdef SIMT_ADDRESS
+  __sanitizer_finish_switch_fiber(machine.address_save, nullptr, nullptr);
+#endif
+}
+
+SIMT_UNCHECKED void run_lane() {
+#ifdef SIMT_ADDRESS
+  __sanitizer_finish_switch_fiber(nullptr, &machine.stack_bottom, &machine.stack_size);
+#endif
+  acquire(&machine.at_start);
+  machine.kernel(machine.buffers);
+  release(&machine.at_end);  // for the caller alone: threadgroups of one launch are not ordered
+  machine.current->waits = SIMT_DONE;
+  machine.finished++;
+  leave(true);
+  abort();
+}
+
+// The lane waits; the last one of `group` releases them all.
+SIMT_UNCHECKED void wait_for(unsigned* arrived, unsigned group_size, unsigned first, simt_operation operation) {
+  Fiber* fiber = machine.current;
+  fiber->waits = operation;
+  if (++*arrived == group_size) {
+    *arrived = 0;
+    for (unsigned i = first; i < first + group_size; i++) {
+      if (machine.fibers[i].waits != operation) return leave(false);  // diverged: the scheduler will say so
+    }
+    for (unsigned i = first; i < first + group_size; i++) machine.fibers[i].waits = SIMT_RUNNING;
+  } else {
+    leave(false);
+  }
+}
+
+SIMT_UNCHECKED void wait_for_simdgroup(simt_operation operation) {
+  const unsigned simdgroup = machine.current->place.simdgroup;
+  wait_for(&machine.simdgroups[simdgroup].arrived, SIMT_LANES, simdgroup * SIMT_LANES, operation);
+}
+
+SIMT_UNCHECKED void make_fibers(unsigned threads) {
+  if (machine.fibers.size() == threads && !FRESH_STACKS) return;
+  for (Fiber& fiber : machine.fibers) munmap(fiber.stack, STACK_BYTES);
+  machine.fibers.assign(threads, Fiber());
+  for (Fiber& fiber : machine.fibers) {
+    fiber.stack =
+        (char*)mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  }
+  machine.simdgroups.assign(threads / SIMT_LANES, Simdgroup());
+}
+
+SIMT_UNCHECKED void prepare_stack(Fiber& fiber) {
+#ifdef SIMT_SWITCH
+  uint64_t* top = (uint64_t*)(fiber.stack + STACK_BYTES);
+  *--top = 0;
+  *--top = (uint64_t)run_lane;
+  for (int i = 0; i < 6; i++) *--top = 0;
+  fiber.stack_pointer = top;
+#else
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack;
+  fiber.context.uc_stack.ss_size = STACK_BYTES;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, run_lane, 0);
+#endif
+}
+
+SIMT_UNCHECKED void prepare_threadgroup(const unsigned* position, const unsigned* grid, const unsigned* group) {
+  const unsigned threads = group[0] * group[1] * group[2];
+  make_fibers(threads);
+  release(&machine.at_start);
+  machine.arrived = machine.finished = 0;
+  for (unsigned i = 0; i < threads; i++) {
+    Fiber& fiber = machine.fibers[i];
+    fiber.waits = SIMT_RUNNING;
+    fiber.exchanges = fiber.barriers = 0;
+    const unsigned thread[3] = {i % group[0], i / group[0] % group[1], i / group[0] / group[1]};
+    for (int d = 0; d < 3; d++) {
+      fiber.place.thread[d] = thread[d];
+      fiber.place.threadgroup[d] = position[d];
+      fiber.place.threads_per_threadgroup[d] = group[d];
+      fiber.place.threadgroups[d] = grid[d];
+    }
+    fiber.place.index = i;
+    fiber.place.lane = i % SIMT_LANES;
+    fiber.place.simdgroup = i / SIMT_LANES;
+    fiber.place.threads = threads;
+    prepare_stack(fiber);
+#ifdef SIMT_THREAD
+    fiber.thread_fiber = __tsan_create_fiber(0);
+#endif
+  }
+  for (Simdgroup& simdgroup : machine.simdgroups) simdgroup.arrived = 0;
+}
+
+SIMT_UNCHECKED void finish_threadgroup() {
+#ifdef SIMT_THREAD
+  for (Fiber& fiber : machine.fibers) __tsan_destroy_fiber(fiber.thread_fiber);
+#endif
+  size_t size_bytes = 0;
+  for (Variable& variable : machine.variables) {
+    size_bytes += variable.size_bytes;
+    machine.arena.release(variable.memory);
+    variable = {nullptr, 0};
+  }
+  machine.threadgroup_bytes = std::max(machine.threadgroup_bytes, size_bytes);
+}
+
+struct Order {
+  unsigned kind;
+  uint64_t state;
+
+  SIMT_UNCHECKED explicit Order(unsigned kind) : kind(kind), state(kind * 0x9E3779B97F4A7C15ull + 1) {}
+
+  SIMT_UNCHECKED void arrange(std::vector<unsigned>& numbers) {
+    const unsigned count = numbers.size();
+    for (unsigned i = 0; i < count; i++) numbers[i] = kind == 1 ? count - 1 - i : i;
+    for (unsigned i = count; kind > 1 && i > 1; i--) {
+      state ^= state << 13;
+      state ^= state >> 7;
+      state ^= state << 17;
+      std::swap(numbers[i - 1], numbers[state % i]);
+    }
+  }
+};
+
+// Runs the lanes of the prepared threadgroup to their ends; false if they cannot all get there.
+SIMT_UNCHECKED bool run_threadgroup(Order& order, std::vector<unsigned>& lanes) {
+  while (machine.finished < machine.fibers.size()) {
+    bool ran = false;
+    order.arrange(lanes);
+    for (unsigned lane : lanes) {
+      if (machine.fibers[lane].waits != SIMT_RUNNING) continue;
+      ran = true;
+      enter(&machine.fibers[lane]);
+    }
+    if (!ran) return false;
+  }
+  return true;
+}
+
+SIMT_UNCHECKED void fail_diverged(const unsigned* position) {
+  unsigned counts[SIMT_DONE + 1] = {};
+  for (Fiber& fiber : machine.fibers) counts[fiber.waits]++;
+  int used = snprintf(machine.error, sizeof machine.error, "lanes diverged in threadgroup (%u, %u, %u):", position[0],
+      position[1], position[2]);
+  for (int i = 0; i <= SIMT_DONE; i++) {
+    if (counts[i])
+      used += snprintf(machine.error + used, sizeof machine.error - used, " %u at %s,", counts[i], OPERATIONS[i]);
+  }
+  machine.error[used - 1] = 0;
+}
+
+}  // namespace
+
+SIMT_UNCHECKED const simt_place& simt_here() { return machine.current->place; }
+
+SIMT_UNCHECKED const uint64_t* simt_exchange(uint64_t value, simt_operation operation) {
+  Fiber* fiber = machine.current;
+  uint64_t* values = machine.simdgroups[fiber->place.simdgroup].values[fiber->exchanges++ & 1];
+  values[fiber->place.lane] = value;
+  wait_for_simdgroup(operation);
+  return values;
+}
+
+SIMT_UNCHECKED const uint64_t* simt_exchange_pair(uint64_t first, uint64_t second) {
+  Fiber* fiber = machine.current;
+  uint64_t* values = machine.simdgroups[fiber->place.simdgroup].values[fiber->exchanges++ & 1];
+  values[2 * fiber->place.lane] = first;
+  values[2 * fiber->place.lane + 1] = second;
+  wait_for_simdgroup(SIMT_MATRIX);
+  return values;
+}
+
+SIMT_UNCHECKED void simt_wait(simt_operation barrier, bool orders_memory) {
+  Fiber* fiber = machine.current;
+  const bool whole = barrier == SIMT_BARRIER;
+  const unsigned parity = fiber->barriers++ & 1;
+  char* mark = whole ? &machine.at_barrier[parity] : &machine.at_simdgroup[fiber->place.simdgroup][parity];
+  if (orders_memory) release(mark);
+  if (whole) {
+    wait_for(&machine.arrived, machine.fibers.size(), 0, barrier);
+  } else {
+    wait_for_simdgroup(barrier);
+  }
+  if (orders_memory) acquire(mark);
+}
+
+SIMT_UNCHECKED void* simt_threadgroup_memory(unsigned number, size_t size_bytes) {
+  if (machine.variables.size() <= number) machine.variables.resize(number + 1);
+  Variable& variable = machine.variables[number];
+  if (!variable.memory) {
+    variable = {machine.arena.allocate(size_bytes), size_bytes};
+    for (size_t i = 0; i < size_bytes; i++)
+      ((volatile char*)variable.memory)[i] = (char)0xff;  // a memset would be watched
+  }
+  return variable.memory;
+}
+
+SIMT_UNCHECKED int simt_launch(
+    simt_kernel kernel, void** buffers, const unsigned* grid, const unsigned* group, unsigned order_kind) {
+  const unsigned threads = group[0] * group[1] * group[2], threadgroups = grid[0] * grid[1] * grid[2];
+  machine.error[0] = 0;
+  machine.threadgroup_bytes = 0;
+  if (threads == 0 || threads > SIMT_MAX_THREADS || threads % SIMT_LANES) {
+    snprintf(machine.error, sizeof machine.error, "a threadgroup of %u threads: a multiple of 32 up to 1024 is needed",
+        threads);
+    return 1;
+  }
+  machine.kernel = kernel;
+  machine.buffers = buffers;
+#ifdef SIMT_THREAD
+  machine.thread_fiber = __tsan_get_current_fiber();
+#endif
+  Order order(order_kind);
+  std::vector<unsigned> numbers(threadgroups), lanes(threads);
+  order.arrange(numbers);
+  machine.arena.open(threadgroups);
+  for (unsigned number : numbers) {
+    const unsigned position[3] = {number % grid[0], number / grid[0] % grid[1], number / grid[0] / grid[1]};
+    prepare_threadgroup(position, grid, group);
+    const bool finished = run_threadgroup(order, lanes);
+    finish_threadgroup();
+    if (!finished) {
+      fail_diverged(position);
+      break;
+    }
+    if (machine.threadgroup_bytes > SIMT_MAX_THREADGROUP_BYTES) {
+      snprintf(machine.error, sizeof machine.error, "%zu bytes of threadgroup memory: at most %d",
+          machine.threadgroup_bytes, SIMT_MAX_THREADGROUP_BYTES);
+      break;
+    }
+  }
+  machine.arena.close();
+  acquire(&machine.at_end);
+  return machine.error[0] != 0;
+}
+
+const char* simt_error() { return machine.error; }
+
+size_t simt_threadgroup_bytes() { return machine.threadgroup_bytes; }

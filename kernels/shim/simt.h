@@ -1,0 +1,49 @@
+// Runs kernels on one CPU thread: each lane of a threadgroup is a fiber, threadgroups run one after another.
+//
+// A lane runs until it meets a simdgroup operation or a barrier, then the next one does, in an order that the caller
+// chooses: code that lacks a barrier gives other numbers in another order, and ThreadSanitizer, which is told of each
+// barrier, names the two accesses. Lanes that do not all arrive at the same operation are an error, not a hang.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#define SIMT_UNCHECKED __attribute__((no_sanitize("thread", "address", "undefined")))
+
+enum { SIMT_LANES = 32, SIMT_MAX_THREADS = 1024, SIMT_MAX_THREADGROUP_BYTES = 32768 };
+
+// What a lane can wait at. Lanes of a simdgroup that wait at different operations have diverged.
+enum simt_operation {
+  SIMT_RUNNING,
+  SIMT_SHUFFLE,
+  SIMT_SUM,
+  SIMT_MAX,
+  SIMT_MIN,
+  SIMT_MATRIX,
+  SIMT_SIMD_BARRIER,
+  SIMT_BARRIER,
+  SIMT_DONE
+};
+
+struct simt_place {  // of a lane: the grid's builtins
+  unsigned thread[3], threadgroup[3], threads_per_threadgroup[3], threadgroups[3];
+  unsigned index, lane, simdgroup, threads;
+};
+
+typedef void (*simt_kernel)(void** buffers);
+
+const simt_place& simt_here();
+
+// This lane's value to its simdgroup; returns what all 32 lanes gave. Valid until the lane's next operation but one.
+const uint64_t* simt_exchange(uint64_t value, simt_operation operation);
+const uint64_t* simt_exchange_pair(uint64_t first, uint64_t second);  // SIMT_MATRIX: 64 values, lane by lane
+void simt_wait(simt_operation barrier, bool orders_memory);
+
+// Memory of a threadgroup variable: the same for all lanes, new for each threadgroup, filled with NaN.
+void* simt_threadgroup_memory(unsigned variable, size_t size_bytes);
+
+extern "C" {
+// Returns 0, or 1 with simt_error() set. order: 0 lanes and threadgroups ascending, 1 descending, else a random seed.
+int simt_launch(simt_kernel kernel, void** buffers, const unsigned* grid, const unsigned* group, unsigned order);
+const char* simt_error();
+size_t simt_threadgroup_bytes();  // threadgroup memory of the last launch
+}

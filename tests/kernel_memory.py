@@ -1,0 +1,42 @@
+"""Weights put into one run of memory, as a pack's bytes lie in it, for kernels that address them by offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from moepack.kernels.matrix import Matrix
+
+ALIGNMENT = 64
+
+
+def bytes_tensor(data: bytes) -> torch.Tensor:
+    """Packed structs as a buffer."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def lay_out(matrices: Sequence[Matrix], spare_bytes: int = 0) -> tuple[torch.Tensor, list[Matrix]]:
+    """Copies of matrices in one tensor of bytes, which ends where the last array does (plus spare_bytes)."""
+    parts = [part for matrix in matrices for part in (matrix.data, matrix.scales, matrix.biases) if part is not None]
+    starts, end = [], 0
+    for part in parts:
+        starts.append(-(-end // ALIGNMENT) * ALIGNMENT)
+        end = starts[-1] + part.numel() * part.element_size()
+    base = torch.zeros(end + spare_bytes, dtype=torch.uint8)
+    views = iter([_place(base, start, part) for start, part in zip(starts, parts)])
+    copies = []
+    for matrix in matrices:
+        data, scales, biases = (
+            part if part is None else next(views) for part in (matrix.data, matrix.scales, matrix.biases)
+        )
+        assert data is not None
+        copies.append(Matrix(matrix.out_features, matrix.in_features, matrix.bits, data, scales, biases))
+    return base, copies
+
+
+def _place(base: torch.Tensor, start: int, part: torch.Tensor) -> torch.Tensor:
+    raw = part.reshape(-1).view(torch.uint8)
+    place = base[start : start + len(raw)]
+    place.copy_(raw)
+    return place.view(part.dtype).view(part.shape)

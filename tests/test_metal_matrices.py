@@ -1,0 +1,172 @@
+"""Metal kernels that read weights, run on the CPU executor, against reference.py: storages, odd sizes, lane orders.
+
+Tolerances, as shares of what a result of random signs would be, |x| |w| / sqrt(K): 5e-6. A product is float32
+throughout; the integer in the mantissa costs five roundings of a term instead of one, sixteen at 2 bits
+(metal/matrix.h). Experts are compared by the norm of their results: 3e-6, two products after each other.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from kernel_memory import bytes_tensor, lay_out
+from moepack.kernels import launches, reference
+from moepack.kernels.matrix import Expert, Matrix
+from moepack.kernels.simt import Executor
+from moepack.layout.geometry import BlockGeometry, Scheme
+from moepack.layout.spec import PROJECTIONS
+from test_native_matrices import check_experts, check_linear, quantized, random_input
+
+PRODUCT, EXPERT = 5e-6, 3e-6
+SCHEMES = [*itertools.product((2, 3, 4, 8), (32, 64, 128))]
+PLAIN = [torch.bfloat16, torch.float16, torch.float32]
+ASCENDING = Executor(0)
+
+
+@pytest.fixture(params=[0, 1, 7])
+def executor(request: pytest.FixtureRequest) -> Executor:
+    """Lanes ascending, descending, and in changing random orders."""
+    return Executor(request.param)
+
+
+def run_linears(executor: Executor, x: torch.Tensor, matrices: list[Matrix], **options: torch.Tensor) -> torch.Tensor:
+    base, matrices = lay_out(matrices)
+    out = torch.full((len(x), sum(matrix.out_features for matrix in matrices)), 0.5)
+    forms = bytes_tensor(launches.matrix_forms(matrices, base))
+    executor.run(launches.linears(base, forms, matrices, x, out, eps=1e-6, **options))
+    return out
+
+
+def plain(rows: int, columns: int, dtype: torch.dtype) -> Matrix:
+    return Matrix.from_floats(random_input(rows, columns).to(dtype))
+
+
+@pytest.mark.parametrize(("bits", "group_size"), SCHEMES)
+def test_linears_on_quantized_weights(bits: int, group_size: int) -> None:
+    """Row lengths that take 8, 16 and 32 lanes, and no whole number of steps of them; memory ends with the last row."""
+    for rows, columns in ((75, 128), (1, 384), (33, 640), (70, 1024 + 128)):
+        matrix = quantized(rows, columns, bits, group_size)
+        for tokens in (1, 3):
+            x = random_input(tokens, columns)
+            check_linear(run_linears(ASCENDING, x, [matrix]), x, matrix, PRODUCT)
+
+
+@pytest.mark.parametrize("dtype", PLAIN)
+def test_linears_on_plain_weights(dtype: torch.dtype) -> None:
+    for rows, columns in ((75, 131), (3, 16), (34, 544), (1, 1), (5, 20)):
+        matrix = plain(rows, columns, dtype)
+        for tokens in (1, 2):
+            x = random_input(tokens, columns)
+            check_linear(run_linears(ASCENDING, x, [matrix]), x, matrix, PRODUCT)
+
+
+def test_linears_of_several_matrices(executor: Executor) -> None:
+    """Side by side in one result, whatever their storages and sizes."""
+    matrices = [quantized(70, 256, 4, 64), plain(3, 256, torch.bfloat16), quantized(1, 256, 8, 32)]
+    matrices.append(quantized(129, 256, 2, 128))
+    x = random_input(2, 256)
+    parts = run_linears(executor, x, matrices).split([matrix.out_features for matrix in matrices], dim=1)
+    for part, matrix in zip(parts, matrices):
+        check_linear(part, x, matrix, PRODUCT)
+
+
+def test_linears_of_a_norm(executor: Executor) -> None:
+    """The norm and the product in one dispatch, and the normed input kept beside."""
+    matrices, x = [quantized(40, 320, 4, 64), plain(5, 320, torch.float32)], 3 * random_input(2, 320)
+    norm, normed = random_input(1, 320)[0], torch.zeros(2, 320)
+    expected = reference.rms_norm(x, norm, 1e-6)
+    out = run_linears(executor, x, matrices, norm=norm, normed=normed)
+    torch.testing.assert_close(normed, expected, rtol=2e-6, atol=2e-6)
+    for part, matrix in zip(out.split([40, 5], dim=1), matrices):
+        check_linear(part, expected, matrix, PRODUCT)
+
+
+def test_linears_add_to_what_is_there(executor: Executor) -> None:
+    matrix, x = quantized(40, 320, 8, 32), random_input(2, 320)
+    check_linear(run_linears(executor, x, [matrix], accumulate=True) - 0.5, x, matrix, PRODUCT)
+
+
+def test_linears_read_the_front_of_longer_rows() -> None:
+    matrix, wide = quantized(9, 64, 4, 32), random_input(3, 80)
+    check_linear(run_linears(ASCENDING, wide, [matrix]), wide[:, :64], matrix, PRODUCT)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), SCHEMES)
+def test_embed_gives_the_formats_own_numbers(bits: int, group_size: int) -> None:
+    check_embed(quantized(50, 384, bits, group_size))
+
+
+@pytest.mark.parametrize("dtype", PLAIN)
+def test_embed_widens_plain_rows(dtype: torch.dtype) -> None:
+    check_embed(plain(50, 37, dtype))
+
+
+def test_half_precision_at_the_ends_of_its_range() -> None:
+    values = torch.tensor([[0.0, -0.0, 6e-8, 6.1e-5, 65504.0, float("inf"), -float("inf"), 1 / 3]]).repeat(50, 1)
+    check_embed(Matrix.from_floats(values.half()))
+
+
+def check_embed(matrix: Matrix) -> None:
+    base, (matrix,) = lay_out([matrix])
+    ids, out = torch.tensor([3, 49, 0, 3], dtype=torch.int32), torch.zeros(4, matrix.in_features)
+    ASCENDING.run(launches.embed(base, bytes_tensor(launches.matrix_form(matrix, base)), matrix, ids, out))
+    assert torch.equal(out, reference.embed(matrix, ids.long()))
+
+
+def block_geometry(hidden: int, width: int, bits: tuple[int, ...]) -> BlockGeometry:
+    return BlockGeometry.of(hidden, width, {name: Scheme.of(b, 32) for name, b in zip(PROJECTIONS, bits)})
+
+
+def random_blocks(geometries: list[BlockGeometry], slot_bytes: int) -> torch.Tensor:
+    """A bank of slots with a block of each geometry: any bytes are weights; scales and biases are small."""
+    bank = torch.zeros(len(geometries), slot_bytes, dtype=torch.uint8)
+    for slot, geometry in zip(bank, geometries):
+        chance = torch.Generator().manual_seed(geometry.block_bytes)
+        for section in geometry.sections:
+            part = slot[section.offset_bytes : section.offset_bytes + section.size_bytes]
+            if section.dtype == "BF16":
+                spread = 0.1 if section.name.endswith("weight") else 0.01
+                part.view(torch.bfloat16).copy_(torch.randn(len(part) // 2, generator=chance) * spread)
+            else:
+                part.copy_(torch.randint(0, 256, (len(part),), dtype=torch.uint8, generator=chance))
+    return bank
+
+
+@pytest.mark.parametrize(("hidden", "width", "shared_width"), [(64, 32, 32), (256, 160, 96), (544, 64, 512)])
+def test_experts_of_a_token(executor: Executor, hidden: int, width: int, shared_width: int) -> None:
+    """Blocks of all bits in two banks of slots and a shared expert among the resident weights; run in two parts."""
+    schemes = [(4, 2, 8), (2, 3, 16), (8, 16, 4), (3, 4, 2), (16, 16, 16)]
+    geometries = [block_geometry(hidden, width, bits) for bits in schemes]
+    slot_bytes = max(geometry.block_stride for geometry in geometries)
+    banks = [random_blocks(geometries, slot_bytes), random_blocks(geometries[::-1], slot_bytes)]
+    sizes = [(shared_width, hidden), (shared_width, hidden), (hidden, shared_width)]
+    resident, shared = lay_out([quantized(1, 32, 4, 32), *(quantized(*size, 8, 32) for size in sizes)])
+    forms = b"".join(launches.expert_form_of_block(geometry, bank) for bank in (0, 1) for geometry in geometries)
+    forms += launches.expert_form(shared[1:], resident, launches.RESIDENT_BANK)
+
+    chosen = [(1, 3), (0, 1), (0, 4), (1, 0), (0, 0), (1, 1)]  # bank, slot
+    geometry_of = [geometries, geometries[::-1]]
+    experts = [Expert.from_block(geometry_of[bank][slot], banks[bank][slot]) for bank, slot in chosen]
+    experts.append(Expert(*shared[1:]))
+    places = [
+        (slot * slot_bytes, bank * len(geometries) + geometries.index(geometry_of[bank][slot]), rank)
+        for rank, (bank, slot) in enumerate(chosen)
+    ]
+    places.append((0, 2 * len(geometries), len(chosen)))
+
+    x, weights = random_input(1, hidden), torch.rand(len(places), generator=torch.Generator().manual_seed(3))
+    rows = torch.zeros(len(places), hidden)
+    reference.run_experts(x, experts, rows, range(len(places)))
+    expected = weights @ rows
+
+    memories, forms_buffer = [*banks, resident], bytes_tensor(forms)
+    products, out = torch.zeros(len(places), max(width, shared_width)), torch.zeros(1, hidden)
+    for part in (places[2:], places[:2]):  # those in memory, then those that arrive
+        some = bytes_tensor(launches.pack_places(part))
+        executor.run(launches.experts_gate_up(memories, forms_buffer, some, x, products))
+    everything = bytes_tensor(launches.pack_places(places))
+    executor.run(launches.experts_down(memories, forms_buffer, everything, products, weights, out))
+    check_experts(out[0], expected, EXPERT)
