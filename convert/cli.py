@@ -7,6 +7,7 @@ moe-convert demo/checkpoint demo.moepack --bits 2 --group-size 32 --dry-run
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import typer
 
 from moepack.convert.journal import finish_interrupted_manifest
+from moepack.convert.memory import DEFAULT_MEMORY
 from moepack.convert.pipeline import convert, estimate_seconds
 from moepack.convert.plan import (
     ConversionPlan,
@@ -25,6 +27,7 @@ from moepack.convert.plan import (
 )
 from moepack.convert.quantizers import AUTO_QUANTIZER, QUANTIZERS
 from moepack.convert.recipe import Recipe
+from moepack.convert.report import Report
 from moepack.layout.console import (
     EXIT_CODES,
     VERSION,
@@ -36,7 +39,8 @@ from moepack.layout.console import (
     run_app,
 )
 from moepack.layout.errors import Interrupted, NotEnoughSpace, UsageError
-from moepack.layout.sizes import format_size
+from moepack.layout.process import peak_rss_bytes
+from moepack.layout.sizes import format_size, parse_size
 from moepack.layout.spec import GROUP_SIZES, QUANTIZED_BITS, UNQUANTIZED_BITS
 
 RESIDENT_BITS = (4, 8, UNQUANTIZED_BITS)
@@ -59,6 +63,7 @@ def convert_checkpoint(
     resident_bits: int = typer.Option(8, help="Bits of the other large matrices: 4, 8, or 16 for as they are."),
     quantizer: str = typer.Option("auto", help=f"auto or {', '.join(QUANTIZERS)}; auto takes {AUTO_QUANTIZER}."),
     workers: int = typer.Option(None, help="Experts quantized side by side.  [default: number of cores]", min=1),
+    memory: str = typer.Option(DEFAULT_MEMORY, help="Most memory that the whole process may take: fewer workers."),
     overwrite: bool = typer.Option(
         False, "--overwrite/--resume", help="Replace what is at OUT, or go on with an unfinished conversion."
     ),
@@ -70,7 +75,7 @@ def convert_checkpoint(
 
     Safe to stop at any time: the same command goes on where it ended, and writes the same bytes.
     """
-    recipe = _make_recipe(bits, group_size, resident_bits, quantizer)
+    recipe, memory_bytes = _make_recipe(bits, group_size, resident_bits, quantizer), parse_size(memory)
     plan = plan_conversion(source, out, recipe)
     workers = workers or os.cpu_count() or 1
     if not dry_run:
@@ -88,16 +93,15 @@ def convert_checkpoint(
         return
     if finished:
         log(f"{out}: converted already with these settings: nothing to do")
-    started = time.perf_counter()
+    report, started = Report(), time.perf_counter()
     if not finished:
-        _run(plan, workers)
+        _run(plan, workers, memory_bytes, report)
     seconds = time.perf_counter() - started
     facts = {**_describe(plan), "seconds": round(seconds, 3), "already_converted": finished is not None}
     if as_json:
-        print_json(facts)
+        print_json(facts | {"peak_rss_bytes": peak_rss_bytes()} | report.describe())
     elif not finished:
-        size, bpw = format_size(plan.forecast.total_bytes), plan.forecast.bits_per_weight
-        print(f"{out}: {size}, {bpw:.2f} bits per weight, {seconds:.1f} s")
+        _print_report(plan, report, seconds)
 
 
 def _make_recipe(bits: int, group_size: int, resident_bits: int, quantizer: str) -> Recipe:
@@ -113,12 +117,34 @@ def _make_recipe(bits: int, group_size: int, resident_bits: int, quantizer: str)
     return Recipe(bits, group_size, resident_bits, AUTO_QUANTIZER if quantizer == "auto" else quantizer)
 
 
-def _run(plan: ConversionPlan, workers: int) -> None:
+def _run(plan: ConversionPlan, workers: int, memory_bytes: int, report: Report) -> None:
     with open_progress(plan.bytes_to_read, "convert") as progress:
+
+        def show(size_bytes: int) -> None:
+            if progress.update(size_bytes):  # it was time to draw: the disk is not asked more often than that
+                free = shutil.disk_usage(plan.out).free
+                facts = (report.step, f"{format_size(report.bytes_out)} out", f"{format_size(free)} free")
+                progress.set_postfix_str(", ".join(facts), refresh=False)
+
         try:
-            convert(plan, workers, progress.update)
+            convert(plan, workers, show, report, memory_bytes)
         except KeyboardInterrupt:
             raise Interrupted(f"{plan.out}: stopped; the same command goes on from here") from None
+
+
+def _print_report(plan: ConversionPlan, report: Report, seconds: float) -> None:
+    size, bpw = format_size(plan.forecast.total_bytes), plan.forecast.bits_per_weight
+    rate = report.bytes_in / seconds / 1e9
+    print(f"{plan.out}: {size}, {bpw:.2f} bits per weight, {seconds:.1f} s, {rate:.2f} GB/s of source")
+    facts = report.describe()
+    if facts["rounding"]:
+        rows = [("rounding", "relative error", "largest error")]
+        for kind, error in facts["rounding"].items():
+            rows.append((kind, f"{error['relative_error']:.4f}", f"{error['largest_error']:.3g}"))
+        print_table(rows)
+    if facts["slowest_stage"]:
+        stages = ", ".join(f"{stage} {value:.1f} s" for stage, value in facts["thread_seconds"].items())
+        log(f"slowest stage: {facts['slowest_stage']} (of all threads together: {stages})")
 
 
 def _describe(plan: ConversionPlan) -> dict[str, Any]:

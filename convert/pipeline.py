@@ -26,12 +26,13 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from time import perf_counter
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
 from moepack.convert.checkpoint import Rows
 from moepack.convert.journal import Journal
+from moepack.convert.memory import DEFAULT_MEMORY, PIECE_BYTES, fit_threads
 from moepack.convert.plan import ConversionPlan, check_free_space, list_copied_files
 from moepack.convert.quantizers import QUANTIZERS
 from moepack.convert.report import RESIDENT, Report, Rounding
@@ -40,6 +41,7 @@ from moepack.kernels.native_quantize import RoundingError
 from moepack.layout.errors import CheckpointError
 from moepack.layout.geometry import Scheme
 from moepack.layout.manifest import ExpertFile, Manifest, ResidentFile, block_geometry
+from moepack.layout.sizes import parse_size
 from moepack.layout.spec import RESIDENT_NAME, expert_file_name
 from moepack.layout.tensor_file import TensorSpec, layout_tensors
 from moepack.layout.writer import (
@@ -51,8 +53,8 @@ from moepack.layout.writer import (
     write_resident_file,
 )
 
-PIECE_BYTES = 8 * 2**20  # source bytes of a resident matrix dealt with at a time
-READS_AHEAD = 2  # threads beyond the workers: while some wait for the disk, as many as there are workers compute
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 SINGLE_EXPERT = re.compile(r"(.+\.experts)\.\d+\..+")  # tensors stored one by one are hashed as one, in their order
 
 
@@ -73,18 +75,23 @@ class Encoded:
 
 
 def convert(
-    plan: ConversionPlan, workers: int, on_bytes: Callable[[int], object], report: Report | None = None
+    plan: ConversionPlan,
+    workers: int,
+    on_bytes: Callable[[int], object],
+    report: Report | None = None,
+    memory_bytes: int = parse_size(DEFAULT_MEMORY),
 ) -> Manifest:
     """Write the pack, going on where an earlier run with the same settings ended; returns its manifest.
 
-    workers    experts quantized side by side
-    on_bytes   called with source bytes as they are dealt with, those of earlier runs at once
-    report     filled in as the work goes on
+    workers        experts quantized side by side
+    on_bytes       called with source bytes as they are dealt with, those of earlier runs at once
+    report         filled in as the work goes on
+    memory_bytes   bound of the process's memory: fewer workers where it is small
 
-    Raises NotEnoughSpace, CheckpointError or UsageError; after any of them the same call goes on.
+    Raises NotEnoughSpace, CheckpointError, MemoryBudgetError or UsageError; after any of them the same call goes on.
     """
     check_free_space(plan)
-    threads = workers + READS_AHEAD
+    threads = fit_threads(plan, workers, memory_bytes)
     with Journal.open(plan.out, plan.settings) as journal, ThreadPoolExecutor(threads) as pool:
         try:
             return _Conversion(plan, journal, pool, threads, on_bytes, report or Report()).run()
@@ -133,7 +140,7 @@ class _Conversion:
         )
         if self.find_finished(RESIDENT_NAME) is None:
             jobs = chain(jobs, self.residents.list_jobs())
-        self.encoded = self.taken(map_in_order(pool, jobs, threads))
+        self.encoded = self.taken(map_in_order(pool, lambda job: job(), jobs, threads))
 
     def run(self) -> Manifest:
         plan = self.plan
@@ -331,11 +338,13 @@ class ResidentEncoder:
         return Encoded(data, rows.values.nbytes, {RESIDENT: error} if error else {}, record=record)
 
 
-def map_in_order(pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], Encoded]], ahead: int) -> Iterator[Encoded]:
-    """The results of jobs, at most `ahead` + 1 of them before they are taken: memory stays bounded."""
-    pending: deque[Future[Encoded]] = deque()
-    for job in jobs:
-        pending.append(pool.submit(job))
+def map_in_order(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[Result]:
+    """Like pool.map, but at most `ahead` + 1 results exist before they are taken: memory stays bounded."""
+    pending: deque[Future[Result]] = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
         if len(pending) > ahead:
             yield pending.popleft().result()
     while pending:

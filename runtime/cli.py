@@ -208,9 +208,10 @@ def evaluate(
     as_json: bool = JSON,
 ) -> None:
     """Measure a pack: perplexity on a text, distance to a reference pack, tool calls that come out right."""
+    from moepack.layout.process import resident_set_bytes
     from moepack.runtime.engine import Engine
     from moepack.runtime.evaluate import WINDOW, encode_text, evaluate_text, evaluate_tools, read_tool_prompts
-    from moepack.runtime.memory import default_budget_bytes, resident_set_bytes
+    from moepack.runtime.memory import default_budget_bytes
     from moepack.runtime.prompt import read_text
     from moepack.runtime.tokenizer import Tokenizer
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from moepack.layout.errors import UsageError
-from moepack.runtime.memory import peak_rss_bytes
+from moepack.layout.process import peak_rss_bytes
 from moepack.runtime.sampling import Sampler, SamplingParams, TokenLogprobs, measure_logprobs
 from moepack.runtime.state import SequenceState
 from moepack.runtime.stats import GenerationStats

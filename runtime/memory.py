@@ -11,13 +11,12 @@ caches for us come on top and are given back under pressure.
 from __future__ import annotations
 
 import os
-import resource
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from moepack.layout.architecture import LINEAR, Architecture
 from moepack.layout.errors import MemoryBudgetError
+from moepack.layout.process import resident_set_bytes
 from moepack.layout.reader import Pack
 from moepack.runtime.expert_store import largest_block
 from moepack.runtime.resident import ResidentWeights
@@ -156,21 +155,6 @@ def _control_groups() -> list[Path]:
     paths = [line.removeprefix("0::") for line in _read(Path("/proc/self/cgroup")).splitlines() if line[:3] == "0::"]
     own = root / paths[0].strip("/") if paths else root
     return [own, *(parent for parent in own.parents if parent.is_relative_to(root))]
-
-
-def resident_set_bytes() -> int:
-    """Memory of this process now; where the system does not say, its peak."""
-    statm = _read(Path("/proc/self/statm"))
-    return int(statm.split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm else peak_rss_bytes()
-
-
-def peak_rss_bytes() -> int:
-    """The most memory that this process has had. (getrusage would count a parent's, from before exec, on Linux.)"""
-    for line in _read(Path("/proc/self/status")).splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _read(path: Path) -> str:

@@ -108,9 +108,12 @@ def test_arguments_that_cannot_be_parsed(source, tmp_path, arguments):
 
 def test_results_on_stdout_progress_and_notes_on_stderr(source, tmp_path):
     result = run_convert(source, tmp_path / "pack", *GROUP)
-    (line,) = result.out.splitlines()
+    line, heading, *rows = result.out.splitlines()
     assert line.startswith(f"{tmp_path / 'pack'}: ")
     assert "bits per weight" in line
+    assert heading.split() == ["rounding", "relative", "error", "largest", "error"]
+    assert [row.split()[0] for row in rows] == ["gate_proj", "up_proj", "down_proj", "resident"]
+    assert "slowest stage: " in result.err
     assert "convert: 100%" in result.err
     assert any("vision" in note for note in result.notes)
 
