@@ -24,7 +24,6 @@ import numpy as np
 
 from moepack.convert.checkpoint import Checkpoint
 from moepack.convert.names import SourceMap, map_tensors
-from moepack.convert.pipeline import map_in_order
 from moepack.layout.architecture import Architecture
 from moepack.layout.errors import CheckpointError
 from moepack.layout.geometry import MatrixGeometry
@@ -87,10 +86,9 @@ def measure_errors(
 
     Raises CheckpointError, and DamagedPack if a block cannot be read or its checksum is wrong.
     """
-    workers = workers or os.cpu_count() or 1
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         try:
-            yield from map_in_order(pool, lambda place: _measure_expert(original, pack, *place), experts, workers)
+            yield from pool.map(lambda place: _measure_expert(original, pack, *place), experts)
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -29,7 +29,7 @@ def test_errors_are_those_of_the_quantizer(tiny_source: Path, tiny_pack: Path) -
         for error in errors:
             for name, matrix in pack.geometry(error.layer).block(error.expert).matrices:
                 weights = original.read_matrix(error.layer, error.expert, name, matrix.out_features)
-                arrays = vars(QUANTIZERS["minmax"](weights, 4, 32))
+                arrays = QUANTIZERS["minmax"](weights, 4, 32).arrays
                 found = dequantize(arrays["w_q"], arrays["scales"], arrays["biases"], bits=4, group_size=32)
                 expected = math.sqrt(((found - weights) ** 2).sum() / (weights**2).sum())
                 assert error.relative_rms[name] == pytest.approx(expected, rel=1e-5)
