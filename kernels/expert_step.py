@@ -39,8 +39,12 @@ class ExpertStep:
 
     def choose(self, x: torch.Tensor) -> list[int]:
         """The ids of the experts of x [1, D]: row r is the expert of the r-th id, the last row the shared expert."""
+        return self.take(x, self._choose(x))
+
+    def take(self, x: torch.Tensor, choice: Choice) -> list[int]:
+        """The same, for a choice that has been made already."""
         self._x = x
-        self._normed, expert_ids, weights = self._choose(x)
+        self._normed, expert_ids, weights = choice
         order = sorted(range(len(expert_ids)), key=expert_ids.__getitem__)
         self._weights = [*(weights[place] for place in order), weights[-1]]
         self._results = x.new_empty(len(weights), x.shape[1])

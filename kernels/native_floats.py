@@ -9,6 +9,7 @@ contiguous. Shapes are the caller's to get right: the library sees addresses onl
 
 from __future__ import annotations
 
+import ctypes
 import functools
 
 import torch
@@ -17,6 +18,7 @@ from moepack.kernels.native_library import ADDRESS, FLOAT, INT, declare
 from moepack.kernels.native_matrix import floats
 
 MAX_CONV_TAPS = 8  # CONV_TAPS of native/rows.inl
+CACHE_DTYPES = (torch.float32, torch.bfloat16)  # of keys and values; arithmetic is float32 with either
 
 
 class FloatOps:
@@ -37,7 +39,7 @@ class FloatOps:
         self._rope = declare("rope", ADDRESS, ADDRESS, ADDRESS, INT, INT, INT, INT)
         self._choose_experts = declare("choose_experts", ADDRESS, ADDRESS, *row, INT, INT, INT)
         self._gated_delta = declare("gated_delta", ADDRESS, *row, *row, *row, *[ADDRESS] * 3, *[INT] * 5)
-        self._attention = declare("attention", ADDRESS, ADDRESS, *row, *row, *[INT] * 5)
+        self._attention = declare("attention", ADDRESS, ADDRESS, *row, *row, ctypes.c_int, *[INT] * 5)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         x, stride = _rows(x)
@@ -112,11 +114,14 @@ class FloatOps:
         return out
 
     def attention(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        q, (keys, key_stride), (values, value_stride) = floats(q), _spaced(keys), _spaced(values)
+        stored = keys.dtype
+        if stored not in CACHE_DTYPES or values.dtype != stored:
+            raise TypeError(f"expected keys and values of one of {CACHE_DTYPES}, got {stored} and {values.dtype}")
+        q, (keys, key_stride), (values, value_stride) = floats(q), _spaced(keys, stored), _spaced(values, stored)
         out, (tokens, heads, width), (kv_heads, context, _) = torch.empty_like(q), q.shape, keys.shape
         self._attention(
             *(out.data_ptr(), q.data_ptr(), keys.data_ptr(), key_stride, values.data_ptr(), value_stride),
-            *(tokens, heads, kv_heads, context, width),
+            *(stored == torch.bfloat16, tokens, heads, kv_heads, context, width),
         )
         return out
 
@@ -142,12 +147,12 @@ def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     return floats(x), x.shape[-1]
 
 
-def _spaced(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+def _spaced(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, int]:
     """x [A, B, C] and the distance between its contiguous [B, C]: a copy only where they are not."""
     stride, *inner = x.stride()
-    if inner == [x.shape[2], 1] and x.dtype == torch.float32:
+    if inner == [x.shape[2], 1] and x.dtype == dtype:
         return x, stride
-    x = floats(x)
+    x = x.contiguous() if dtype != torch.float32 else floats(x)
     return x, x.stride(0)
 
 

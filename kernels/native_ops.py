@@ -84,7 +84,7 @@ class NativeOps(FloatOps, TokenOps):
     def expert_step(
         self, norm: torch.Tensor, router: Matrix, shared_gate: Matrix, num_chosen: int, width: int, eps: float
     ) -> ExpertStep:
-        choose = self.fuse_router(norm, router, shared_gate, num_chosen, eps)
+        choose = reference.chooser(self, norm, router, shared_gate, num_chosen, eps)
         return ExpertStep(choose, self.route, self.run_experts, self.add_rows)
 
     def route(self, x: torch.Tensor, router: Matrix, num_chosen: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,11 +1,13 @@
-"""One token through what a layer does between two reads of the SSD, each in one native call.
+"""One token through all layers whose experts are in memory, in one native call.
 
 The same operations in the same order as the model file's, so the same bits. Streaming weights leaves nothing of the
 interpreter in the processor's caches, and each operation called from Python then costs 10 us beside its work; a
-layer has twenty of them. Each function here takes the weights once and returns what runs a token.
+layer has twenty of them. Weights are described once; a run stops at the first layer that has chosen an expert which is
+not in memory, and goes on behind it when the caller has run that layer's experts.
 
-    mix = ops.fuse_delta_net(norm, in_projs, conv, a_log, dt_bias, gate_norm, out_proj, 16, 32, 1e-6)
-    mix(x, conv_state, recurrent_state)
+    layers = ops.fuse_layers(mixers, routers, shared_experts)
+    layers.start(x, states, experts, position=7, pauses=False)
+    reached = layers.run(first=0)
 """
 
 from __future__ import annotations
@@ -16,12 +18,11 @@ from typing import Any
 
 import torch
 
-from moepack.kernels.matrix import Matrix
+from moepack.kernels.expert_step import Choice
+from moepack.kernels.matrix import Expert, Matrix
 from moepack.kernels.native_floats import angles
 from moepack.kernels.native_library import ADDRESS, FLOAT, INT, declare
 from moepack.kernels.native_matrix import place
-
-Mix = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 class _DeltaNet(ctypes.Structure):
@@ -60,17 +61,130 @@ class _Router(ctypes.Structure):
     _fields_ = [("norm", ADDRESS), ("matrices", ADDRESS * 2), ("experts", INT), ("chosen", INT), ("eps", FLOAT)]
 
 
+class _Layer(ctypes.Structure):
+    """struct LayerWeights of native/token_ops.cpp."""
+
+    _fields_ = [(name, ADDRESS) for name in ("delta_net", "attention", "router", "shared_expert")]
+
+
+class _State(ctypes.Structure):
+    """struct LayerState of native/token_ops.cpp."""
+
+    _fields_ = [
+        *((name, ADDRESS) for name in ("conv", "recurrent", "keys", "values")),
+        *((name, INT) for name in ("head_stride", "is_bf16")),
+    ]
+
+
+class _Run(ctypes.Structure):
+    """struct TokenRun of native/token_ops.cpp."""
+
+    _fields_ = [
+        *((name, ADDRESS) for name in ("layers", "states", "experts", "angles")),
+        *((name, INT) for name in ("position", "num_layers", "pauses", "exact")),
+        *((name, ADDRESS) for name in ("normed", "ids", "weights")),
+    ]
+
+
+class FusedPart:
+    """Weights of one part of a layer as the library reads them; keeps alive what they point to.
+
+    rope   theta and the rotated width, of attention
+    """
+
+    def __init__(self, native: ctypes.Structure, owners: Any, rope: tuple[float, int] | None = None):
+        self.native, self.address, self.rope, self._owners = native, ctypes.addressof(native), rope, owners
+
+
+class FusedLayers:
+    """The layers of a model, run by one token at a time. Made by TokenOps.fuse_layers."""
+
+    def __init__(
+        self,
+        run_token: Callable[..., int],
+        mixers: Sequence[FusedPart],
+        routers: Sequence[FusedPart],
+        shared_experts: Sequence[Expert],
+        exact: bool,
+    ):
+        count, self._run_token, self._owners = len(mixers), run_token, (mixers, routers, shared_experts)
+        self._rope = next((mixer.rope for mixer in mixers if mixer.rope), None)
+        self._layers = (_Layer * count)()
+        for layer, mixer, router, shared in zip(self._layers, mixers, routers, shared_experts):
+            setattr(layer, "attention" if mixer.rope else "delta_net", mixer.address)
+            layer.router, layer.shared_expert = router.address, place(shared)
+        router_weights = routers[0].native
+        self._chosen = router_weights.chosen
+        self._ids, self._weights = (INT * (count * self._chosen))(), (FLOAT * (count * (self._chosen + 1)))()
+        self._normed = torch.empty(1, shared_experts[0].gate_proj.in_features)
+        self._states = (_State * count)()
+        self._run = _Run(
+            layers=ctypes.addressof(self._layers),
+            states=ctypes.addressof(self._states),
+            num_layers=count,
+            exact=exact,
+            normed=self._normed.data_ptr(),
+            ids=ctypes.addressof(self._ids),
+            weights=ctypes.addressof(self._weights),
+        )
+        self._kept: Any = None  # what the native description of a token points to
+
+    def start(
+        self,
+        x: torch.Tensor,
+        states: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        experts: torch.Tensor,
+        position: int,
+        pauses: bool,
+    ) -> None:
+        """Describe a token; run() then changes x and the states in place.
+
+        x         [1, D]
+        states    of each layer: conv_state and recurrent_state, or keys and values [Hkv, max_positions, Dh]
+        experts   int64 [layers, E]: address of the description of each expert that is in memory, 0 for others
+        position  of the token; the caches get it there
+        pauses    stop after each layer's router, so that the caller sees what was chosen as early as can be
+        """
+        turn = angles(position, 1, *self._rope) if self._rope else None
+        for native, layer, (first, second) in zip(self._states, self._layers, states):
+            if layer.attention:
+                native.keys, native.values = first.data_ptr(), second.data_ptr()
+                native.head_stride, native.is_bf16 = first.stride(0), first.dtype == torch.bfloat16
+            else:
+                native.conv, native.recurrent = first.data_ptr(), second.data_ptr()
+        run, self._kept = self._run, (x, states, experts, turn)
+        run.experts, run.angles = experts.data_ptr(), turn.data_ptr() if turn is not None else None
+        run.position, run.pauses = position, pauses
+
+    def run(self, first: int) -> int:
+        """Go on with layer `first`. Returns the layer whose experts are chosen but not run; their number if all are."""
+        return self._run_token(self._kept[0].data_ptr(), ctypes.addressof(self._run), first)
+
+    def ids(self, layer: int) -> list[int]:
+        """The experts that a layer has chosen, ascending."""
+        return self._ids[layer * self._chosen : (layer + 1) * self._chosen]
+
+    def choice(self, layer: int) -> Choice:
+        """What the layer that a run has reached has chosen: norm(x), ids, and weights, the shared expert's behind."""
+        weights = self._weights[layer * (self._chosen + 1) : (layer + 1) * (self._chosen + 1)]
+        return self._normed, self.ids(layer), weights
+
+
 class TokenOps:
-    """Whole parts of a layer for one token. `exact` comes with the class that this one is part of."""
+    """Descriptions of a layer's parts, and the layers made of them. `exact` comes with the class this is part of."""
 
     exact: bool
     fuses_tokens = True
 
     def __init__(self) -> None:
-        self._delta_net = declare("delta_net_token", *[ADDRESS] * 4, ctypes.c_int)
-        self._attention_token = declare("attention_token", *[ADDRESS] * 4, INT, INT, ADDRESS, ctypes.c_int)
-        self._route_token = declare("route_token", *[ADDRESS] * 5, ctypes.c_int)
+        self._run_token = declare("run_token", ADDRESS, ADDRESS, INT, returns=INT)
         self._add_rows = declare("add_rows", ADDRESS, ADDRESS, ADDRESS, INT, INT)
+
+    def fuse_layers(
+        self, mixers: Sequence[FusedPart], routers: Sequence[FusedPart], shared_experts: Sequence[Expert]
+    ) -> FusedLayers:
+        """Layers of a mixer, a router and a shared expert each."""
+        return FusedLayers(self._run_token, mixers, routers, shared_experts, self.exact)
 
     def fuse_delta_net(
         self,
@@ -84,8 +198,8 @@ class TokenOps:
         key_heads: int,
         value_heads: int,
         eps: float,
-    ) -> Mix:
-        """run(x, conv_state, recurrent_state): x [1, D] += DeltaNet(norm(x)), and the states move on."""
+    ) -> FusedPart:
+        """x += DeltaNet(norm(x)), and the states move on."""
         vectors = (norm, conv, a_log, dt_bias, gate_norm)
         value_width = len(gate_norm)
         key_width = (len(conv) - value_heads * value_width) // (2 * key_heads)
@@ -97,13 +211,7 @@ class TokenOps:
             *(key_heads, value_heads, key_width, value_width, conv.shape[1]),
             eps,
         )
-        address, exact, call = ctypes.addressof(native), self.exact, self._delta_net
-        owners = (native, vectors, in_projs, out_proj)
-
-        def run(x: torch.Tensor, conv_state: torch.Tensor, recurrent_state: torch.Tensor, _: Any = owners) -> None:
-            call(x.data_ptr(), address, conv_state.data_ptr(), recurrent_state.data_ptr(), exact)
-
-        return run
+        return FusedPart(native, (vectors, in_projs, out_proj))
 
     def fuse_attention(
         self,
@@ -117,48 +225,27 @@ class TokenOps:
         rotary_dim: int,
         theta: float,
         eps: float,
-    ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], None]:
-        """run(x, keys, values, position): x [1, D] += attention(norm(x)); the caches get the token at `position`.
-
-        keys, values   [Hkv, max_positions, Dh]
-        """
-        width = len(q_norm)
+    ) -> FusedPart:
+        """x += attention(norm(x)), and the caches get the token at its position."""
         native = _Attention(
             norm.data_ptr(),
             (ADDRESS * 3)(*map(place, in_projs)),
             q_norm.data_ptr(),
             k_norm.data_ptr(),
             place(out_proj),
-            *(heads, kv_heads, width, rotary_dim // 2),
+            *(heads, kv_heads, len(q_norm), rotary_dim // 2),
             eps,
         )
-        address, exact, call = ctypes.addressof(native), self.exact, self._attention_token
-        owners = (native, norm, in_projs, q_norm, k_norm, out_proj)
-
-        def run(x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position: int, _: Any = owners) -> None:
-            turn = angles(position, 1, theta, rotary_dim)
-            caches = (keys.data_ptr(), values.data_ptr(), keys.stride(0))
-            call(x.data_ptr(), address, *caches, position, turn.data_ptr(), exact)
-
-        return run
+        return FusedPart(native, (norm, in_projs, q_norm, k_norm, out_proj), rope=(theta, rotary_dim))
 
     def fuse_router(
         self, norm: torch.Tensor, router: Matrix, shared_gate: Matrix, num_chosen: int, eps: float
-    ) -> Callable[[torch.Tensor], tuple[torch.Tensor, list[int], list[float]]]:
-        """run(x): norm(x) [1, D], the ids of the chosen experts, and their weights with the shared expert's behind."""
+    ) -> FusedPart:
+        """The experts chosen for norm(x), and their weights with the shared expert's."""
         native = _Router(
             norm.data_ptr(), (ADDRESS * 2)(place(router), place(shared_gate)), router.out_features, num_chosen, eps
         )
-        address, exact, call = ctypes.addressof(native), self.exact, self._route_token
-        ids, weights = (INT * num_chosen)(), (FLOAT * (num_chosen + 1))()
-        owners = (native, norm, router, shared_gate)
-
-        def run(x: torch.Tensor, _: Any = owners) -> tuple[torch.Tensor, list[int], list[float]]:
-            normed = torch.empty_like(x)
-            call(ctypes.addressof(ids), ctypes.addressof(weights), normed.data_ptr(), x.data_ptr(), address, exact)
-            return normed, list(ids), list(weights)
-
-        return run
+        return FusedPart(native, (norm, router, shared_gate))
 
     def add_rows(self, x: torch.Tensor, rows: torch.Tensor, weights: Sequence[float]) -> None:
         count, width = rows.shape

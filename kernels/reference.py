@@ -8,7 +8,9 @@ needs more than a few MiB beside its operands. Shapes: T tokens, D hidden, N x K
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ DELTA_CHUNK = 64  # tokens solved together in the gated delta rule; the model's 
 SCORE_TILE = 2**22  # attention scores held at a time: 16 MiB
 new_slots, new_pages, view_pages = HostSlots, Pages, view_host_pages  # memory for experts and for other weights
 zeros = torch.zeros  # memory for activations and states
-fuses_tokens = False  # a backend that does has fuse_delta_net and its like: native_token.py
+fuses_tokens = False  # a backend that does has fuse_layers and its like: native_token.py
 ELEMENTS_PER_UNIT = {2: (1, 4), 3: (3, 8), 4: (1, 2), 8: (1, 1)}  # bits -> (bytes of a unit, elements in it)
 
 
@@ -255,14 +257,22 @@ def expert_step(
     norm: torch.Tensor, router: Matrix, shared_gate: Matrix, num_chosen: int, width: int, eps: float
 ) -> ExpertStep:
     """What runs the experts of one token, of a layer with this norm and router and experts of at most this width."""
+    choose = chooser(sys.modules[__name__], norm, router, shared_gate, num_chosen, eps)
+    return ExpertStep(choose, route, run_experts, add_rows)
+
+
+def chooser(
+    ops: Any, norm: torch.Tensor, router: Matrix, shared_gate: Matrix, num_chosen: int, eps: float
+) -> Callable[[torch.Tensor], Choice]:
+    """x -> norm(x), the ids of its experts, and their weights with the shared expert's behind; by a backend's ops."""
 
     def choose(x: torch.Tensor) -> Choice:
-        normed = rms_norm(x, norm, eps)
-        expert_ids, expert_weights = route(normed, router, num_chosen)
-        shared_weight = linear(normed, shared_gate).sigmoid()
+        normed = ops.rms_norm(x, norm, eps)
+        expert_ids, expert_weights = ops.route(normed, router, num_chosen)
+        shared_weight = ops.linear(normed, shared_gate).sigmoid()
         return normed, expert_ids[0].tolist(), [*expert_weights[0].tolist(), shared_weight.item()]
 
-    return ExpertStep(choose, route, run_experts, add_rows)
+    return choose
 
 
 def decay_and_strength(

@@ -18,7 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
+import torch
+
 from moepack.kernels.matrix import Expert
+from moepack.kernels.native_matrix import place
 from moepack.kernels.slots import HostSlots
 from moepack.layout.eviction import EvictionPolicy, Key, LeastRecentlyUsed, is_flushing_scan
 from moepack.layout.geometry import BlockGeometry
@@ -103,6 +106,7 @@ class ExpertStore:
     new_slots      makes the memory that experts lie in: the backend's own
     counts         what it has done so far
     on_fetch       called with the arguments of every fetch, as TraceWriter.record takes them; None at first
+    places         int64 [layers, E]: addresses of the experts that are in memory, for native code; 0 for others
     """
 
     def __init__(
@@ -122,6 +126,9 @@ class ExpertStore:
         self.on_fetch: Callable[[int, Sequence[int], bool], object] | None = None
         self._slots = new_slots(num_slots, self.slot_bytes, io.huge_pages)
         self._views = SlotViews(pack, self._slots)
+        shape = pack.manifest.shape
+        self.places = torch.zeros(len(pack.manifest.expert_files), shape.num_experts, dtype=torch.int64)
+        self._places = self.places.numpy()  # the same memory: torch takes ten times as long to set a value
         self._free = list(range(num_slots - 1, -1, -1))
         self._held: dict[Key, _Held] = {}
         self._num_layers = pack.manifest.shape.num_hidden_layers
@@ -163,6 +170,17 @@ class ExpertStore:
                 self._policy.use((layer, expert_id))
         self._plan(fetch)
         return self._hand_out(fetch)
+
+    def note_use(self, layer: int, expert_ids: Sequence[int]) -> None:
+        """Count as fetched what was found in `places` and used from there, before the next call."""
+        if self.on_fetch:
+            self.on_fetch(layer, expert_ids, False)
+        self.counts.hits += len(expert_ids)
+        for expert_id in expert_ids:
+            held = self._held[layer, expert_id]
+            self.counts.prefetch_used += held.is_hinted
+            held.is_hinted = False
+            self._policy.use((layer, expert_id))
 
     def prefetch(self, layer: int, expert_ids: Sequence[int]) -> None:
         """Hint that these experts may be fetched next, the likeliest first.
@@ -329,11 +347,16 @@ class ExpertStore:
         victim = self._policy.evict(lambda key: self._held[key].is_busy or self._slots.is_in_use(self._held[key].slot))
         if victim is None and may_wait:
             victim = self._policy.evict(lambda key: self._held[key].is_busy)
-        return None if victim is None else self._held.pop(victim).slot
+        return None if victim is None else self._leave(victim)
 
     def _drop(self, key: Key) -> None:
-        self._free.append(self._held.pop(key).slot)
+        self._free.append(self._leave(key))
         self._policy.forget(key)
+
+    def _leave(self, key: Key) -> int:
+        """Take a key out of its slot; the slot."""
+        self._places[key] = 0
+        return self._held.pop(key).slot
 
     def _start(
         self, layer: int, expert_ids: Sequence[int], slots: Sequence[int], is_hint: bool = False, is_cold: bool = False
@@ -358,7 +381,9 @@ class ExpertStore:
             self.counts.bytes_read += sum(map(len, read.buffers))
             self.counts.prefetched += read.is_hint
             for key in keys:
-                self._held[key].is_loading = False
+                held = self._held[key]
+                held.is_loading = False
+                self._places[key] = place(self._views.get(held.slot, *key))
             return
         is_wanted = any(self._held[key].is_pinned for key in keys)
         for key in keys:

@@ -25,6 +25,7 @@ State and activations are float32. All K experts that the router picks are run, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -60,13 +61,11 @@ class GatedDeltaNet:
         out = ops.gated_rms_norm(out, gate.view(out.shape), self.norm, a.rms_norm_eps)
         return ops.linear(out.view(tokens, -1), self.out_proj)
 
-    def fuse(self, norm: torch.Tensor) -> Callable[[torch.Tensor, DeltaState], None]:
-        """One token, norm and sum included, in one call of the backend: x += self(norm(x))."""
+    def fuse(self, norm: torch.Tensor) -> Any:
+        """One token, norm and sum included, as a part of the backend's own run: x += self(norm(x))."""
         a = self.a
         weights = (norm, self.in_projs, self.conv, self.a_log, self.dt_bias, self.norm, self.out_proj)
-        sizes = (a.linear_num_key_heads, a.linear_num_value_heads, a.rms_norm_eps)
-        run = self.ops.fuse_delta_net(*weights, *sizes)
-        return lambda x, state: run(x, state.conv_state, state.recurrent_state)
+        return self.ops.fuse_delta_net(*weights, a.linear_num_key_heads, a.linear_num_value_heads, a.rms_norm_eps)
 
 
 class GatedAttention:
@@ -90,17 +89,12 @@ class GatedAttention:
         out = ops.gated(ops.attention(q, keys, values), gate)  # [T, H, Dh]
         return ops.linear(out.view(tokens, -1), self.o_proj)
 
-    def fuse(self, norm: torch.Tensor) -> Callable[[torch.Tensor, KeyValueCache], None]:
-        """One token, norm and sum included, in one call of the backend: x += self(norm(x))."""
+    def fuse(self, norm: torch.Tensor) -> Any:
+        """One token, norm and sum included, as a part of the backend's own run: x += self(norm(x))."""
         a = self.a
         weights = (norm, self.in_projs, self.q_norm, self.k_norm, self.o_proj)
         sizes = (a.num_attention_heads, a.num_key_value_heads, a.rotary_dim, a.rope_theta, a.rms_norm_eps)
-        run = self.ops.fuse_attention(*weights, *sizes)
-
-        def step(x: torch.Tensor, cache: KeyValueCache) -> None:
-            run(x, cache.keys, cache.values, cache.next_position())
-
-        return step
+        return self.ops.fuse_attention(*weights, *sizes)
 
 
 class SparseMoe:
@@ -118,9 +112,17 @@ class SparseMoe:
         sizes = (a.num_experts_per_tok, width, a.rms_norm_eps)
         self.step = ops.expert_step(self.norm, self.router, self.shared_expert_gate, *sizes)
 
-    def add_one_token(self, x: torch.Tensor) -> None:
-        """x [1, D] += experts(norm(x)). They may arrive in any order; they are added in that of the ids."""
-        chosen = self.step.choose(x)
+    def fuse(self) -> Any:
+        """The choice of one token's experts, norm included, as a part of the backend's own run."""
+        sizes = (self.a.num_experts_per_tok, self.a.rms_norm_eps)
+        return self.ops.fuse_router(self.norm, self.router, self.shared_expert_gate, *sizes)
+
+    def add_one_token(self, x: torch.Tensor, choice: Any = None) -> None:
+        """x [1, D] += experts(norm(x)). They may arrive in any order; they are added in that of the ids.
+
+        choice   norm(x), ids and weights, where the backend has chosen them by itself
+        """
+        chosen = self.step.take(x, choice) if choice else self.step.choose(x)
         row_of = {expert_id: row for row, expert_id in enumerate(chosen)}
         batches = self.store.fetch(self.layer, chosen)  # the seam to the SSD: reads start here
         if self.next_router is not None:
@@ -166,31 +168,29 @@ class DecoderLayer:
             else GatedAttention(f"{stem}.self_attn", a, weights, ops)
         )
         self.experts = SparseMoe(layer, a, weights, store, ops)
-        self.mix_one_token: Callable[[torch.Tensor, Any], None] = (
-            self.mixer.fuse(self.norm) if ops.fuses_tokens else self._mix_one_token
-        )
 
     def __call__(self, x: torch.Tensor, state: DeltaState | KeyValueCache) -> torch.Tensor:
-        if len(x) == 1:
-            self.mix_one_token(x, state)
-            self.experts.add_one_token(x)
-            return x
         x = x + self.mixer(self.ops.rms_norm(x, self.norm, self.a.rms_norm_eps), state)
-        return self.experts(x)
-
-    def _mix_one_token(self, x: torch.Tensor, state: DeltaState | KeyValueCache) -> None:
-        x += self.mixer(self.ops.rms_norm(x, self.norm, self.a.rms_norm_eps), state)
+        if len(x) > 1:
+            return self.experts(x)
+        self.experts.add_one_token(x)
+        return x
 
 
 class Qwen35:
     """The whole text model over resident weights and a store of experts."""
 
     def __init__(self, a: Architecture, weights: ResidentWeights, store: ExpertStore, ops: Any, prefetch: bool = False):
-        self.a, self.ops = a, ops
+        self.a, self.ops, self.store, self.prefetches = a, ops, store, prefetch
         self.embedding = weights.matrix("model.embed_tokens")
-        self.layers = [DecoderLayer(layer, a, weights, store, ops) for layer in range(a.num_hidden_layers)]
-        for layer, following in zip(self.layers, self.layers[1:]) if prefetch else ():
+        self.layers = layers = [DecoderLayer(layer, a, weights, store, ops) for layer in range(a.num_hidden_layers)]
+        for layer, following in pairwise(layers) if prefetch else ():
             layer.experts.next_router = following.experts.router
+        self.fused: Any = None
+        if ops.fuses_tokens:
+            mixers = [layer.mixer.fuse(layer.norm) for layer in layers]
+            routers = [layer.experts.fuse() for layer in layers]
+            self.fused = ops.fuse_layers(mixers, routers, [layer.experts.shared_expert for layer in layers])
         self.norm = weights.vector("model.norm.weight")
         self.head = self.embedding if a.tie_word_embeddings else weights.matrix("lm_head")
 
@@ -199,10 +199,31 @@ class Qwen35:
     ) -> torch.Tensor:
         """Run tokens [T] after what the state has seen; returns the normed hidden states [T, D]."""
         x = self.ops.embed(self.embedding, token_ids)
-        for layer, layer_state in zip(self.layers, state.layers):
-            x = layer(x, layer_state)
-            after_layer()
+        if self.fused and len(x) == 1:
+            self._run_fused(x, state)
+        else:
+            for layer, layer_state in zip(self.layers, state.layers):
+                x = layer(x, layer_state)
+                after_layer()
         return self.ops.rms_norm(x, self.norm, self.a.rms_norm_eps)
+
+    def _run_fused(self, x: torch.Tensor, state: SequenceState) -> None:
+        """x [1, D] through all layers: the backend goes on by itself from a layer whose experts are not all in memory.
+
+        Where experts are read ahead it pauses at each layer instead, so that reads start as early as can be.
+        """
+        tensors = [layer_state.tensors for layer_state in state.layers]
+        self.fused.start(x, tensors, self.store.places, state.next_position(), self.prefetches)
+        done = 0
+        while (reached := self.fused.run(done)) < len(self.layers):
+            self._note_fused(done, reached)
+            self.layers[reached].experts.add_one_token(x, self.fused.choice(reached))
+            done = reached + 1
+        self._note_fused(done, reached)
+
+    def _note_fused(self, done: int, reached: int) -> None:
+        for layer in range(done, reached):
+            self.store.note_use(layer, self.fused.ids(layer))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores of the next token: [T, D] -> [T, V], rows beyond the tokenizer included."""

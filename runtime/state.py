@@ -28,6 +28,10 @@ class DeltaState:
     conv_state: torch.Tensor
     recurrent_state: torch.Tensor
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.conv_state, self.recurrent_state
+
 
 @dataclass
 class KeyValueCache:
@@ -36,6 +40,10 @@ class KeyValueCache:
     keys: torch.Tensor
     values: torch.Tensor
     position: int = 0
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.keys, self.values
 
     def next_position(self) -> int:
         """The place of one more token, taken. Raises UsageError if the cache is full."""
@@ -57,7 +65,7 @@ class SequenceState:
     """All layers' state of one sequence of at most max_positions tokens."""
 
     def __init__(self, architecture: Architecture, max_positions: int, zeros: Zeros = torch.zeros):
-        self.layers = [
+        self.layers: list[DeltaState | KeyValueCache] = [
             _new_delta_state(architecture, zeros) if kind == LINEAR else _new_cache(architecture, max_positions, zeros)
             for kind in architecture.layer_types
         ]
@@ -100,6 +108,11 @@ class SequenceState:
         for layer in self.layers:
             if isinstance(layer, KeyValueCache):
                 layer.position = position
+
+    def next_position(self) -> int:
+        """The place of one more token, taken in every cache. Raises UsageError if they are full."""
+        caches = [layer for layer in self.layers if isinstance(layer, KeyValueCache)]
+        return max((cache.next_position() for cache in caches), default=0)
 
     @staticmethod
     def size_bytes(architecture: Architecture, max_positions: int) -> int:

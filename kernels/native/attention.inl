@@ -27,7 +27,8 @@ struct AttentionScratch {
     int64_t stride;  // rows in whole panels
     float* queries;  // panels, each [width, panel], scaled
     float* scores;   // [KEY_TILE, stride]
-    float* values;   // [KEY_TILE, width], if the width is no multiple of 16
+    float* keys;     // [SCORE_KEYS, width], widened from bf16
+    float* values;   // [KEY_TILE, width], widened, or padded where the width is no multiple of 16
     float *running, *partial;
     int64_t floats;
 
@@ -38,7 +39,8 @@ struct AttentionScratch {
         stride = round_up(rows, panel);
         queries = pieces.take(stride * a.width);
         scores = pieces.take(KEY_TILE * stride);
-        values = pieces.take(width == a.width ? 0 : KEY_TILE * width);
+        keys = pieces.take(a.is_bf16 ? SCORE_KEYS * a.width : 0);
+        values = pieces.take(width == a.width && !a.is_bf16 ? 0 : KEY_TILE * width);
         running = pieces.take(Partial(a, count, nullptr).floats);
         partial = pieces.take(Partial(a, count, nullptr).floats);
         floats = pieces.taken();
@@ -67,16 +69,29 @@ static void pack_queries(const Attention& a, const QueryBlock& block, const Atte
     }
 }
 
+// Rows of bf16 as floats, the columns behind the width set to zero.
+static void widen_padded(float* to, int64_t to_stride, const uint16_t* from, int64_t rows, int64_t width) {
+    for (int64_t row = 0; row < rows; ++row, to += to_stride, from += width) {
+        int64_t i = 0;
+        for (; i + LANES <= width; i += LANES) store(to + i, load_bf16(from + i));
+        for (; i < width; ++i) to[i] = bf16_value(from[i]);
+        for (; i < to_stride; ++i) to[i] = 0.0f;
+    }
+}
+
 // Scores of `count` keys. The values of these keys, needed next, and the keys after them are fetched meanwhile.
-static void score_keys(const Attention& a, const float* keys, const float* values, int64_t count, const AttentionScratch& s) {
+template <class T> static void score_keys(const Attention& a, const T* keys, const T* values, int64_t count, const AttentionScratch& s) {
     for (int64_t key = 0; key < count; key += SCORE_KEYS) {
         const int64_t some = smaller(SCORE_KEYS, count - key), begin = key * a.width, end = begin + some * a.width;
-        for (int64_t i = begin; i < end; i += 16) {
+        for (int64_t i = begin; i < end; i += 64 / int64_t(sizeof(T))) {
             __builtin_prefetch(keys + i + SCORE_KEYS * a.width, 0, 2);
             __builtin_prefetch(values + i, 0, 2);
         }
+        const float* rows;
+        if constexpr (sizeof(T) == sizeof(float)) rows = keys + begin;
+        else widen_padded(s.keys, a.width, keys + begin, some, a.width), rows = s.keys;
         for (int64_t row = 0; row < s.stride; row += s.panel)
-            multiply<Sum::START>(s.scores + key * s.stride + row, s.stride, {keys + begin, a.width, 1}, s.queries + row * a.width,
+            multiply<Sum::START>(s.scores + key * s.stride + row, s.stride, {rows, a.width, 1}, s.queries + row * a.width,
                                  s.panel, some, s.panel, a.width);
     }
 }
@@ -107,14 +122,15 @@ INLINE void soften(float* scores, int64_t stride, int64_t keys, const Partial& r
     }
 }
 
-// The queries of a block, packed, against one tile of keys.
-static void attend_packed(const Attention& a, const QueryBlock& block, int64_t tile, const Partial& result,
+// The queries of a block, packed, against one tile of keys, which are stored as T.
+template <class T>
+static void attend_stored(const Attention& a, const QueryBlock& block, int64_t tile, const Partial& result,
                           const AttentionScratch& s) {
     const int64_t first = tile * KEY_TILE, group = a.group(), rows = block.count * group;
     const int64_t count = smaller(KEY_TILE, keys_seen(a, block.first + block.count - 1) - first);
     const int64_t stride = s.stride, width = round_up(a.width, LANES);
-    const float* values = a.values + block.kv_head * a.value_head_stride + first * a.width;
-    score_keys(a, a.keys + block.kv_head * a.key_head_stride + first * a.width, values, count, s);
+    const T* values = (const T*)a.values + block.kv_head * a.value_head_stride + first * a.width;
+    score_keys(a, (const T*)a.keys + block.kv_head * a.key_head_stride + first * a.width, values, count, s);
     const int64_t seen_by_all = keys_seen(a, block.first) - first;
     const auto hidden = [=](int64_t key) INLINE_LAMBDA { return smaller(key + 1 - seen_by_all, block.count) * group; };
     for (int64_t key = seen_by_all < 0 ? 0 : seen_by_all; key < count; ++key) {
@@ -122,9 +138,17 @@ static void attend_packed(const Attention& a, const QueryBlock& block, int64_t t
         for (int64_t row = 0; row < rows_hidden; ++row) s.scores[key * stride + row] = -INFINITY;
     }
     soften(s.scores, stride, count, result, rows, hidden);
-    if (width != a.width) copy_padded(s.values, width, values, a.width, count, a.width);
-    multiply<Sum::START>(result.mixed, width, {s.scores, 1, stride}, width == a.width ? values : s.values, width, rows, width,
-                         count);
+    const float* right = s.values;
+    if constexpr (sizeof(T) != sizeof(float)) widen_padded(s.values, width, values, count, a.width);
+    else if (width != a.width) copy_padded(s.values, width, values, a.width, count, a.width);
+    else right = values;
+    multiply<Sum::START>(result.mixed, width, {s.scores, 1, stride}, right, width, rows, width, count);
+}
+
+static void attend_packed(const Attention& a, const QueryBlock& block, int64_t tile, const Partial& result,
+                          const AttentionScratch& s) {
+    if (a.is_bf16) attend_stored<uint16_t>(a, block, tile, result, s);
+    else attend_stored<float>(a, block, tile, result, s);
 }
 
 // Add a tile's result to the running one, both relative to their own largest score.

@@ -16,10 +16,13 @@ struct Delta {
     int64_t q_stride, k_stride, v_stride;
 };
 
-// q, out [tokens, heads, width], contiguous; keys, values [kv_heads, context, width], their heads a stride apart.
+// q, out [tokens, heads, width], contiguous; keys, values [kv_heads, context, width], float32 or bf16, their heads a
+// stride apart, which is counted in elements.
 struct Attention {
     float* out;
-    const float *q, *keys, *values;
+    const float* q;
+    const void *keys, *values;
+    bool is_bf16;  // keys and values
     int64_t tokens, heads, kv_heads, context, width;
     int64_t key_head_stride, value_head_stride;
 

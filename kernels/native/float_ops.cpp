@@ -114,10 +114,11 @@ API void moepack_gated_delta(float* out, const float* q, int64_t q_stride, const
 // threads without work: there every tile of keys is a task, and the results are folded in the same order as otherwise,
 // as long as the partial results are not more than the memory plan has room for.
 // Shapes: struct Attention.
-API void moepack_attention(float* out, const float* q, const float* keys, int64_t key_head_stride, const float* values,
-                           int64_t value_head_stride, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t context,
-                           int64_t width) {
-    const Attention a = {out, q, keys, values, tokens, heads, kv_heads, context, width, key_head_stride, value_head_stride};
+API void moepack_attention(float* out, const float* q, const void* keys, int64_t key_head_stride, const void* values,
+                           int64_t value_head_stride, int is_bf16, int64_t tokens, int64_t heads, int64_t kv_heads,
+                           int64_t context, int64_t width) {
+    const Attention a = {out, q, keys, values, is_bf16 != 0, tokens, heads, kv_heads, context, width, key_head_stride,
+                         value_head_stride};
     const FloatKernels& floats = kernels().floats;
     const int64_t step = a.group() < QUERY_ROWS ? QUERY_ROWS / a.group() : 1, blocks = (a.tokens + step - 1) / step;
     const int64_t tiles = (a.context + KEY_TILE - 1) / KEY_TILE;

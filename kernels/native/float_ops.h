@@ -22,6 +22,6 @@ API void moepack_gated_delta(float* out, const float* q, int64_t q_stride, const
                              const float* v, int64_t v_stride, const float* decay, const float* beta, float* state,
                              int64_t tokens, int64_t key_heads, int64_t value_heads, int64_t key_width,
                              int64_t value_width);
-API void moepack_attention(float* out, const float* q, const float* keys, int64_t key_head_stride, const float* values,
-                           int64_t value_head_stride, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t context,
-                           int64_t width);
+API void moepack_attention(float* out, const float* q, const void* keys, int64_t key_head_stride, const void* values,
+                           int64_t value_head_stride, int is_bf16, int64_t tokens, int64_t heads, int64_t kv_heads,
+                           int64_t context, int64_t width);

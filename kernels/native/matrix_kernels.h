@@ -49,8 +49,6 @@ struct MatrixKernels {
                        int64_t end);
     // One row in float32: bit for bit what the reference's dequantize gives.
     void (*widen_row)(const Matrix& m, int64_t row, float* out);
-    // gate = silu(gate) * up for columns [begin, end) of [tokens, width]
-    void (*silu_mul)(float* gate, const float* up, int64_t tokens, int64_t width, int64_t begin, int64_t end);
     // out[index[t]] += weights[t] * y[t] for columns [begin, end) of [tokens, width]
     void (*add_weighted)(float* out, const float* y, const int64_t* index, const float* weights, int64_t tokens, int64_t width, int64_t begin,
                          int64_t end);

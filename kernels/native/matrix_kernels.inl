@@ -171,16 +171,6 @@ static void quantize(Activations& a, const float* x, const int64_t* index, int64
     }
 }
 
-static void silu_mul(float* gate, const float* up, int64_t tokens, int64_t width, int64_t begin, int64_t end) {
-    for (int64_t t = 0; t < tokens; ++t) {
-        float* g = gate + t * width;
-        const float* u = up + t * width;
-        int64_t i = begin;
-        for (; i + LANES <= end; i += LANES) store(g + i, silu(load(g + i)) * load(u + i));
-        if (i < end) store_first(g + i, silu(load_first(g + i, end - i)) * load_first(u + i, end - i), end - i);
-    }
-}
-
 static void add_weighted(float* out, const float* y, const int64_t* index, const float* weights, int64_t tokens, int64_t width, int64_t begin,
                          int64_t end) {
     for (int64_t t = 0; t < tokens; ++t) {
@@ -207,4 +197,4 @@ static int64_t read_stream(const uint8_t* from, int64_t size_bytes) {
     return result;
 }
 
-static constexpr MatrixKernels MATRIX_KERNELS = {quantize, dot_row_walk, dot_tile, float_rows, widen_row, silu_mul, add_weighted, read_stream};
+static constexpr MatrixKernels MATRIX_KERNELS = {quantize, dot_row_walk, dot_tile, float_rows, widen_row, add_weighted, read_stream};

@@ -78,6 +78,12 @@ void multiply_rows(const Matrix& m, const float* x, int64_t tokens, const Activa
     else k.dot_tile(m, *a, out, out_stride, begin, end);
 }
 
+// gate = silu(gate) * up for columns [begin, end) of [tokens, width]
+void gate_columns(float* gate, const float* up, int64_t tokens, int64_t width, int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < tokens * width; first += width)
+        kernels().floats.silu_mul(gate + first, gate + first, 0, up + first, 0, end - begin, 0, 1);
+}
+
 int64_t share(const Matrix& m, int thread, int threads) { return Pool::share(m.rows, ROW_GRAIN, thread, threads); }
 
 }  // namespace
@@ -108,7 +114,7 @@ void run_gate_and_up(const Expert& expert, const float* x, const Prepared& prepa
     const Matrix &g = *expert.gate, &u = *expert.up;
     multiply_rows(g, x, 1, as_int8(g, exact) ? prepared.find(g) : nullptr, hidden, g.rows, begin, end);
     multiply_rows(u, x, 1, as_int8(u, exact) ? prepared.find(u) : nullptr, up, u.rows, begin, end);
-    kernels().matrix.silu_mul(hidden, up, 1, g.rows, begin, end);
+    gate_columns(hidden, up, 1, g.rows, begin, end);
 }
 
 void run_down(const Expert& expert, const float* hidden, float* out, int64_t begin, int64_t end, bool exact) {
@@ -185,7 +191,7 @@ void add_expert_part(float* out, const float* x, const int64_t* tokens, const fl
             if (as_int8(*inputs[i], exact)) k.dot_tile(*inputs[i], in[i], halves[i], width, begin, end);
             else k.float_rows(*inputs[i], x, tokens, count, halves[i], width, begin, end);
         }
-        if (begin < end) k.silu_mul(gate, up, count, width, begin, end);
+        if (begin < end) gate_columns(gate, up, count, width, begin, end);
         pool.barrier();
         if (int8_down) {
             k.quantize(hidden, gate, nullptr, first, last);
