@@ -14,6 +14,7 @@ from typing import Any
 
 import typer
 
+from moepack.convert.export import TARGETS, export, export_bytes
 from moepack.convert.journal import finish_interrupted_manifest
 from moepack.convert.memory import DEFAULT_MEMORY
 from moepack.convert.pipeline import convert, estimate_seconds
@@ -41,7 +42,7 @@ from moepack.layout.console import (
 from moepack.layout.errors import Interrupted, NotEnoughSpace, UsageError
 from moepack.layout.process import peak_rss_bytes
 from moepack.layout.sizes import format_size, parse_size
-from moepack.layout.spec import GROUP_SIZES, QUANTIZED_BITS, UNQUANTIZED_BITS
+from moepack.layout.spec import GROUP_SIZES, MANIFEST_NAME, QUANTIZED_BITS, UNQUANTIZED_BITS
 
 RESIDENT_BITS = (4, 8, UNQUANTIZED_BITS)
 
@@ -58,6 +59,7 @@ app = create_app("moe-convert")
 def convert_checkpoint(
     source: Path = typer.Argument(metavar="SRC", help="Directory of the original checkpoint.", show_default=False),
     out: Path = typer.Argument(metavar="OUT", help="Directory to write the pack into.", show_default=False),
+    to: str = typer.Option("pack", help=f"pack; or {', '.join(TARGETS)} from a pack: a checkpoint for mlx-lm or bf16."),
     bits: int = typer.Option(4, help="Bits of the routed experts: 2, 3, 4, 8, or 16 for bf16 as it is."),
     group_size: int = typer.Option(64, help="Weights that share a scale and a bias: 32, 64 or 128."),
     resident_bits: int = typer.Option(8, help="Bits of the other large matrices: 4, 8, or 16 for as they are."),
@@ -75,9 +77,12 @@ def convert_checkpoint(
 
     Safe to stop at any time: the same command goes on where it ended, and writes the same bytes.
     """
+    workers = workers or os.cpu_count() or 1
+    if to != "pack":
+        _export(source, out, to, workers, as_json)
+        return
     recipe, memory_bytes = _make_recipe(bits, group_size, resident_bits, quantizer), parse_size(memory)
     plan = plan_conversion(source, out, recipe)
-    workers = workers or os.cpu_count() or 1
     if not dry_run:
         if overwrite:
             check_free_space(plan)  # before anything is deleted for it
@@ -102,6 +107,24 @@ def convert_checkpoint(
         print_json(facts | {"peak_rss_bytes": peak_rss_bytes()} | report.describe())
     elif not finished:
         _print_report(plan, report, seconds)
+
+
+def _export(source: Path, out: Path, target: str, workers: int, as_json: bool) -> None:
+    if target not in TARGETS:
+        raise UsageError(f"--to {target}: expected one of pack, {', '.join(TARGETS)}")
+    if not (source / MANIFEST_NAME).exists():
+        raise UsageError(f"{source}: is no pack: --to {target} needs one, convert the checkpoint to a pack first")
+    started = time.perf_counter()
+    with open_progress(export_bytes(source, target), f"to {target}") as progress:
+        try:
+            facts = export(source, out, target, workers, progress.update)
+        except KeyboardInterrupt:
+            raise Interrupted(f"{out}: stopped; the same command goes on from here") from None
+    facts |= {"pack": str(source), "out": str(out), "seconds": round(time.perf_counter() - started, 3)}
+    if as_json:
+        print_json(facts)
+    else:
+        print(f"{out}: {format_size(facts['total_bytes'])} in {facts['shards']} shards, {facts['seconds']:.1f} s")
 
 
 def _make_recipe(bits: int, group_size: int, resident_bits: int, quantizer: str) -> Recipe:

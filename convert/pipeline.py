@@ -232,8 +232,7 @@ class _Conversion:
     def taken(self, results: Iterator[Encoded]) -> Iterator[Encoded]:
         """Results in order, their hashes, errors and times noted; what the taker does between two counts as writing."""
         while True:
-            with _timed(self.report, "wait for workers"):
-                encoded = next(results, None)
+            encoded = next(results, None)
             if encoded is None:
                 return
             self.hashes.add(encoded.record)

@@ -74,3 +74,17 @@ def quantize_minmax(
     if bad_row >= 0:
         raise ValueError(f"row {bad_row} holds NaN, infinity or a range beyond bf16")
     return RoundingError(error.squared_error, error.squared_weight, error.largest)
+
+
+def dequantize_bf16(
+    w_q: np.ndarray, scales: np.ndarray, biases: np.ndarray, *, bits: int, group_size: int
+) -> np.ndarray:
+    """The bf16 (bit patterns in uint16) nearest to layout.quantized.dequantize of the same arrays: [N, K]."""
+    rows, columns = w_q.shape[0], w_q.shape[1] * 32 // bits
+    if scales.shape != (rows, columns // group_size) or biases.shape != scales.shape:
+        raise ValueError(f"w_q {w_q.shape} at {bits} bits: got scales {scales.shape} and biases {biases.shape}")
+    arrays = [np.ascontiguousarray(array) for array in (w_q, scales, biases)]
+    out = np.empty((rows, columns), np.uint16)
+    run = declare("dequantize_bf16", *[ADDRESS] * 4, INT, INT, INT32, INT32)
+    run(out.ctypes.data, *[array.ctypes.data for array in arrays], rows, columns, bits, group_size)
+    return out

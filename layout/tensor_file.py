@@ -87,7 +87,9 @@ def read_tensor_header(path: Path) -> TensorHeader:
     return TensorHeader(header_bytes, size_bytes, tensors, metadata)
 
 
-def layout_tensors(arrays: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, list[TensorSpec]]:
+def layout_tensors(
+    arrays: Iterable[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str] | None = None
+) -> tuple[bytes, list[TensorSpec]]:
     """Place arrays (name, dtype, shape) in a file: the header's bytes, and the specs in the order of the data.
 
     Wide elements first, then by name, so that every tensor is aligned to its elements; the data starts on a
@@ -99,7 +101,8 @@ def layout_tensors(arrays: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[
         size = math.prod(shape) * DTYPE_BYTES[dtype]
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    note = {"__metadata__": metadata} if metadata else {}
+    text = json.dumps(note | entries, separators=(",", ":")).encode()
     header_bytes = align_up(LENGTH_BYTES + len(text), SECTION_ALIGNMENT)
     header = struct.pack("<Q", header_bytes - LENGTH_BYTES) + text.ljust(header_bytes - LENGTH_BYTES)
     return header, [_tensor_spec(name, entry, header_bytes) for name, entry in entries.items()]
