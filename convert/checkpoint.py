@@ -19,6 +19,7 @@ import numpy as np
 from moepack.convert.shard_reader import ShardReader
 from moepack.layout.errors import CheckpointError
 from moepack.layout.quantized import bf16_to_float32, float32_to_bf16
+from moepack.layout.reader import NUMPY_DTYPES
 from moepack.layout.spec import DTYPE_BYTES
 from moepack.layout.tensor_file import TensorSpec, parse_json_object, read_tensor_header
 
@@ -27,7 +28,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 LFS_PREFIX = b"version https://git-lfs"
 MAX_JSON_BYTES = 256 * 2**20
-FLOAT_DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}  # numpy has no bf16: its bit patterns
+FLOAT_DTYPES = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class Rows:
     def to_bf16(self) -> np.ndarray:
         """bf16 bit patterns; F16 and F32 are rounded to the nearest."""
         return self.values if self.dtype == "BF16" else float32_to_bf16(self.to_float32())
+
+    def as_dtype(self, dtype: str) -> np.ndarray:
+        """The values to be stored in a type: as they are where it is theirs, else bf16."""
+        return self.values if dtype == self.dtype else self.to_bf16()
 
 
 class Checkpoint:
@@ -92,14 +97,15 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self._path(name)}: {name} is {spec.dtype}, expected one of {', '.join(FLOAT_DTYPES)}"
             )
-        columns = spec.shape[-1]
-        row_bytes = columns * self.item_bytes(name)
-        raw = self._read(name, spec.offset_bytes + first * row_bytes, count * row_bytes)
-        return Rows(spec.dtype, raw.view(FLOAT_DTYPES[spec.dtype]).reshape(count, columns))
+        return Rows(spec.dtype, self.read_raw(name, first, count))
 
-    def item_bytes(self, name: str) -> int:
-        """Bytes of one element of a tensor."""
-        return DTYPE_BYTES[self.tensors[name].dtype]
+    def read_raw(self, name: str, first: int, count: int) -> np.ndarray:
+        """Rows of a tensor of any type, as read_rows counts them: [count, K] in layout.reader's numpy types."""
+        spec = self.tensors[name]
+        columns = spec.shape[-1]
+        row_bytes = columns * DTYPE_BYTES[spec.dtype]
+        raw = self._read(name, spec.offset_bytes + first * row_bytes, count * row_bytes)
+        return raw.view(NUMPY_DTYPES[spec.dtype]).reshape(count, columns)
 
     def _path(self, name: str) -> Path:
         return self.directory / self._shard_of[name]

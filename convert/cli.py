@@ -27,7 +27,7 @@ from moepack.convert.plan import (
     remove_output,
 )
 from moepack.convert.quantizers import AUTO_QUANTIZER, QUANTIZERS
-from moepack.convert.recipe import Recipe
+from moepack.convert.recipe import AUTO_GROUP_SIZE, Recipe
 from moepack.convert.report import Report
 from moepack.layout.console import (
     EXIT_CODES,
@@ -61,7 +61,9 @@ def convert_checkpoint(
     out: Path = typer.Argument(metavar="OUT", help="Directory to write the pack into.", show_default=False),
     to: str = typer.Option("pack", help=f"pack; or {', '.join(TARGETS)} from a pack: a checkpoint for mlx-lm or bf16."),
     bits: int = typer.Option(4, help="Bits of the routed experts: 2, 3, 4, 8, or 16 for bf16 as it is."),
-    group_size: int = typer.Option(64, help="Weights that share a scale and a bias: 32, 64 or 128."),
+    group_size: int = typer.Option(
+        None, help="Weights that share a scale and a bias: 32, 64 or 128.  [default: the source's own, or 64]"
+    ),
     resident_bits: int = typer.Option(8, help="Bits of the other large matrices: 4, 8, or 16 for as they are."),
     quantizer: str = typer.Option("auto", help=f"auto or {', '.join(QUANTIZERS)}; auto takes {AUTO_QUANTIZER}."),
     workers: int = typer.Option(None, help="Experts quantized side by side.  [default: number of cores]", min=1),
@@ -127,17 +129,19 @@ def _export(source: Path, out: Path, target: str, workers: int, as_json: bool) -
         print(f"{out}: {format_size(facts['total_bytes'])} in {facts['shards']} shards, {facts['seconds']:.1f} s")
 
 
-def _make_recipe(bits: int, group_size: int, resident_bits: int, quantizer: str) -> Recipe:
+def _make_recipe(bits: int, group_size: int | None, resident_bits: int, quantizer: str) -> Recipe:
     choices: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("--bits", bits, (*QUANTIZED_BITS, UNQUANTIZED_BITS)),
-        ("--group-size", group_size, GROUP_SIZES),
+        ("--group-size", group_size, (None, *GROUP_SIZES)),
         ("--resident-bits", resident_bits, RESIDENT_BITS),
         ("--quantizer", quantizer, ("auto", *QUANTIZERS)),
     ]
     for option, value, allowed in choices:
         if value not in allowed:
-            raise UsageError(f"{option} {value}: expected one of {', '.join(map(str, allowed))}")
-    return Recipe(bits, group_size, resident_bits, AUTO_QUANTIZER if quantizer == "auto" else quantizer)
+            raise UsageError(f"{option} {value}: expected one of {', '.join(str(one) for one in allowed if one)}")
+    return Recipe(
+        bits, group_size or AUTO_GROUP_SIZE, resident_bits, AUTO_QUANTIZER if quantizer == "auto" else quantizer
+    )
 
 
 def _run(plan: ConversionPlan, workers: int, memory_bytes: int, report: Report) -> None:

@@ -24,6 +24,7 @@ import numpy as np
 
 from moepack.convert.checkpoint import Checkpoint
 from moepack.convert.names import SourceMap, map_tensors
+from moepack.convert.sources import Quantization
 from moepack.layout.architecture import Architecture
 from moepack.layout.errors import CheckpointError
 from moepack.layout.geometry import MatrixGeometry
@@ -71,12 +72,15 @@ class Original:
         if found != vars(pack.manifest.shape):
             text = f"{directory}: its experts are {found}, those of the pack {vars(pack.manifest.shape)}"
             raise CheckpointError(f"{text}: give the checkpoint that {pack.directory} was made from")
-        return cls(checkpoint, map_tensors(checkpoint.tensors, architecture))
+        try:
+            return cls(checkpoint, map_tensors(checkpoint.tensors, architecture, Quantization.of(checkpoint.config)))
+        except (CheckpointError, ValueError) as error:
+            raise CheckpointError(f"{directory}: {error}") from None
 
     def read_matrix(self, layer: int, expert: int, projection: str, rows: int) -> np.ndarray:
         """One matrix as float32. Raises CheckpointError."""
         place = self.source.experts[layer][expert][projection]
-        return self.checkpoint.read_rows(place.name, place.first_row, rows).to_float32()
+        return place.weight.read_rows(self.checkpoint, place.first_row, rows).to_float32()
 
 
 def measure_errors(

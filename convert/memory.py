@@ -8,6 +8,8 @@ a matrix, what its quantizer works in, and its finished block until that is writ
 
 from __future__ import annotations
 
+import math
+
 from moepack.convert.plan import ConversionPlan
 from moepack.layout.errors import MemoryBudgetError
 from moepack.layout.manifest import block_geometry
@@ -40,8 +42,9 @@ def thread_bytes(plan: ConversionPlan) -> int:
     """The most memory that one piece of work needs from its first read until its result is written."""
     block = block_geometry(plan.shape, plan.recipe.expert_schemes)
     weights = max(matrix.num_weights for _, matrix in block.matrices)
-    items = {plan.checkpoint.item_bytes(place.name) for layer in plan.source.experts for place in layer[0].values()}
-    source = Pages.round_up(max(weights * max(items), PIECE_BYTES))
+    stored = [place.weight for layer in plan.source.experts for place in layer[0].values()]
+    each = max(weight.source_bytes / math.prod(weight.shape) + weight.working_bytes for weight in stored)
+    source = Pages.round_up(max(int(weights * each), PIECE_BYTES))
     working = max(weights, PIECE_BYTES // 2) * WORKING_BYTES.get(plan.recipe.quantizer, WORKING_BYTES_ELSE)
     # The arrays of the block, the block itself, and one that waits for its turn to be written.
     return source + working + 3 * block.block_stride

@@ -37,6 +37,7 @@ from moepack.convert.plan import ConversionPlan, check_free_space, list_copied_f
 from moepack.convert.quantizers import QUANTIZERS
 from moepack.convert.report import RESIDENT, Report, Rounding
 from moepack.convert.shard_reader import Record
+from moepack.convert.sources import Weight
 from moepack.kernels.native_quantize import RoundingError
 from moepack.layout.errors import CheckpointError
 from moepack.layout.geometry import Scheme
@@ -267,13 +268,13 @@ def encode_expert(plan: ConversionPlan, layer: int, expert: int) -> Encoded:
     with plan.checkpoint.reader.recording() as record:
         for projection, matrix in geometry.matrices:
             place = plan.source.experts[layer][expert][projection]
-            rows = plan.checkpoint.read_rows(place.name, place.first_row, matrix.out_features)
-            where = f"{plan.checkpoint.directory}: {place.name} (expert {expert})"
-            with record.timed("quantize"):
-                encoded, error = _encode(plan, rows, matrix.scheme, where)
+            where = f"{plan.checkpoint.directory}: {place.weight.name} (expert {expert})"
+            encoded, error = _encode(
+                plan, record, place.weight, place.first_row, matrix.out_features, matrix.scheme, where
+            )
             arrays |= {f"{projection}.{name}": _bytes_of(array) for name, array in encoded.items()}
             rounding |= {projection: error} if error else {}
-            size += rows.values.nbytes
+            size += place.weight.source_bytes * matrix.out_features // place.weight.num_rows
         block = assemble_block(geometry, arrays)
         with record.timed("hash"):
             digest = hashlib.sha256(block).hexdigest()
@@ -313,28 +314,29 @@ class ResidentEncoder:
 
     def _list_pieces(self, name: str) -> Iterator[tuple[int, int]]:
         """(first row, rows) of each piece of a tensor; none for the scales and biases that come with one."""
-        original = self.plan.source.residents.get(name)
-        if original is None:
+        weight = self.plan.source.residents.get(name)
+        if weight is None:
             return
-        spec = self.plan.checkpoint.tensors[original]
-        rows = spec.size_bytes // (spec.shape[-1] * self.plan.checkpoint.item_bytes(original))
-        step = max(1, PIECE_BYTES * rows // max(1, spec.size_bytes))
+        rows = weight.num_rows
+        step = max(1, PIECE_BYTES * rows // max(1, weight.source_bytes))
         yield from ((first, min(step, rows - first)) for first in range(0, rows, step))
 
     def _encode(self, name: str, first: int, count: int) -> Encoded:
         scheme = self.plan.forecast.quantized.get(name.removesuffix(".weight"))
         where = f"{self.plan.checkpoint.directory}: {name}"
         with self.plan.checkpoint.reader.recording() as record:
-            rows = self.plan.checkpoint.read_rows(self.plan.source.residents[name], first, count)
-            with record.timed("quantize"):
-                if scheme is None:
-                    _check_finite(rows, where)
-                    arrays, error = {"weight": rows.values}, None
-                else:
-                    arrays, error = _encode(self.plan, rows, scheme, where)
-                    arrays["weight"] = arrays.pop("w_q")
+            weight = self.plan.source.residents[name]
+            if scheme is None:
+                rows = weight.read_rows(self.plan.checkpoint, first, count)
+                _check_finite(rows, where)
+                arrays, error = {"weight": rows.as_dtype(weight.dtype)}, None
+            else:
+                arrays, error = _encode(self.plan, record, weight, first, count, scheme, where)
+                arrays["weight"] = arrays.pop("w_q")
         data = {name: _bytes_of(array) for name, array in arrays.items()}
-        return Encoded(data, rows.values.nbytes, {RESIDENT: error} if error else {}, record=record)
+        total, rows_in_all = weight.source_bytes, weight.num_rows  # pieces add up to it, whatever is left over
+        size = total * (first + count) // rows_in_all - total * first // rows_in_all
+        return Encoded(data, size, {RESIDENT: error} if error else {}, record=record)
 
 
 def map_in_order(
@@ -360,17 +362,24 @@ def estimate_seconds(plan: ConversionPlan, workers: int) -> float:
 
 
 def _encode(
-    plan: ConversionPlan, rows: Rows, scheme: Scheme, where: str
+    plan: ConversionPlan, record: Record, weight: Weight, first: int, count: int, scheme: Scheme, where: str
 ) -> tuple[dict[str, np.ndarray], RoundingError | None]:
-    """The stored arrays of some rows of a matrix by name, and what rounding cost.
+    """The stored arrays of some rows of a weight by name, and what rounding cost.
 
     Raises CheckpointError if a weight is not finite.
     """
-    if scheme.group_size is None:
-        _check_finite(rows, where)
-        return {"weight": rows.to_bf16()}, None
+    if scheme.group_size is not None and weight.keeps_integers(scheme):
+        kept = weight.read_integers(plan.checkpoint, first, count, scheme.group_size)
+        for values in (kept.scales, kept.biases):
+            _check_finite(Rows("BF16", values), where)
+        return kept.arrays, None
+    rows = weight.read_rows(plan.checkpoint, first, count)
     try:
-        quantized = QUANTIZERS[plan.recipe.quantizer](rows.values, scheme.bits, scheme.group_size)
+        with record.timed("quantize"):
+            if scheme.group_size is None:
+                _check_finite(rows, where)
+                return {"weight": rows.to_bf16()}, None
+            quantized = QUANTIZERS[plan.recipe.quantizer](rows.values, scheme.bits, scheme.group_size)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}: the file is damaged, download it again") from None
     return quantized.arrays, quantized.error

@@ -10,15 +10,18 @@ import hashlib
 import os
 import re
 import shutil
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from moepack.convert.checkpoint import CONFIG_NAME, Checkpoint, read_json
+from moepack.convert.checkpoint import CONFIG_NAME, FLOAT_DTYPES, Checkpoint, read_json
 from moepack.convert.journal import JOURNAL_NAME, SETTINGS_FILE, locked
 from moepack.convert.names import SourceMap, map_tensors
 from moepack.convert.recipe import Forecast, Recipe
+from moepack.convert.sources import GptqWeight, Quantization
 from moepack.layout.architecture import Architecture
 from moepack.layout.errors import CheckpointError, MoepackError, NotEnoughSpace, UsageError
 from moepack.layout.manifest import Manifest, ModelShape
@@ -44,7 +47,6 @@ MISSED_FILES = {
     "generation_config.json": "sampling defaults and some end tokens are unknown",
     "tokenizer_config.json": "the end token of a turn may be unknown",
 }
-QUANTIZATION_KEYS = ("quantization_config", "quantization")  # transformers' and mlx's
 MARGIN_BYTES = 16 * 2**20  # manifest, journal, the file system's own needs
 MANIFEST_PARTIAL = MANIFEST_NAME + PARTIAL_SUFFIX
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of a shard's data, to tell it from another of the same shapes
@@ -69,16 +71,18 @@ class ConversionPlan:
     settings: dict[str, Any]
     notes: tuple[str, ...]
 
-    @property
+    @cached_property
     def layer_source_bytes(self) -> list[int]:
         """Source bytes of each layer's experts."""
-        matrix_weights = 3 * self.shape.hidden_size * self.shape.moe_intermediate_size * self.shape.num_experts
-        places = [experts[0]["gate_proj"].name for experts in self.source.experts]
-        return [matrix_weights * self.checkpoint.item_bytes(name) for name in places]
+        layers = [
+            {place.weight.name: place.weight.source_bytes for expert in experts for place in expert.values()}
+            for experts in self.source.experts
+        ]
+        return [sum(sizes.values()) for sizes in layers]
 
     @property
     def resident_source_bytes(self) -> int:
-        return sum(self.checkpoint.tensors[name].size_bytes for name in self.source.residents.values())
+        return sum(weight.source_bytes for weight in self.source.residents.values())
 
     @property
     def bytes_to_read(self) -> int:
@@ -97,12 +101,6 @@ def plan_conversion(directory: Path, out: Path, recipe: Recipe) -> ConversionPla
     """
     checkpoint = Checkpoint.open(directory)
     config_path = directory / CONFIG_NAME
-    text_config = checkpoint.config.get("text_config")
-    holders = [checkpoint.config, text_config if isinstance(text_config, dict) else {}]
-    quantization = [holder[key] for holder in holders for key in QUANTIZATION_KEYS if holder.get(key)]
-    if quantization:
-        method = quantization[0].get("quant_method", "mlx") if isinstance(quantization[0], dict) else quantization[0]
-        raise CheckpointError(f"{config_path}: already quantized ({method}): give the original BF16 release")
     if not (directory / TOKENIZER_NAME).exists():
         raise CheckpointError(f"{directory}: lacks {TOKENIZER_NAME}: download it from where the weights came from")
     for path in list_copied_files(directory):
@@ -110,12 +108,14 @@ def plan_conversion(directory: Path, out: Path, recipe: Recipe) -> ConversionPla
             read_json(path)  # half a download is found here, not when the pack is first run
     try:
         architecture = Architecture.from_config(checkpoint.config)
+        quantization = Quantization.of(checkpoint.config)
     except ValueError as error:
         raise CheckpointError(f"{config_path}: {error}") from None
     try:
-        source = map_tensors(checkpoint.tensors, architecture)
-    except CheckpointError as error:
+        source = map_tensors(checkpoint.tensors, architecture, quantization)
+    except (CheckpointError, ValueError) as error:
         raise CheckpointError(f"{directory}: {error}") from None
+    recipe = recipe.with_groups_of(source)
     shape = ModelShape(
         architecture.hidden_size,
         architecture.moe_intermediate_size,
@@ -129,7 +129,7 @@ def plan_conversion(directory: Path, out: Path, recipe: Recipe) -> ConversionPla
         "tool_version": version("moepack"),
         "format_version": FORMAT_VERSION,
     }
-    forecast = Forecast.of(recipe, source, checkpoint, shape)
+    forecast = Forecast.of(recipe, source, shape)
     notes = tuple(_notes(checkpoint, architecture, source, recipe))
     return ConversionPlan(checkpoint, architecture, source, recipe, forecast, shape, out, settings, notes)
 
@@ -219,9 +219,7 @@ def _notes(checkpoint: Checkpoint, architecture: Architecture, source: SourceMap
     notes = [f"skipped {count} tensors ({reason})" for reason, count in source.skipped.items()]
     if architecture.mtp_num_hidden_layers and not source.num_mtp_layers(architecture):
         notes.append("the config names an MTP head, the checkpoint has none: the pack is without it")
-    dtypes = {checkpoint.tensors[place.name].dtype for layer in source.experts for place in layer[0].values()}
-    if recipe.bits == UNQUANTIZED_BITS and dtypes != {"BF16"}:
-        notes.append(f"experts are {', '.join(sorted(dtypes))} in the source: 16 bits rounds them to bf16")
+    notes += _rounding_notes(checkpoint, source, recipe)
     directory = checkpoint.directory
     notes += [f"{name} is missing: {loss}" for name, loss in MISSED_FILES.items() if not (directory / name).exists()]
     has_template = (directory / "chat_template.jinja").exists() or '"chat_template"' in _read_text(
@@ -229,6 +227,39 @@ def _notes(checkpoint: Checkpoint, architecture: Architecture, source: SourceMap
     )
     if not has_template:
         notes.append("no chat template: the pack answers raw prompts only")
+    return notes
+
+
+def _rounding_notes(checkpoint: Checkpoint, source: SourceMap, recipe: Recipe) -> list[str]:
+    """What is rounded a second time, and what is kept, of a source that is not plain bf16."""
+    firsts = [(name, place.weight) for layer in source.experts for name, place in layer[0].items()]
+    kinds = {weight.kind for _, weight in firsts}
+    notes = []
+    if recipe.bits == UNQUANTIZED_BITS and kinds != {"BF16"}:
+        notes.append(f"experts are {', '.join(sorted(kinds))} in the source: 16 bits rounds them to bf16")
+    kept = {weight.kind for name, weight in firsts if weight.keeps_integers(recipe.expert_schemes[name])}
+    if kept:
+        notes.append(f"experts keep the source's integers ({', '.join(sorted(kept))})")
+    again = {weight.kind for _, weight in firsts if weight.scheme} - kept
+    if again and recipe.bits != UNQUANTIZED_BITS:
+        own = next(weight.scheme for _, weight in firsts if weight.scheme and weight.kind in again)
+        notes.append(
+            f"experts are {', '.join(sorted(again))} in the source and rounded again: "
+            f"--bits {own.bits} --group-size {own.group_size} keeps them as they are"
+        )
+    gptq = next((weight for _, weight in firsts if isinstance(weight, GptqWeight) and weight.kind in kept), None)
+    if gptq:
+        moved = gptq.scale_rounding(checkpoint)
+        notes.append(
+            "GPTQ's scales are rounded from F16 to bf16, which moves a weight by 0.4 % of itself at most "
+            f"({100 * moved.max():.2f} % at most, {100 * moved.mean():.2f} % on average in {gptq.stem})"
+        )
+    rounded = Counter(
+        weight.kind
+        for name, weight in source.residents.items()
+        if weight.kind not in FLOAT_DTYPES and not recipe.resident_scheme(name.removesuffix(".weight"), weight)
+    )
+    notes += [f"{count} resident weights are {kind} in the source, bf16 in the pack" for kind, count in rounded.items()]
     return notes
 
 

@@ -190,6 +190,7 @@ def root_config(**values: object) -> Edit:
     return json_file("config.json", lambda config: config.update(values))
 
 
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 WRONG_CONFIGS = {
     "model_type": (text_config(model_type="qwen3_moe"), ("model_type", "'qwen3_moe'")),
@@ -205,10 +206,16 @@ WRONG_CONFIGS = {
     "number as text": (text_config(num_experts="3"), ("num_experts", "expected an integer")),
     "no hidden_size": (json_file("config.json", lambda c: c["text_config"].pop("hidden_size")), ("hidden_size",)),
     "other vocab_size": (text_config(vocab_size=321), ("misshapen", "is [320, 96], expected [321, 96]")),
-    "fp8": (root_config(quantization_config=FP8), ("already quantized (fp8)", "BF16")),
-    "gptq": (root_config(quantization_config={"quant_method": "gptq", "bits": 4}), ("already quantized (gptq)",)),
-    "mlx": (root_config(quantization={"group_size": 64, "bits": 4, "mode": "affine"}), ("already quantized (mlx)",)),
-    "fp8 within": (text_config(quantization_config=FP8), ("already quantized (fp8)",)),
+    "fp8": (root_config(quantization_config=FP8), ("config.json says fp8", "weight_scale_inv", "different releases")),
+    "gptq": (root_config(quantization_config=GPTQ), ("config.json says gptq", "qweight")),
+    "mlx": (root_config(quantization={"group_size": 64, "bits": 4}), ("config.json says mlx", "scales")),
+    "fp8 within": (text_config(quantization_config=FP8), ("config.json says fp8",)),
+    "fp8 without blocks": (root_config(quantization_config={"quant_method": "fp8"}), ("weight_block_size", "None")),
+    "gptq of 3 bits": (root_config(quantization_config={**GPTQ, "bits": 3}), ("bits", "2, 4, 8", "'3'")),
+    "gptq without groups": (root_config(quantization_config={**GPTQ, "group_size": 0}), ("group_size", "'0'")),
+    "mxfp4": (root_config(quantization={"group_size": 32, "bits": 4, "mode": "mxfp4"}), ("mode", "affine", "'mxfp4'")),
+    "awq": (root_config(quantization_config={"quant_method": "awq", "bits": 4}), ("'awq' is not read", "BF16, FP8")),
+    "quantization as text": (root_config(quantization_config="fp8"), ("quantization", "expected an object", "'fp8'")),
 }
 
 

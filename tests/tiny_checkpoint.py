@@ -147,7 +147,7 @@ def write_checkpoint(
     if single_file:
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     else:
-        _write_shards(directory, tensors, shards)
+        write_shards(directory, tensors, shards)
     return directory
 
 
@@ -276,8 +276,8 @@ def _split_experts(name: str, values: FloatArray) -> list[tuple[str, FloatArray]
     return [(f"{stem}.{expert}.{part}.weight", rows) for expert, parts in pairs for part, rows in parts]
 
 
-def _write_shards(directory: Path, tensors: dict[str, torch.Tensor], shards: int) -> None:
-    """Files of about equal size in the order of names: an expert's matrices may well lie in two of them."""
+def write_shards(directory: Path, tensors: dict[str, torch.Tensor], shards: int) -> None:
+    """Files of about equal size in the order of names, and their index. An expert may well lie in two of them."""
     ends = list(accumulate(tensor.nbytes for tensor in tensors.values()))
     shard_of = {name: (end - 1) * shards // ends[-1] for name, end in zip(tensors, ends)}
     files = [list(names) for _, names in groupby(tensors, key=shard_of.__getitem__)]
