@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from moepack.convert.export import TARGETS, export, export_bytes
+from moepack.convert.archive import is_archive, pack_archive, unpack_archive
+from moepack.convert.export import TARGETS, export
 from moepack.convert.journal import finish_interrupted_manifest
 from moepack.convert.memory import DEFAULT_MEMORY
 from moepack.convert.pipeline import convert, estimate_seconds
@@ -59,7 +61,7 @@ app = create_app("moe-convert")
 def convert_checkpoint(
     source: Path = typer.Argument(metavar="SRC", help="Directory of the original checkpoint.", show_default=False),
     out: Path = typer.Argument(metavar="OUT", help="Directory to write the pack into.", show_default=False),
-    to: str = typer.Option("pack", help=f"pack; or {', '.join(TARGETS)} from a pack: a checkpoint for mlx-lm or bf16."),
+    to: str = typer.Option("pack", help="pack; or from a pack: mlx or hf (a checkpoint), archive (one file)."),
     bits: int = typer.Option(4, help="Bits of the routed experts: 2, 3, 4, 8, or 16 for bf16 as it is."),
     group_size: int = typer.Option(
         None, help="Weights that share a scale and a bias: 32, 64 or 128.  [default: the source's own, or 64]"
@@ -80,8 +82,8 @@ def convert_checkpoint(
     Safe to stop at any time: the same command goes on where it ended, and writes the same bytes.
     """
     workers = workers or os.cpu_count() or 1
-    if to != "pack":
-        _export(source, out, to, workers, as_json)
+    if to != "pack" or is_archive(source):
+        _ship(source, out, to, workers, as_json)
         return
     recipe, memory_bytes = _make_recipe(bits, group_size, resident_bits, quantizer), parse_size(memory)
     plan = plan_conversion(source, out, recipe)
@@ -111,22 +113,31 @@ def convert_checkpoint(
         _print_report(plan, report, seconds)
 
 
-def _export(source: Path, out: Path, target: str, workers: int, as_json: bool) -> None:
-    if target not in TARGETS:
-        raise UsageError(f"--to {target}: expected one of pack, {', '.join(TARGETS)}")
-    if not (source / MANIFEST_NAME).exists():
-        raise UsageError(f"{source}: is no pack: --to {target} needs one, convert the checkpoint to a pack first")
+def _ship(source: Path, out: Path, target: str, workers: int, as_json: bool) -> None:
+    """What neither reads nor makes weights: a pack to a checkpoint or an archive, an archive to a pack."""
+    if target not in ("pack", "archive", *TARGETS):
+        raise UsageError(f"--to {target}: expected one of pack, {', '.join(TARGETS)}, archive")
+    if target != "pack" and not (source / MANIFEST_NAME).exists():
+        found = "an archive: unpack it first" if is_archive(source) else "no pack: convert the checkpoint to one first"
+        raise UsageError(f"{source}: --to {target} needs a pack, this is {found}")
+    run = {"pack": unpack_archive, "archive": pack_archive}.get(target) or partial(export, target=target)
     started = time.perf_counter()
-    with open_progress(export_bytes(source, target), f"to {target}") as progress:
+    with open_progress(0, f"to {target}") as progress:
+
+        def show(size_bytes: int, total_bytes: int) -> None:
+            progress.total = total_bytes
+            progress.update(size_bytes)
+
         try:
-            facts = export(source, out, target, workers, progress.update)
+            facts = run(source, out, workers=workers, on_bytes=show)
         except KeyboardInterrupt:
             raise Interrupted(f"{out}: stopped; the same command goes on from here") from None
-    facts |= {"pack": str(source), "out": str(out), "seconds": round(time.perf_counter() - started, 3)}
+    seconds = time.perf_counter() - started
     if as_json:
-        print_json(facts)
+        print_json({"source": str(source), "out": str(out), **facts, "seconds": round(seconds, 3)})
     else:
-        print(f"{out}: {format_size(facts['total_bytes'])} in {facts['shards']} shards, {facts['seconds']:.1f} s")
+        sizes = ", ".join(f"{format_size(facts[key])} {key.partition('_')[0]}" for key in facts if "bytes" in key)
+        print(f"{out}: {sizes}, {seconds:.1f} s")
 
 
 def _make_recipe(bits: int, group_size: int | None, resident_bits: int, quantizer: str) -> Recipe:

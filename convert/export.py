@@ -61,27 +61,36 @@ class ExportedTensor:
     jobs: Callable[[], Iterator[Callable[[], bytes | memoryview]]]
 
 
-def export(source: Path, out: Path, target: str, workers: int, on_bytes: Callable[[int], object]) -> dict[str, Any]:
+def export(
+    source: Path, out: Path, target: str, workers: int, on_bytes: Callable[[int, int], object]
+) -> dict[str, Any]:
     """Write a checkpoint from a pack; returns its facts.
 
     target    one of TARGETS
-    on_bytes  called with bytes of the result as they are written
+    on_bytes  called with bytes of the result as they are written, and with how many there are in all
 
     Raises UsageError where the target cannot hold the pack or the output is in use, DamagedPack, NotEnoughSpace.
     """
     with Pack.open(source) as pack:
         shards = list_shards(pack, target)
         sizes = {name: sum(_size(tensor) for tensor in tensors) for name, tensors in shards.items()}
-        check_output(out, sum(sizes.values()))
+        total = sum(sizes.values())
+        check_output(out, total)
+
+        def count(size_bytes: int) -> None:
+            on_bytes(size_bytes, total)
+
         manifest = hashlib.sha256((source / MANIFEST_NAME).read_bytes()).hexdigest()
         with Journal.open(out, {"pack": manifest, "target": target}) as journal, ThreadPoolExecutor(workers) as pool:
             try:
                 for name, tensors in shards.items():
                     if journal.get(name) is None or not (out / name).exists():
-                        write_shard(out / name, tensors, FORMAT[target], pool, workers, on_bytes)
+                        write_shard(
+                            out / name, tensors, FORMAT[target], pool, workers, lambda size: on_bytes(size, total)
+                        )
                         journal.put(name, {"size_bytes": sizes[name]})
                     else:
-                        on_bytes(sizes[name])
+                        count(sizes[name])
             finally:
                 pool.shutdown(cancel_futures=True)
             for entry in pack.manifest.copied_files:
@@ -89,16 +98,10 @@ def export(source: Path, out: Path, target: str, workers: int, on_bytes: Callabl
                     copy_file(source / entry.file, out)
             _write_json(out / CONFIG_NAME, make_config(pack, target))
             weight_map = {tensor.name: name for name, tensors in shards.items() for tensor in tensors}
-            metadata = {"total_size": sum(sizes.values())}
+            metadata = {"total_size": total}
             _write_json(out / INDEX_NAME, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
             journal.remove()
-    return {"shards": len(shards), "tensors": len(weight_map), "total_bytes": sum(sizes.values())}
-
-
-def export_bytes(source: Path, target: str) -> int:
-    """How many bytes `export` will write, for a progress bar. Raises as it does."""
-    with Pack.open(source) as pack:
-        return sum(_size(tensor) for tensors in list_shards(pack, target).values() for tensor in tensors)
+    return {"shards": len(shards), "tensors": len(weight_map), "total_bytes": total}
 
 
 def list_shards(pack: Pack, target: str) -> dict[str, list[ExportedTensor]]:

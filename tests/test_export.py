@@ -156,12 +156,12 @@ def test_mlx_gets_the_experts_bytes_as_they_are(tmp_path: Path, bits: int) -> No
 def test_a_stopped_export_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     pack = make_pack(write_checkpoint(tmp_path / "source", SMALL), tmp_path / "pack", bits=4, resident_bits=8)
     sizes: list[int] = []
-    facts = export(pack, tmp_path / "whole", "hf", 2, sizes.append)
+    facts = export(pack, tmp_path / "whole", "hf", 2, lambda size, total: sizes.append(size))
     assert sum(sizes) == facts["total_bytes"]
     for stop_at in range(0, len(sizes), 7):
         out, seen = tmp_path / str(stop_at), []
 
-        def stop(size_bytes: int, seen: list[int] = seen, stop_at: int = stop_at) -> None:
+        def stop(size_bytes: int, total_bytes: int, seen: list[int] = seen, stop_at: int = stop_at) -> None:
             seen.append(size_bytes)
             if len(seen) > stop_at:
                 raise KeyboardInterrupt
@@ -170,7 +170,7 @@ def test_a_stopped_export_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
             export(pack, out, "hf", 2, stop)
         assert not (out / "model.safetensors.index.json").exists()
         again: list[int] = []
-        export(pack, out, "hf", 1, again.append)
+        export(pack, out, "hf", 1, lambda size, total, again=again: again.append(size))
         assert sum(again) == facts["total_bytes"]
         assert files_of(out) == files_of(tmp_path / "whole")
 
@@ -181,8 +181,8 @@ def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     for arguments, expected in (
-        ((source, tmp_path / "out", "--to", "hf"), "is no pack: --to hf needs one"),
-        ((pack, tmp_path / "out", "--to", "gguf"), "--to gguf: expected one of pack, mlx, hf"),
+        ((source, tmp_path / "out", "--to", "hf"), "--to hf needs a pack, this is no pack"),
+        ((pack, tmp_path / "out", "--to", "gguf"), "--to gguf: expected one of pack, mlx, hf, archive"),
         ((pack, tmp_path / "mine", "--to", "mlx"), "mine: exists and is no unfinished export"),
     ):
         result = run_convert(*arguments)
@@ -192,7 +192,7 @@ def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     mixed = Path(__file__).parent / "golden" / "v1" / "mixed"
     with pytest.raises(UsageError, match="its experts have different bits"):
-        export(mixed, tmp_path / "out", "mlx", 1, lambda size: None)
+        export(mixed, tmp_path / "out", "mlx", 1, lambda size, total: None)
 
 
 def test_the_configs_own_quantization_is_replaced(tmp_path: Path) -> None:
