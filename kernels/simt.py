@@ -4,8 +4,7 @@ A file of kernels is translated (msl.py), compiled with the system's C++ compile
 kept by its content. Two ways to run it:
 
     Executor().run(launch)                      # in this process, tensors in place: --device metal-emulated, tests
-    run_sanitized(launch, "address")            # in a process of its own, every buffer a fresh allocation of its exact
-                                                # size, under AddressSanitizer or ThreadSanitizer
+    WatchedExecutor("address").run(launch)      # in a process of its own, under AddressSanitizer or ThreadSanitizer
 
 What it shows: results, out-of-bounds accesses, races between lanes that no barrier orders and between threadgroups,
 barriers and simdgroup operations that not all lanes reach, threadgroup memory beyond 32 KiB. What it cannot show: that
@@ -32,6 +31,7 @@ from moepack.kernels.launches import Launch
 from moepack.layout.errors import UsageError
 
 SANITIZERS = {"address": "SIMT_ADDRESS", "thread": "SIMT_THREAD"}
+SANITIZER_OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "history_size=4"}
 FLAGS = ("-std=c++17", "-fPIC", "-g1", "-w")
 NATIVE_FLAGS = ("-O2", "-march=native", "-ffp-contract=off", "-fno-math-errno")
 
@@ -53,8 +53,7 @@ class Executor:
 
     def run(self, launch: Launch) -> None:
         """Run a launch on CPU tensors. Raises KernelTextError for arguments that do not fit, KernelError for faults."""
-        source = self.replaced.get(launch.file) or msl.load(launch.file)
-        source.kernels[launch.kernel].check(launch.arguments, launch.group)
+        source = _check(launch, self.replaced)
         library = self._libraries.get(launch.file)
         if library is None:
             library = self._libraries[launch.file] = _load_library(source)
@@ -70,32 +69,41 @@ class Executor:
             raise KernelError(f"{launch.file}.metal: {launch.kernel}: {library.simt_error().decode()}")
 
 
-def run_sanitized(launch: Launch, sanitizer: str, lane_order: int = 0, source: msl.Source | None = None) -> str:
-    """Run a launch in a process of its own under a sanitizer, results into its tensors. Returns the report, or "".
+class WatchedExecutor:
+    """Kernels in a process of their own under a sanitizer: every buffer is a fresh allocation of its exact size.
 
     sanitizer   address or thread
-    source      the kernel file, if it is not the one that is installed
     """
-    source = source or msl.load(launch.file)
+
+    def __init__(self, sanitizer: str, lane_order: int = 0, replaced: Mapping[str, msl.Source] | None = None):
+        self.sanitizer, self.lane_order, self.replaced = sanitizer, lane_order, replaced or {}
+
+    def run(self, launch: Launch) -> None:
+        """As Executor.run. Raises KernelError with the sanitizer's report."""
+        source = _check(launch, self.replaced)
+        program = _build(source, self.sanitizer)
+        raw = [a if isinstance(a, bytes) else _bytes_of(a) for a in launch.arguments]
+        with tempfile.TemporaryDirectory() as folder:
+            case = Path(folder) / "case"
+            numbers = (*launch.grid, *launch.group, self.lane_order, len(raw), *map(len, raw))
+            case.write_bytes(struct.pack(f"<{len(numbers)}q", *numbers) + b"".join(raw))
+            command = [str(program), launch.kernel, str(case)]
+            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **SANITIZER_OPTIONS})
+            if done.returncode:
+                raise KernelError(f"{launch.file}.metal: {launch.kernel}: {done.stderr or done.returncode}")
+            rest = case.read_bytes()[len(numbers) * 8 :]
+        for argument, data in zip(launch.arguments, raw):
+            if isinstance(argument, torch.Tensor):
+                result = torch.frombuffer(bytearray(rest[: len(data)]), dtype=torch.uint8)
+                argument.view(-1).view(torch.uint8).copy_(result)
+            rest = rest[len(data) :]
+
+
+def _check(launch: Launch, replaced: Mapping[str, msl.Source]) -> msl.Source:
+    """The file of a launch, whose arguments fit its kernel."""
+    source = replaced.get(launch.file) or msl.load(launch.file)
     source.kernels[launch.kernel].check(launch.arguments, launch.group)
-    program = _build(source, sanitizer)
-    raw = [a if isinstance(a, bytes) else _bytes_of(a) for a in launch.arguments]
-    with tempfile.TemporaryDirectory() as folder:
-        case = Path(folder) / "case"
-        numbers = (*launch.grid, *launch.group, lane_order, len(raw), *map(len, raw))
-        case.write_bytes(struct.pack(f"<{len(numbers)}q", *numbers) + b"".join(raw))
-        options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "report_bugs=1 history_size=4"}
-        done = subprocess.run(
-            [str(program), launch.kernel, str(case)], capture_output=True, text=True, env={**os.environ, **options}
-        )
-        if done.returncode:
-            return done.stderr or f"exit code {done.returncode}"
-        rest = case.read_bytes()[len(numbers) * 8 :]
-    for argument, data in zip(launch.arguments, raw):
-        if isinstance(argument, torch.Tensor):
-            argument.view(-1).view(torch.uint8).copy_(torch.frombuffer(bytearray(rest[: len(data)]), dtype=torch.uint8))
-        rest = rest[len(data) :]
-    return ""
+    return source
 
 
 def _bytes_of(tensor: torch.Tensor) -> bytes:
@@ -131,7 +139,7 @@ def _kept(name: str, text: str, command: Callable[[str], list[str]]) -> Path:
     compiler = _compiler()
     shim = [path.read_text(encoding="utf-8") for path in sorted(msl.SHIM.glob("*.*"))]
     machine = (compiler, os.uname().nodename, os.uname().machine)
-    digest = hashlib.sha256(repr((text, shim, command(name), machine)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr((text, shim, FLAGS, command(name), machine)).encode()).hexdigest()[:16]
     folder = _cache()
     result = folder / f"{name}-{digest}{'' if text else '.o'}"
     if not result.exists():

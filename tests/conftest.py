@@ -12,6 +12,7 @@ import torch
 from moepack.convert.pipeline import convert
 from moepack.convert.plan import plan_conversion
 from moepack.convert.recipe import Recipe
+from moepack.kernels.simt import Executor, WatchedExecutor
 from tiny_checkpoint import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,3 +55,18 @@ def demo_pack(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]
 def tiny_copy(tiny_pack: Path, tmp_path: Path) -> Path:
     """A tiny pack of the test's own, to be damaged."""
     return Path(shutil.copytree(tiny_pack, tmp_path / "pack"))
+
+
+@pytest.fixture(
+    params=[
+        pytest.param((Executor, 0), id="ascending"),
+        pytest.param((Executor, 1), id="descending"),
+        pytest.param((Executor, 7), id="shuffled"),
+        pytest.param((WatchedExecutor, "address"), id="address", marks=pytest.mark.slow),
+        pytest.param((WatchedExecutor, "thread"), id="thread", marks=pytest.mark.slow),
+    ]
+)
+def executor(request: pytest.FixtureRequest) -> Executor | WatchedExecutor:
+    """What runs a Metal kernel here: its lanes in three orders, and under two sanitizers."""
+    kind, argument = request.param
+    return kind(argument)

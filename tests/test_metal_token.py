@@ -19,12 +19,6 @@ SMALL_TO_LARGE = [(1, 3, 3), (2, 37, 5), (1, 48, 6), (2, 512, 10), (1, 1024, 16)
 EPS = 1e-6
 
 
-@pytest.fixture(params=[0, 1, 7])
-def executor(request: pytest.FixtureRequest) -> Executor:
-    """Lanes ascending, descending, and in changing random orders."""
-    return Executor(request.param)
-
-
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(7)

@@ -18,7 +18,7 @@ using namespace metal;
 // Threads, attention_split: grid (Hkv, splits), one simdgroup for each of the R heads that share keys and values, which
 // so come from memory once; a lane holds every 32nd dimension; the softmax is taken along the way (online).
 // attention_combine: grid (H), one thread for each dimension. Bound by the bytes of keys and values. Reference:
-// attention, gated. Test: test_metal_attention.py.
+// attention, gated. Test: test_metal_token.py.
 
 constant constexpr uint EACH = 8;  // dimensions of a lane: Dh <= 256
 

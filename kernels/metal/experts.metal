@@ -21,7 +21,7 @@ using namespace metal;
 // Threads, gate_up: grid (rows of the widest expert, places), SIMDGROUPS simdgroups; a team of lanes computes ROWS rows
 // of gate and of up. down: grid (rows), one simdgroup for each place, up to 32: each multiplies the same rows by its
 // expert, then the results meet in threadgroup memory. Bound by the bytes of the weights. Reference: run_experts,
-// add_rows. Test: test_metal_experts.py.
+// add_rows. Test: test_metal_matrices.py.
 
 constant constexpr uint MAX_PLACES = 32;
 constant constexpr uint MAX_ROWS = 16;  // of a threadgroup of experts_down: 32 / lanes * ROWS, so lanes >= 8

@@ -6,6 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <vector>
@@ -61,8 +63,8 @@ simt_switch:
 namespace {
 
 #ifdef SIMT_THREAD
-const size_t STACK_BYTES = 64 << 10;  // ThreadSanitizer keeps four bytes for each
-const bool FRESH_STACKS = true;       // and would take the next threadgroup's use of a stack for a race
+const size_t STACK_BYTES = 16 << 10;
+const bool FRESH_STACKS = true;  // ThreadSanitizer would take the next threadgroup's use of a stack for a race
 #else
 const size_t STACK_BYTES = 256 << 10;
 const bool FRESH_STACKS = false;
@@ -125,6 +127,9 @@ struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Simdgroup> simdgroups;
   std::vector<Variable> variables;
+  std::vector<char*> stacks;
+  std::vector<void*> thread_fibers;  // kept to the end of a launch: of those that are gone no race is reported
+  size_t stacks_bytes;
   Arena arena;
   Fiber* current;
   unsigned arrived, finished;  // at the threadgroup's barrier; done
@@ -229,14 +234,21 @@ SIMT_UNCHECKED void wait_for_simdgroup(simt_operation operation) {
   wait_for(&machine.simdgroups[simdgroup].arrived, SIMT_LANES, simdgroup * SIMT_LANES, operation);
 }
 
+SIMT_UNCHECKED void free_stacks() {
+  for (char* stacks : machine.stacks) munmap(stacks, machine.stacks_bytes);
+  machine.stacks.clear();
+}
+
 SIMT_UNCHECKED void make_fibers(unsigned threads) {
   if (machine.fibers.size() == threads && !FRESH_STACKS) return;
-  for (Fiber& fiber : machine.fibers) munmap(fiber.stack, STACK_BYTES);
+  if (!FRESH_STACKS) free_stacks();
+  machine.stacks_bytes = threads * STACK_BYTES;
+  // Not the library's mmap: a sanitizer would take it for a write to all of it.
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  char* stacks = (char*)syscall(SYS_mmap, nullptr, machine.stacks_bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+  machine.stacks.push_back(stacks);
   machine.fibers.assign(threads, Fiber());
-  for (Fiber& fiber : machine.fibers) {
-    fiber.stack =
-        (char*)mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  }
+  for (unsigned i = 0; i < threads; i++) machine.fibers[i].stack = stacks + i * STACK_BYTES;
   machine.simdgroups.assign(threads / SIMT_LANES, Simdgroup());
 }
 
@@ -279,15 +291,13 @@ SIMT_UNCHECKED void prepare_threadgroup(const unsigned* position, const unsigned
     prepare_stack(fiber);
 #ifdef SIMT_THREAD
     fiber.thread_fiber = __tsan_create_fiber(0);
+    machine.thread_fibers.push_back(fiber.thread_fiber);
 #endif
   }
   for (Simdgroup& simdgroup : machine.simdgroups) simdgroup.arrived = 0;
 }
 
 SIMT_UNCHECKED void finish_threadgroup() {
-#ifdef SIMT_THREAD
-  for (Fiber& fiber : machine.fibers) __tsan_destroy_fiber(fiber.thread_fiber);
-#endif
   size_t size_bytes = 0;
   for (Variable& variable : machine.variables) {
     size_bytes += variable.size_bytes;
@@ -423,6 +433,11 @@ SIMT_UNCHECKED int simt_launch(
     }
   }
   machine.arena.close();
+#ifdef SIMT_THREAD
+  for (void* fiber : machine.thread_fibers) __tsan_destroy_fiber(fiber);
+  machine.thread_fibers.clear();
+#endif
+  if (FRESH_STACKS) free_stacks();
   acquire(&machine.at_end);
   return machine.error[0] != 0;
 }

@@ -1,0 +1,171 @@
+"""Faults put into the Metal kernels on purpose: what runs them here must notice each, or it proves nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from kernel_memory import bytes_tensor, lay_out
+from moepack.kernels import launches, msl, simt
+from moepack.kernels.launches import Launch
+from moepack.kernels.simt import Executor, KernelError, WatchedExecutor
+from test_native_matrices import quantized
+
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+
+
+def faulty(name: str, right: str, wrong: str, occurrence: int = 0) -> dict[str, msl.Source]:
+    """A kernel file with one place of its text replaced."""
+    parts = msl.load(name).text.split(right)
+    assert len(parts) > occurrence + 1, f"{right} is not {occurrence + 1} times in {name}.metal"
+    text = right.join(parts[: occurrence + 1]) + wrong + right.join(parts[occurrence + 1 :])
+    return {name: msl.parse(name, text)}
+
+
+def norm_launch(rows: int = 2) -> tuple[Launch, torch.Tensor]:
+    out = torch.zeros(rows, 200)
+    x = torch.randn(rows, 200, generator=torch.Generator().manual_seed(1))
+    return launches.rms_norm(x, torch.zeros(200), out, 1e-6), out
+
+
+def delta_launch() -> tuple[Launch, torch.Tensor]:
+    chance = torch.Generator().manual_seed(2)
+    mixed, projected, gates = (torch.randn(n, generator=chance) for n in (2 * 64 + 2 * 64, 2 * 64 + 4, 64))
+    out = torch.zeros(2, 64)
+    launch = launches.delta_step(
+        mixed, projected, gates[:2], gates[2:4], gates, torch.ones(2, 64, 64), out, 1, 0, 128, 130, 1e-6
+    )
+    return launch, out
+
+
+def linears_launch() -> tuple[Launch, torch.Tensor]:
+    base, matrices = lay_out([quantized(37, 96, 3, 32)])
+    x, out = torch.randn(1, 96, generator=torch.Generator().manual_seed(3)), torch.zeros(1, 37)
+    return launches.linears(base, bytes_tensor(launches.matrix_forms(matrices, base)), matrices, x, out), out
+
+
+def experts_launch() -> tuple[Launch, torch.Tensor]:
+    experts, hidden = 3, 64
+    base, matrices = lay_out([quantized(hidden, hidden, 4, 32, seed) for seed in range(3 * experts)])
+    forms = b"".join(launches.expert_form(matrices[i : i + 3], base, 0) for i in range(0, 3 * experts, 3))
+    places = bytes_tensor(launches.pack_places((0, rank, rank) for rank in range(experts)))
+    products = torch.randn(experts, hidden, generator=torch.Generator().manual_seed(4))
+    out = torch.zeros(1, hidden)
+    launch = launches.experts_down([base] * 3, bytes_tensor(forms), places, products, torch.ones(experts), out)
+    return launch, out
+
+
+def embed_launch() -> tuple[Launch, torch.Tensor]:
+    base, (matrix,) = lay_out([quantized(4, 96, 3, 32)])
+    form = bytes_tensor(launches.matrix_form(matrix, base))
+    out = torch.zeros(1, 96)
+    return launches.embed(base, form, matrix, torch.tensor([3], dtype=torch.int32), out), out
+
+
+Make = Callable[[], tuple[Launch, torch.Tensor]]
+
+
+@pytest.mark.parametrize("order", [1, 7])
+@pytest.mark.parametrize(
+    ("make", "fault"),
+    [
+        (norm_launch, ("norms", BARRIER, ";")),
+        (delta_launch, ("delta_step", BARRIER, ";", 1)),  # before the state meets the key
+        (delta_launch, ("delta_step", BARRIER, ";", 2)),  # before the parts of what is recalled are added
+        (experts_launch, ("experts", BARRIER, ";")),
+    ],
+)
+def test_a_missing_barrier_changes_the_numbers(make: Make, fault: tuple, order: int) -> None:
+    launch, out = make()
+    Executor(order).run(launch)
+    right = out.clone()
+    launch, out = make()
+    Executor(order, replaced=faulty(*fault)).run(launch)
+    assert not torch.equal(out, right)
+
+
+@pytest.mark.parametrize(
+    ("fault", "complaint"),
+    [
+        (("norms", BARRIER, f"if (simdgroup == 0) {BARRIER}"), "lanes diverged .* at threadgroup_barrier"),
+        (
+            ("norms", "const float sum = simd_sum(value);", "float sum = 0; if (lane < 7) sum = simd_sum(value);"),
+            "simd_sum",
+        ),
+        (
+            ("norms", "const float sum = simd_sum(value);", "if (lane == 3) return 0; float sum = simd_sum(value);"),
+            "finished",
+        ),
+        (("norms", "threadgroup float partial[32];", "threadgroup float partial[9000];"), "36000 bytes of threadgroup"),
+    ],
+)
+def test_the_executor_names_what_lanes_must_not_do(fault: tuple, complaint: str) -> None:
+    launch, _ = norm_launch()
+    with pytest.raises(KernelError, match=complaint):
+        Executor(replaced=faulty(*fault)).run(launch)
+
+
+def test_an_executor_works_on_after_a_fault() -> None:
+    launch, out = norm_launch()
+    broken = Executor(replaced=faulty("norms", BARRIER, f"if (simdgroup == 0) {BARRIER}"))
+    for _ in range(2):
+        with pytest.raises(KernelError, match="diverged"):
+            broken.run(launch)
+    Executor().run(launch)
+    assert out.abs().sum() > 0
+
+
+def test_threadgroup_memory_starts_as_nan() -> None:
+    """What a kernel reads before anyone wrote it is not a lucky zero of the last threadgroup."""
+    launch, out = norm_launch()
+    Executor(replaced=faulty("norms", "if (lane == 0) partial[simdgroup] = sum;", "")).run(launch)
+    assert out.isnan().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "sanitizer", "fault", "complaint"),
+    [
+        # The bound of a write, of a read of weights, of threadgroup memory.
+        (linears_launch, "address", ("linears", "row + r < w.rows)", "row + r < w.rows + 8)"), "heap-buffer-overflow"),
+        (linears_launch, "address", ("linears", "min(row + r, w.rows - 1)", "(row + r)"), "heap-buffer-overflow"),
+        (
+            embed_launch,
+            "address",
+            ("embed", "widen_bf16(w.biases[group])", "widen_bf16(w.biases[group + 1])"),
+            "heap-buffer-overflow",
+        ),
+        (norm_launch, "address", ("norms", "partial[32];", "partial[6];"), "heap-buffer-overflow"),
+        # Barriers that order nothing, whatever the numbers say.
+        (norm_launch, "thread", ("norms", BARRIER, ";"), "data race"),
+        (norm_launch, "thread", ("norms", BARRIER, "threadgroup_barrier(mem_flags::mem_none);"), "data race"),
+        (delta_launch, "thread", ("delta_step", BARRIER, ";", 1), "data race"),
+        (delta_launch, "thread", ("delta_step", BARRIER, ";", 3), "data race"),
+        (experts_launch, "thread", ("experts", BARRIER, ";"), "data race"),
+        # Two threadgroups that write the same place.
+        (
+            norm_launch,
+            "thread",
+            ("norms", "ulong(group.x) * shape.width", "ulong(group.x) * (shape.width / 2)"),
+            "data race",
+        ),
+    ],
+)
+def test_sanitizers_report_seeded_faults(make: Make, sanitizer: str, fault: tuple, complaint: str) -> None:
+    launch, _ = make()
+    with pytest.raises(KernelError, match=complaint):
+        WatchedExecutor(sanitizer, replaced=faulty(*fault)).run(launch)
+    WatchedExecutor(sanitizer).run(make()[0])  # and have nothing against the right text
+
+
+def test_fibers_where_the_switch_has_not_been_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processors other than x86-64 switch lanes through the C library: the same numbers."""
+    launch, out = delta_launch()
+    Executor(7).run(launch)
+    expected = out.clone()
+    monkeypatch.setattr(simt, "FLAGS", (*simt.FLAGS, "-DSIMT_PORTABLE"))
+    launch, out = delta_launch()
+    Executor(7).run(launch)
+    assert torch.equal(out, expected)
