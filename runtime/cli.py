@@ -2,6 +2,7 @@
 
 moe-run generate PACK "Tell me a story about a fox" --memory 8GiB
 moe-run chat PACK
+moe-run serve PACK --port 8080
 moe-run eval PACK --text book.txt --reference PACK16
 """
 
@@ -192,6 +193,72 @@ def chat(
             raise UsageError(f"{pack}: has no chat template: moe-run generate --raw continues plain text")
         sampling = engine.default_sampling(temperature=temperature, seed=seed, max_tokens=max_tokens)
         Terminal(engine, template, conversation, ChatSettings(sampling, not hide_thinking, local_tools)).run()
+
+
+@app.command()
+def serve(
+    pack: Path = PACK,
+    host: str = typer.Option("127.0.0.1", "--host", help="Address to listen on. Others than loopback need a key."),
+    port: int = typer.Option(8080, "--port", help="0 takes a free one.", min=0, max=65535),
+    api_key_file: Path = typer.Option(None, "--api-key-file", help="File with the key that requests must carry."),
+    name: str = typer.Option(None, "--name", help="What the API calls the model.  [default: the pack's name]"),
+    constrain: bool = typer.Option(
+        True, "--constrain/--no-constrain", help="Hold tool calls and JSON to their form; without, the model is bare."
+    ),
+    context: int = typer.Option(None, "--context", help="Tokens to plan memory for.  [default: 16384]", min=64),
+    max_tokens: int = typer.Option(2048, "--max-tokens", help="Longest answer where a request does not say.", min=1),
+    max_waiting: int = typer.Option(256, "--max-waiting", help="Requests that may wait.", min=64),
+    max_seconds: float = typer.Option(3600, "--max-seconds", help="Longest time for one answer.", min=1),
+    seed: int = typer.Option(0, help="Of the random choices where a request does not say.", min=0),
+    exact: bool = EXACT,
+    experts_per_token: int = EXPERTS,
+    threads: int = THREADS,
+    memory: str = MEMORY,
+    device: str = DEVICE,
+    snapshot_memory: str = SNAPSHOT_MEMORY,
+    snapshot_dir: Path = SNAPSHOT_DIRECTORY,
+) -> None:
+    """Serve the APIs of OpenAI and Anthropic on this machine."""
+    from moepack.layout.process import resident_set_bytes
+    from moepack.runtime.engine import Engine
+    from moepack.runtime.memory import default_budget_bytes, snapshot_share_bytes
+
+    try:  # before the budget is split: what they take is part of the process
+        from moepack.runtime import server
+        from moepack.runtime.guard import LOOPBACK, Policy, read_api_key
+        from moepack.runtime.service import SERVER_BYTES, Service, Settings
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{error.name} is not installed: pip install 'moepack[serve]'") from None
+
+    api_key = None if api_key_file is None else read_api_key(api_key_file)
+    if host not in LOOPBACK and api_key is None:
+        raise UsageError(f"--host {host} can be reached from other machines: give --api-key-file FILE")
+    listener = server.open_socket(host, port)
+    budget = default_budget_bytes() if memory is None else parse_size(memory)
+    with Engine.open(
+        pack,
+        memory=budget,
+        device=device,
+        exact=exact,
+        threads=threads,
+        experts_per_token=experts_per_token,
+        max_context=context,
+        process_bytes=resident_set_bytes() + SERVER_BYTES,
+        snapshot_bytes=snapshot_share_bytes(budget) if snapshot_memory is None else parse_size(snapshot_memory),
+        snapshot_directory=snapshot_dir,
+    ) as engine:
+        _note_changes(engine.architecture.num_experts_per_tok, engine.pack.manifest.model["text_config"])
+        settings = Settings(constrain, max_waiting, max_seconds, max_tokens, seed)
+        service = Service(engine, name or pack.resolve().name.removesuffix(".moepack"), settings)
+        policy = Policy(api_key, LOOPBACK if host in LOOPBACK else None)
+        found = listener.getsockname()
+        log(f"serving {service.name} at http://{f'[{found[0]}]' if ':' in found[0] else found[0]}:{found[1]}")
+        log(
+            "tool calls and JSON answers are held to their form"
+            if constrain
+            else "note: --no-constrain: nothing is held"
+        )
+        server.serve(server.create_app(service, policy), listener)
 
 
 @app.command(name="eval")

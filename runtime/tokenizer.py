@@ -106,6 +106,20 @@ class Tokenizer:
         """A new stream that turns ids into text one by one."""
         return TextStream(self._token_bytes)
 
+    def find(self, text: str) -> int | None:
+        """The id of the token with this very text, as of an added token; None if there is none."""
+        return self._backend.token_to_id(text)
+
+    def describe(self, token_id: int) -> tuple[str, bytes]:
+        """One token as text, special ones with their names, and the bytes that it adds to an answer."""
+        content = self._token_bytes(token_id)
+        name = self._backend.id_to_token(token_id) if not content and 0 <= token_id < self.vocab_size else None
+        return name or content.decode(errors="replace"), content
+
+    def to_json(self) -> str:
+        """The tokenizer as a tokenizer.json, for libraries that bring their own reader."""
+        return self._backend.to_str()
+
     def _token_bytes(self, token_id: int) -> bytes:
         if not 0 <= token_id < self.vocab_size:
             return b""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Tool = dict[str, Any]
@@ -40,15 +40,30 @@ def allowed_types(schema: object, root: dict[str, Any], depth: int = 0) -> froze
     if types & JSON_TYPES:
         return frozenset(types & JSON_TYPES)
     if isinstance(schema.get("$ref"), str):
-        target: object = root
-        for key in schema["$ref"].split("/")[1:]:
-            target = target.get(key) if isinstance(target, dict) else None
-        return allowed_types(target, root, depth + 1)
+        return allowed_types(_follow(schema["$ref"], root), root, depth + 1)
     members = _as_list(schema.get("anyOf")) + _as_list(schema.get("oneOf"))
     if members:
         return frozenset[str]().union(*(allowed_types(member, root, depth + 1) for member in members))
     values = [*_as_list(schema.get("enum")), *([schema["const"]] if "const" in schema else [])]
     return frozenset(map(_type_name, values)) if values else JSON_TYPES
+
+
+def resolve(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema that a chain of references leads to, with the keywords that stand beside them."""
+    for _ in range(_MAX_SCHEMA_DEPTH):
+        target = _follow(schema["$ref"], root) if isinstance(schema.get("$ref"), str) else None
+        if not isinstance(target, Mapping):
+            return schema
+        schema = {**target, **{key: value for key, value in schema.items() if key != "$ref"}}
+    return {}
+
+
+def _follow(reference: str, root: Mapping[str, Any]) -> object:
+    """What a reference within a schema points to, None if nothing."""
+    target: object = root
+    for key in reference.split("/")[1:]:
+        target = target.get(key) if isinstance(target, Mapping) else None
+    return target
 
 
 def read_value(raw: str, allowed: frozenset[str]) -> Any:

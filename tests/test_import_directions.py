@@ -27,7 +27,13 @@ MAY_IMPORT = {
 }
 THIRD_PARTY = {"layout": {"numpy"}, "kernels": {"numpy", "torch"}}  # the others are held by HOMES alone
 COMMAND_LINE = {"tqdm", "typer"}
-HOMES = {"tokenizers": "runtime/tokenizer.py", "jinja2": "runtime/chat.py"}
+HOMES = {
+    "tokenizers": "runtime/tokenizer.py",
+    "jinja2": "runtime/chat.py",
+    "llguidance": "runtime/constrain.py",
+    "prometheus_client": "runtime/metrics.py",
+    "fastapi": "runtime/server.py",
+}
 CONSOLE, CONSOLE_FILE = "moepack.layout.console", "layout/console.py"
 MAX_LINES = 600
 

@@ -1,0 +1,184 @@
+"""One thread owns the engine; requests wait for it in a bounded queue, every client in turn.
+
+A client that sends fifty requests does not keep another one waiting for all of them: the queue goes round the clients
+and takes the oldest request of each. What a request's tokens become is its own business: on_token runs in the engine's
+thread, right after the token, and ends the answer by returning False, so where an answer ends depends on no timing.
+
+    scheduler = Scheduler(engine, max_waiting=256)
+    job = scheduler.submit(Job(prompt_ids, sampling, client="...", on_token=..., on_end=...))
+    job.cancel()                                        # takes effect within a step, or a layer of the prefill
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from moepack.layout.errors import MoepackError
+from moepack.runtime.generate import Constraint, Generation
+from moepack.runtime.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from moepack.runtime.engine import Engine
+
+logger = logging.getLogger("moepack.serve")
+
+
+class QueueFull(MoepackError):
+    """As many requests wait as are let in."""
+
+
+class Cancelled(Exception):
+    """Nobody waits for this answer any more."""
+
+
+class OutOfTime(MoepackError):
+    """The prompt alone took longer than a request may."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One answer to be made.
+
+    on_token       called in the engine's thread with each token and the generation; False ends the answer
+    on_end         called there once, with the generation (None if it never began) and the error, None if it went well;
+                   a job that was cancelled ends with Cancelled
+    client         requests of one client wait for each other, those of several are taken in turn
+    max_seconds    the answer ends there, as if its tokens were used up
+    prefilled      prompt tokens read so far
+    """
+
+    prompt_ids: Sequence[int]
+    sampling: SamplingParams
+    on_token: Callable[[int, Generation], bool]
+    on_end: Callable[[Generation | None, Exception | None], object]
+    client: str = ""
+    constraint: Constraint | None = None
+    max_seconds: float = 3600.0
+    prefilled: float = 0.0
+    created: float = field(default_factory=time.monotonic)
+    _cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        """End this job soon; nothing happens if it has ended."""
+        self._cancelled.set()
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+
+class Scheduler:
+    """Runs jobs one after the other in a thread of its own. Close it when done.
+
+    current    the job that is running, None between jobs
+    waiting    how many jobs wait
+    """
+
+    def __init__(self, engine: Engine, max_waiting: int = 256):
+        self.engine, self.max_waiting = engine, max_waiting
+        self.current: Job | None = None
+        self.generation: Generation | None = None
+        self._queues: OrderedDict[str, deque[Job]] = OrderedDict()  # by client, whose turn is next first
+        self._changed = threading.Condition()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        with self._changed:
+            return sum(map(len, self._queues.values()))
+
+    def submit(self, job: Job) -> Job:
+        """Queue a job. Raises QueueFull with the numbers."""
+        with self._changed:
+            if self._is_closed:
+                raise QueueFull("the server is shutting down")
+            self._drop_cancelled()
+            waiting = sum(map(len, self._queues.values()))
+            if waiting >= self.max_waiting:
+                raise QueueFull(f"{waiting} requests are waiting, at most {self.max_waiting} may: try again later")
+            self._queues.setdefault(job.client, deque()).append(job)
+            self._changed.notify()
+        return job
+
+    def count_ahead(self, job: Job) -> int:
+        """How many jobs will run before this one, as things stand."""
+        with self._changed:
+            own = self._queues.get(job.client, deque())
+            if job not in own:
+                return 0
+            place = own.index(job)
+            others = [jobs for client, jobs in self._queues.items() if client != job.client]
+            return place + sum(min(len(jobs), place + 1) for jobs in others) + (self.current is not None)
+
+    def close(self) -> None:
+        """Cancel all jobs and end the thread."""
+        with self._changed:
+            self._is_closed = True
+            for job in [job for jobs in self._queues.values() for job in jobs] + [self.current]:
+                if job:
+                    job.cancel()
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self.current = self.generation = None
+                while not self._queues and not self._is_closed:
+                    self._changed.wait()
+                if not self._queues:
+                    return
+                job = self.current = self._take()
+            self._run_job(job)
+
+    def _take(self) -> Job:
+        """The oldest job of the client whose turn it is; that client comes last then."""
+        client, jobs = self._queues.popitem(last=False)
+        job = jobs.popleft()
+        if jobs:
+            self._queues[client] = jobs
+        return job
+
+    def _drop_cancelled(self) -> None:
+        """Cancelled jobs hold no place that another could have."""
+        for client, jobs in list(self._queues.items()):
+            for job in [job for job in jobs if job.is_cancelled]:
+                jobs.remove(job)
+                job.on_end(None, Cancelled())
+            if not jobs:
+                del self._queues[client]
+
+    def _run_job(self, job: Job) -> None:
+        error: Exception | None = None
+        deadline = time.monotonic() + job.max_seconds
+
+        def check(tokens: float = 0.0) -> None:
+            job.prefilled += tokens
+            if job.is_cancelled:
+                raise Cancelled
+            if tokens and time.monotonic() > deadline:
+                raise OutOfTime(f"the prompt was not read within {job.max_seconds:,.0f} s: shorten it")
+
+        try:
+            check()
+            generation = self.generation = self.engine.generate(job.prompt_ids, job.sampling, check, job.constraint)
+            for token_id in generation:
+                if not job.on_token(token_id, generation):
+                    break
+                check()
+                if time.monotonic() > deadline:
+                    break
+        except (Cancelled, MoepackError) as caught:
+            error = caught
+        except Exception as caught:
+            logger.exception("a generation failed")
+            error = caught
+        job.on_end(self.generation, error)
