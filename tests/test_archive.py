@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ def small_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     """Frames of 20,000 bytes, no multiple of tar's blocks: files begin and end anywhere in them."""
     monkeypatch.setattr(archive, "FRAME_BYTES", 20_000)
     monkeypatch.setattr(archive, "SYNC_FRAMES", 5)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # which no test can see, and which takes most of the time
 
 
 @pytest.fixture(scope="module")
