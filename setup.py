@@ -27,6 +27,7 @@ class BuildLibrary(build_ext):
 
         def compile_for_target(obj: str, src: str, suffix: str, cc_args: list, postargs: list, pp_opts: list) -> None:
             target = ["-march=armv8.2-a+dotprod"] if IS_ARM_LINUX and src.endswith("isa_neon.cpp") else []
+            target += ["-ffp-contract=off"] if src.endswith("fit_groups.cpp") else []  # the same bytes on every machine
             compile_file(obj, src, suffix, cc_args, [*postargs, *target], pp_opts)
 
         self.compiler._compile = compile_for_target

@@ -28,9 +28,10 @@ from moepack.convert.plan import (
     plan_conversion,
     remove_output,
 )
-from moepack.convert.quantizers import AUTO_QUANTIZER, QUANTIZERS
+from moepack.convert.quantizers import AUTO_QUANTIZER, QUANTIZERS, TUNED
 from moepack.convert.recipe import AUTO_GROUP_SIZE, Recipe
 from moepack.convert.report import Report
+from moepack.layout.calibration import Calibration
 from moepack.layout.console import (
     EXIT_CODES,
     VERSION,
@@ -42,6 +43,7 @@ from moepack.layout.console import (
     run_app,
 )
 from moepack.layout.errors import Interrupted, NotEnoughSpace, UsageError
+from moepack.layout.geometry import Scheme
 from moepack.layout.process import peak_rss_bytes
 from moepack.layout.sizes import format_size, parse_size
 from moepack.layout.spec import GROUP_SIZES, MANIFEST_NAME, QUANTIZED_BITS, UNQUANTIZED_BITS
@@ -67,7 +69,11 @@ def convert_checkpoint(
         None, help="Weights that share a scale and a bias: 32, 64 or 128.  [default: the source's own, or 64]"
     ),
     resident_bits: int = typer.Option(8, help="Bits of the other large matrices: 4, 8, or 16 for as they are."),
-    quantizer: str = typer.Option("auto", help=f"auto or {', '.join(QUANTIZERS)}; auto takes {AUTO_QUANTIZER}."),
+    quantizer: str = typer.Option(
+        "auto",
+        help=f"auto or {', '.join(QUANTIZERS)}; auto takes {AUTO_QUANTIZER}, or the best that CALIBRATION allows.",
+    ),
+    calibration: Path = typer.Option(None, "--calibration", help="File of moe-run calibrate for the same checkpoint."),
     workers: int = typer.Option(None, help="Experts quantized side by side.  [default: number of cores]", min=1),
     memory: str = typer.Option(DEFAULT_MEMORY, help="Most memory that the whole process may take: fewer workers."),
     overwrite: bool = typer.Option(
@@ -85,8 +91,9 @@ def convert_checkpoint(
     if to != "pack" or is_archive(source):
         _ship(source, out, to, workers, as_json)
         return
-    recipe, memory_bytes = _make_recipe(bits, group_size, resident_bits, quantizer), parse_size(memory)
-    plan = plan_conversion(source, out, recipe)
+    known = None if calibration is None else Calibration.open(calibration)
+    recipe, memory_bytes = _make_recipe(bits, group_size, resident_bits, quantizer, known), parse_size(memory)
+    plan = plan_conversion(source, out, recipe, known)
     if not dry_run:
         if overwrite:
             check_free_space(plan)  # before anything is deleted for it
@@ -140,7 +147,9 @@ def _ship(source: Path, out: Path, target: str, workers: int, as_json: bool) -> 
         print(f"{out}: {sizes}, {seconds:.1f} s")
 
 
-def _make_recipe(bits: int, group_size: int | None, resident_bits: int, quantizer: str) -> Recipe:
+def _make_recipe(
+    bits: int, group_size: int | None, resident_bits: int, quantizer: str, calibration: Calibration | None
+) -> Recipe:
     choices: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("--bits", bits, (*QUANTIZED_BITS, UNQUANTIZED_BITS)),
         ("--group-size", group_size, (None, *GROUP_SIZES)),
@@ -150,9 +159,29 @@ def _make_recipe(bits: int, group_size: int | None, resident_bits: int, quantize
     for option, value, allowed in choices:
         if value not in allowed:
             raise UsageError(f"{option} {value}: expected one of {', '.join(str(one) for one in allowed if one)}")
-    return Recipe(
-        bits, group_size or AUTO_GROUP_SIZE, resident_bits, AUTO_QUANTIZER if quantizer == "auto" else quantizer
-    )
+    group_size = group_size or AUTO_GROUP_SIZE
+    return Recipe(bits, group_size, resident_bits, _choose_quantizer(bits, group_size, quantizer, calibration))
+
+
+def _choose_quantizer(bits: int, group_size: int, quantizer: str, calibration: Calibration | None) -> str:
+    """The quantizer by name, "auto" resolved. Raises UsageError where it needs what the calibration lacks."""
+    scheme = calibration.scheme if calibration else None
+    fits = scheme is not None and scheme == Scheme.of(bits, group_size)
+    if quantizer == "auto":
+        if scheme is not None and not fits:
+            log(f"note: {calibration.path}: tuned for {scheme.bits} bits in groups of {scheme.group_size}: not used")  # type: ignore[union-attr]
+        if fits:
+            return TUNED
+        return "gptq" if calibration and calibration.has_full_moments else AUTO_QUANTIZER
+    if quantizer == "gptq" and not (calibration and calibration.has_full_moments):
+        raise UsageError("--quantizer gptq needs second moments: give --calibration FILE of moe-run calibrate --full")
+    if quantizer == TUNED and not fits:
+        found = f"{scheme.bits} bits in groups of {scheme.group_size}" if scheme else "none"
+        raise UsageError(
+            f"--quantizer tuned: expected experts tuned for {bits} bits in groups of {group_size}, found {found}: "
+            "give --calibration FILE of moe-run calibrate --tune"
+        )
+    return quantizer
 
 
 def _run(plan: ConversionPlan, workers: int, memory_bytes: int, report: Report) -> None:

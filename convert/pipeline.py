@@ -34,7 +34,7 @@ from moepack.convert.checkpoint import Rows
 from moepack.convert.journal import Journal
 from moepack.convert.memory import DEFAULT_MEMORY, PIECE_BYTES, fit_threads
 from moepack.convert.plan import ConversionPlan, check_free_space, list_copied_files
-from moepack.convert.quantizers import QUANTIZERS
+from moepack.convert.quantizers import QUANTIZERS, TUNED, take_tuned
 from moepack.convert.report import RESIDENT, Report, Rounding
 from moepack.convert.shard_reader import Record
 from moepack.convert.sources import Weight
@@ -269,8 +269,9 @@ def encode_expert(plan: ConversionPlan, layer: int, expert: int) -> Encoded:
         for projection, matrix in geometry.matrices:
             place = plan.source.experts[layer][expert][projection]
             where = f"{plan.checkpoint.directory}: {place.weight.name} (expert {expert})"
+            rows = (place.first_row, matrix.out_features)
             encoded, error = _encode(
-                plan, record, place.weight, place.first_row, matrix.out_features, matrix.scheme, where
+                plan, record, place.weight, *rows, matrix.scheme, where, (layer, expert, projection)
             )
             arrays |= {f"{projection}.{name}": _bytes_of(array) for name, array in encoded.items()}
             rounding |= {projection: error} if error else {}
@@ -362,9 +363,18 @@ def estimate_seconds(plan: ConversionPlan, workers: int) -> float:
 
 
 def _encode(
-    plan: ConversionPlan, record: Record, weight: Weight, first: int, count: int, scheme: Scheme, where: str
+    plan: ConversionPlan,
+    record: Record,
+    weight: Weight,
+    first: int,
+    count: int,
+    scheme: Scheme,
+    where: str,
+    place: tuple[int, int, str] | None = None,
 ) -> tuple[dict[str, np.ndarray], RoundingError | None]:
     """The stored arrays of some rows of a weight by name, and what rounding cost.
+
+    place   layer, expert and projection, of a routed expert: what calibration knows of it is used
 
     Raises CheckpointError if a weight is not finite.
     """
@@ -379,7 +389,12 @@ def _encode(
             if scheme.group_size is None:
                 _check_finite(rows, where)
                 return {"weight": rows.to_bf16()}, None
-            quantized = QUANTIZERS[plan.recipe.quantizer](rows.values, scheme.bits, scheme.group_size)
+            known = plan.calibration if place else None
+            if known and place and plan.recipe.quantizer == TUNED and (tuned := known.tuned(*place)):
+                quantized = take_tuned(rows.to_float32(), scheme.bits, scheme.group_size, tuned)
+            else:
+                moments = known.moments(*place) if known and place else None
+                quantized = QUANTIZERS[plan.recipe.quantizer](rows.values, scheme.bits, scheme.group_size, moments)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}: the file is damaged, download it again") from None
     return quantized.arrays, quantized.error

@@ -23,6 +23,7 @@ from moepack.convert.names import SourceMap, map_tensors
 from moepack.convert.recipe import Forecast, Recipe
 from moepack.convert.sources import GptqWeight, Quantization
 from moepack.layout.architecture import Architecture
+from moepack.layout.calibration import Calibration
 from moepack.layout.errors import CheckpointError, MoepackError, NotEnoughSpace, UsageError
 from moepack.layout.manifest import Manifest, ModelShape
 from moepack.layout.reader import Pack
@@ -57,6 +58,7 @@ EXPERT_FILE = re.compile(rf"(layer|mtp)_\d+\.bin({re.escape(PARTIAL_SUFFIX)})?")
 class ConversionPlan:
     """A conversion that has been checked and can start.
 
+    calibration   what is known of the experts' inputs, if anything
     settings   what decides the output's bytes: fingerprints of the source, arguments, tool and format version
     notes      facts about the result that the user should be told
     """
@@ -67,6 +69,7 @@ class ConversionPlan:
     recipe: Recipe
     forecast: Forecast
     shape: ModelShape
+    calibration: Calibration | None
     out: Path
     settings: dict[str, Any]
     notes: tuple[str, ...]
@@ -94,10 +97,14 @@ class ConversionPlan:
         return bool(manifest.provenance.get("settings") == self.settings)
 
 
-def plan_conversion(directory: Path, out: Path, recipe: Recipe) -> ConversionPlan:
+def plan_conversion(
+    directory: Path, out: Path, recipe: Recipe, calibration: Calibration | None = None
+) -> ConversionPlan:
     """Read the source's headers, assign every tensor, compute every size. Nothing is written.
 
-    Raises CheckpointError or UsageError.
+    calibration   statistics or tuned experts of the same model, from moe-run calibrate
+
+    Raises CheckpointError, CalibrationError or UsageError.
     """
     checkpoint = Checkpoint.open(directory)
     config_path = directory / CONFIG_NAME
@@ -122,16 +129,19 @@ def plan_conversion(directory: Path, out: Path, recipe: Recipe) -> ConversionPla
         architecture.num_experts,
         architecture.num_hidden_layers,
     )
-    settings = {
+    settings: dict[str, Any] = {
         "source": {path.name: _fingerprint(path) for path in list_copied_files(directory)}
         | {shard: _fingerprint(directory / shard) for shard in checkpoint.shards},
         "arguments": vars(recipe),
         "tool_version": version("moepack"),
         "format_version": FORMAT_VERSION,
     }
+    if calibration is not None:
+        calibration.check_model(shape, settings["source"])
+        settings["calibration"] = calibration.facts["sha256"]
     forecast = Forecast.of(recipe, source, shape)
     notes = tuple(_notes(checkpoint, architecture, source, recipe))
-    return ConversionPlan(checkpoint, architecture, source, recipe, forecast, shape, out, settings, notes)
+    return ConversionPlan(checkpoint, architecture, source, recipe, forecast, shape, calibration, out, settings, notes)
 
 
 def find_finished(plan: ConversionPlan) -> Manifest | None:

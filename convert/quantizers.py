@@ -1,24 +1,36 @@
 """From float rows to integers, scales and biases: the one seam where a better fit can be put in.
 
-A quantizer is a function (weights, bits, group_size) -> QuantizedMatrix; QUANTIZERS names them for the command line.
+A quantizer is a function (weights, bits, group_size, moments) -> QuantizedMatrix; QUANTIZERS names them for the command
+line. `moments` are what calibration knows of the inputs: mean squares [K], second moments [K, K], or None.
 Weights come as the source has them (float32, float16, or bf16 as its bit patterns in uint16); `widen` makes floats of
 them. The result means what layout/quantized.py says. Scale and bias are rounded to bf16 first and the integers are
-chosen for the rounded values, so that the rounding costs nothing twice. The same input gives the same bytes on every
-machine.
+chosen for the rounded values, so that the rounding costs nothing twice.
+
+    minmax   a group's extremes are its first and last integer
+    mse      least squared error, weighted by the mean squares of the inputs where they are known
+    gptq     error feedback in the norm of the inputs' second moments (error_feedback.py)
+    tuned    as moe-run calibrate --tune left them; what it did not tune as gptq
+
+The same input gives the same bytes: for minmax and mse on every machine, for the others with the same linear algebra
+library.
 
     quantized = QUANTIZERS["minmax"](weights, bits=4, group_size=64)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from moepack.convert.error_feedback import ErrorFeedback, column_importance
 from moepack.kernels import native_quantize
+from moepack.kernels.native_fit import fit_groups
 from moepack.kernels.native_quantize import RoundingError
-from moepack.layout.quantized import bf16_to_float32, float32_to_bf16, pack_integers
+from moepack.layout.quantized import bf16_to_float32, dequantize, float32_to_bf16, pack_integers
+
+LARGEST_WEIGHT = 2.0**60  # whose squares can still be summed
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ class QuantizedMatrix:
 
 
 # Raises ValueError if a weight is NaN or infinite.
-Quantizer = Callable[[np.ndarray, int, int], QuantizedMatrix]
+Quantizer = Callable[[np.ndarray, int, int, "np.ndarray | None"], QuantizedMatrix]
 
 
 def widen(weights: np.ndarray) -> np.ndarray:
@@ -73,7 +85,9 @@ def define_minmax(weights: np.ndarray, bits: int, group_size: int) -> QuantizedM
     return QuantizedMatrix(pack_integers(integers.reshape(rows, columns), bits), scales, biases)
 
 
-def quantize_minmax(weights: np.ndarray, bits: int, group_size: int) -> QuantizedMatrix:
+def quantize_minmax(
+    weights: np.ndarray, bits: int, group_size: int, moments: np.ndarray | None = None
+) -> QuantizedMatrix:
     """define_minmax in native code: the same bytes, and the error that they cost."""
     rows, columns = weights.shape
     w_q = np.empty((rows, columns * bits // 32), np.uint32)
@@ -83,5 +97,53 @@ def quantize_minmax(weights: np.ndarray, bits: int, group_size: int) -> Quantize
     return QuantizedMatrix(w_q, scales, biases, error)
 
 
-QUANTIZERS: dict[str, Quantizer] = {"minmax": quantize_minmax}
-AUTO_QUANTIZER = "minmax"  # what `--quantizer auto` takes
+def quantize_mse(weights: np.ndarray, bits: int, group_size: int, moments: np.ndarray | None = None) -> QuantizedMatrix:
+    """The least squared error of each group: kernels/native_fit.py. Of second moments the diagonal is used."""
+    importance = None
+    if moments is not None:
+        importance = column_importance(np.diagonal(moments) if moments.ndim == 2 else moments)
+    integers, scales, biases, error = fit_groups(_finite(weights), bits, group_size, importance)
+    return QuantizedMatrix(pack_integers(integers, bits), scales, biases, error)
+
+
+def quantize_gptq(
+    weights: np.ndarray, bits: int, group_size: int, moments: np.ndarray | None = None
+) -> QuantizedMatrix:
+    """The least change of what the matrix does to its inputs; quantize_mse where moments are not [K, K]."""
+    if moments is None or moments.ndim != 2:
+        return quantize_mse(weights, bits, group_size, moments)
+    feedback = ErrorFeedback(_finite(weights), bits, group_size, moments)
+    feedback.run()
+    error = measure_error(feedback.weights, feedback.rounded)
+    return QuantizedMatrix(pack_integers(feedback.integers, bits), feedback.scales, feedback.biases, error)
+
+
+def take_tuned(weights: np.ndarray, bits: int, group_size: int, tuned: Mapping[str, np.ndarray]) -> QuantizedMatrix:
+    """A matrix as it was tuned. Raises ValueError if its arrays do not fit the weights."""
+    rounded = dequantize(tuned["w_q"], tuned["scales"], tuned["biases"], bits=bits, group_size=group_size)
+    if rounded.shape != weights.shape:
+        raise ValueError(f"tuned for a matrix {rounded.shape}, this one is {weights.shape}")
+    return QuantizedMatrix(tuned["w_q"], tuned["scales"], tuned["biases"], measure_error(_finite(weights), rounded))
+
+
+def measure_error(weights: np.ndarray, rounded: np.ndarray) -> RoundingError:
+    """What rounding did to a matrix."""
+    off = rounded - weights
+    return RoundingError(float(np.vdot(off, off)), float(np.vdot(weights, weights)), float(np.abs(off).max()))
+
+
+def _finite(weights: np.ndarray) -> np.ndarray:
+    weights = widen(weights)
+    if not np.abs(weights).max() < LARGEST_WEIGHT:  # a NaN is not below it
+        raise ValueError("the weights hold NaN, infinity or a range beyond bf16")
+    return weights
+
+
+TUNED = "tuned"
+QUANTIZERS: dict[str, Quantizer] = {
+    "minmax": quantize_minmax,
+    "mse": quantize_mse,
+    "gptq": quantize_gptq,
+    TUNED: quantize_gptq,
+}
+AUTO_QUANTIZER = "mse"  # what `--quantizer auto` takes without calibration

@@ -133,8 +133,13 @@ def gated_delta(
     k = _l2_norm(k).repeat_interleave(shared, dim=1)
     if q.shape[0] == 1:
         return gated_delta_step(q[0], k[0], v[0], decay[0], beta[0], state).unsqueeze(0)
-    chunks = [slice(first, first + DELTA_CHUNK) for first in range(0, q.shape[0], DELTA_CHUNK)]
-    return torch.cat([gated_delta_chunk(q[c], k[c], v[c], decay[c], beta[c], state) for c in chunks])
+    results, current = [], state.clone()  # not changed in place, so that gradients pass through it
+    for first in range(0, q.shape[0], DELTA_CHUNK):
+        c = slice(first, first + DELTA_CHUNK)
+        result, current = gated_delta_chunk(q[c], k[c], v[c], decay[c], beta[c], current)
+        results.append(result)
+    state.copy_(current.detach())
+    return torch.cat(results)
 
 
 def gated_delta_step(
@@ -149,8 +154,8 @@ def gated_delta_step(
 
 def gated_delta_chunk(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor, state: torch.Tensor
-) -> torch.Tensor:
-    """A chunk of C tokens at once: equal to C steps. Shapes as in gated_delta, q and k normalized.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A chunk of C tokens at once, and the state after it: equal to C steps. Shapes as in gated_delta, q, k normalized.
 
     The updates of a chunk depend on each other through a unit lower triangular system, solved directly.
     """
@@ -167,8 +172,8 @@ def gated_delta_chunk(
     updates = solved[..., : v.shape[-1]] - solved[..., v.shape[-1] :] @ state  # [H, C, Dv]
     result = (q * from_start) @ state + (q @ k.transpose(1, 2) * between) @ updates
     to_end = (total[:, -1:] - total).exp().unsqueeze(-1)  # [H, C, 1]
-    state.mul_(total[:, -1].exp()[:, None, None]).add_((k * to_end).transpose(1, 2) @ updates)
-    return result.transpose(0, 1)
+    after = state * total[:, -1].exp()[:, None, None] + (k * to_end).transpose(1, 2) @ updates
+    return result.transpose(0, 1), after
 
 
 def rope(x: torch.Tensor, first_position: int, theta: float, rotary_dim: int) -> torch.Tensor:

@@ -39,6 +39,10 @@ class CheckpointError(MoepackError):
     """The source checkpoint lacks something, holds something unexpected, or is damaged."""
 
 
+class CalibrationError(MoepackError):
+    """A calibration file is damaged or belongs to another model."""
+
+
 class NotEnoughSpace(MoepackError):
     """The disk cannot hold what is to be written."""
 

@@ -314,6 +314,35 @@ def evaluate(
         _print_scores(facts)
 
 
+@app.command()
+def calibrate(
+    pack: Path = PACK,
+    out: Path = typer.Option(..., "--out", "-o", help="File to write, for moe-convert --calibration."),
+    text: Path = typer.Option(None, "--text", help="Text to run through the model.  [default: a bundled one]"),
+    full: bool = typer.Option(False, "--full", help="Whole second moments, which --quantizer gptq needs: larger."),
+    threads: int = THREADS,
+    memory: str = MEMORY,
+    device: str = DEVICE,
+) -> None:
+    """Record what the experts of a 16- or 8-bit pack read. Stopped at any time, the same command goes on."""
+    from moepack.runtime import calibrate as calibration
+    from moepack.runtime.engine import Engine
+    from moepack.runtime.evaluate import WINDOW, encode_text, split_windows
+    from moepack.runtime.prompt import read_text
+
+    passage = calibration.read_default_text() if text is None else read_text(text)
+    budget = None if memory is None else parse_size(memory)
+    engine = Engine.open(pack, memory=budget, device=device, exact=True, threads=threads, max_context=WINDOW)
+    windows, skipped = split_windows(encode_text(engine.tokenizer, passage), min(WINDOW, engine.max_context))
+    layers = engine.architecture.num_hidden_layers
+    with open_progress(layers, "calibrate", "layer") as progress:
+        try:
+            calibration.calibrate(engine, windows, out, full, progress.update)
+        except KeyboardInterrupt:
+            raise Interrupted(f"{out}: stopped; the same command goes on from here") from None
+    log(f"{out}: {sum(map(len, windows))} tokens, {skipped} left out")
+
+
 def _run_generation(engine: Engine, generation: Generation, progress: tqdm, as_json: bool) -> None:
     from moepack.runtime.stats import format_stats
 

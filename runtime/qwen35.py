@@ -36,6 +36,8 @@ from moepack.runtime.expert_store import ExpertStore
 from moepack.runtime.resident import ResidentWeights
 from moepack.runtime.state import DeltaState, KeyValueCache, SequenceState
 
+Observer = Callable[[int, Expert, torch.Tensor, torch.Tensor], None]  # expert id, expert, inputs [n, D], weights [n]
+
 
 class GatedDeltaNet:
     """Linear attention with a decaying memory: constant state, whatever the context."""
@@ -111,6 +113,7 @@ class SparseMoe:
         width = max(a.moe_intermediate_size, a.shared_expert_intermediate_size)
         sizes = (a.num_experts_per_tok, width, a.rms_norm_eps)
         self.step = ops.expert_step(self.norm, self.router, self.shared_expert_gate, *sizes)
+        self.observe: Observer | None = None  # shown what each expert of several tokens reads (calibrate.py)
 
     def fuse(self) -> Any:
         """The choice of one token's experts, norm included, as a part of the backend's own run."""
@@ -151,6 +154,8 @@ class SparseMoe:
         for batch in self.store.fetch(self.layer, chosen, in_order=True):  # the seam to the SSD
             for expert_id, expert in batch:
                 part = slice(ends[expert_id] - int(counts[expert_id]), ends[expert_id])
+                if self.observe is not None:
+                    self.observe(expert_id, expert, normed[tokens[part]], weights[part])
                 self.ops.add_expert(out, normed, expert, tokens[part], weights[part])
         return x + out
 

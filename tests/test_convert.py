@@ -131,7 +131,7 @@ def test_16_bits_keep_every_tensor_bit_for_bit(tmp_path, layout):
 def test_blocks_are_the_quantized_rows_of_the_source(tmp_path, layout, bits):
     source, out = write_source(tmp_path / "source", layout), tmp_path / "pack"
     resident_bits = 4 if bits == 3 else 8
-    options = ("--bits", bits, "--resident-bits", resident_bits, "--group-size", 32)
+    options = ("--bits", bits, "--resident-bits", resident_bits, "--group-size", 32, "--quantizer", "minmax")
     assert run_convert(source, out, *options).code == 0
     residents, experts = read_source(source, layers_of(layout))
     check_experts(out, experts, bits, 32)

@@ -1,0 +1,202 @@
+"""What each expert of a pack reads, over a text: the statistics that moe-convert quantizes by.
+
+The text runs through the model layer by layer, all of it through one layer before the next, so that every expert is
+read from the disk once, however long the text. In memory are the hidden states of all tokens (4 bytes x hidden_size
+each) and one layer's statistics. After each layer these go to a folder beside the output: stopped at any time, the same
+command goes on from there.
+
+    calibrate(engine, windows, Path("demo.calibration"), full=True)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moepack.kernels.matrix import Expert
+from moepack.layout.calibration import describe_model, statistics_arrays, write_calibration
+from moepack.layout.errors import UsageError
+from moepack.layout.spec import UNQUANTIZED_BITS
+from moepack.runtime.engine import Engine
+from moepack.runtime.qwen35 import DecoderLayer
+
+DEFAULT_TEXT = Path(__file__).with_name("calibration_text.txt.xz")
+LEAST_BITS = 8  # of the experts of a pack that statistics are taken from
+TOKENS_AT_ONCE = 16384  # given to a layer's experts together
+LARGEST_MOMENTS = 4 * 2**30  # bytes of one layer's full statistics of one kind, beyond which the experts share them
+UNFINISHED = ".unfinished"  # what the folder of a run is called until it is done
+
+
+def read_default_text() -> str:
+    """The bundled text: prose sampled from the demo model, code of this project, chats and tool calls."""
+    return lzma.decompress(DEFAULT_TEXT.read_bytes()).decode()
+
+
+def calibrate(
+    engine: Engine,
+    windows: Sequence[Sequence[int]],
+    out: Path,
+    full: bool = False,
+    on_layer: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Run windows of token ids through the engine's model and write the statistics of every layer's experts.
+
+    full       whole second moments, for error feedback, and not their diagonals alone
+    on_layer   called with 1 after each layer, those of an earlier run included
+
+    Raises UsageError if the pack's experts have fewer than 8 bits; NotEnoughSpace.
+    """
+    check_source(engine)
+    a = engine.architecture
+    folder = out.with_name(out.name + UNFINISHED)
+    facts = {
+        "model": model_of(engine),
+        "tokens": sum(map(len, windows)),
+        "text_sha256": _digest(windows),
+        "full": full,
+    }
+    hidden, first = _resume(folder, facts, engine, windows)
+    if first:
+        on_layer(first)
+    for layer in range(first, a.num_hidden_layers):
+        statistics = LayerStatistics(a.num_experts, a.hidden_size, a.moe_intermediate_size, full)
+        hidden = run_layer(
+            engine, layer, hidden, [len(window) for window in windows], statistics.observer(engine.model.ops)
+        )
+        _save(folder, layer, statistics.arrays(), hidden)
+        on_layer(1)
+    layers = {layer: dict(np.load(folder / f"layer_{layer}.npz")) for layer in range(a.num_hidden_layers)}
+    arrays = [entry for layer, values in layers.items() for entry in statistics_arrays(layer, values)]
+    write_calibration(out, facts, arrays, lambda name: layers[int(name.split(".")[1])][name.split(".")[2]])
+    shutil.rmtree(folder)
+
+
+def check_source(engine: Engine) -> None:
+    """Raise UsageError unless every expert of the pack has at least 8 bits."""
+    least = min(
+        scheme.bits for file in engine.pack.manifest.expert_files for tier in file.tiers for scheme in tier.values()
+    )
+    if least < LEAST_BITS:
+        raise UsageError(
+            f"{engine.pack.directory}: has experts of {least} bits, whose activations are not the model's: calibrate "
+            f"on a pack of {LEAST_BITS} or {UNQUANTIZED_BITS} bits"
+        )
+
+
+def model_of(engine: Engine) -> dict[str, Any]:
+    """The model as a calibration file names it. Raises UsageError if the pack does not say what it was made from."""
+    manifest = engine.pack.manifest
+    source = manifest.provenance.get("settings", {}).get("source")
+    if not isinstance(source, dict):
+        raise UsageError(f"{engine.pack.directory}: does not name its source files: convert the checkpoint again")
+    return describe_model(manifest.shape, source)
+
+
+class LayerStatistics:
+    """Sums over the tokens of each expert of a layer: see layout/calibration.py for their meaning."""
+
+    def __init__(self, experts: int, hidden: int, inner: int, full: bool):
+        self.full = full
+        self.tokens, self.weights = torch.zeros(experts, dtype=torch.int64), torch.zeros(experts)
+        self.inputs, self.inner = (_sums(experts, width, full) for width in (hidden, inner))
+
+    def observer(self, ops: Any) -> Callable[[int, Expert, torch.Tensor, torch.Tensor], None]:
+        """What a layer's experts are to show their inputs to."""
+
+        def observe(expert_id: int, expert: Expert, inputs: torch.Tensor, weights: torch.Tensor) -> None:
+            gate, up = ops.linears(inputs, [expert.gate_proj, expert.up_proj])
+            self.tokens[expert_id] += len(inputs)
+            self.weights[expert_id] += weights.square().sum()
+            for sums, x in ((self.inputs, inputs), (self.inner, ops.silu_mul(gate, up))):
+                weighted = x * weights[:, None]
+                place = sums[expert_id if len(sums) > 1 else 0]
+                place += weighted.T @ weighted if self.full else weighted.square().sum(0)
+
+        return observe
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The sums by name, as a calibration file holds them."""
+        tokens = self.tokens.numpy().astype(np.uint32)
+        return {"tokens": tokens, **{name: getattr(self, name).numpy() for name in ("weights", "inputs", "inner")}}
+
+
+def embed_windows(engine: Engine, windows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """The hidden states before the first layer, all windows end to end: [N, D]."""
+    ids = torch.tensor([token_id for window in windows for token_id in window])
+    return engine.model.ops.embed(engine.model.embedding, ids)
+
+
+@torch.inference_mode()
+def run_layer(
+    engine: Engine, layer: int, hidden: torch.Tensor, lengths: Sequence[int], observe: Any = None
+) -> torch.Tensor:
+    """One layer over all windows: [N, D] -> [N, D]. The mixer sees each window by itself, the experts all tokens."""
+    block: DecoderLayer = engine.model.layers[layer]
+    mixed = torch.cat([mix(engine, block, layer, window) for window in hidden.split(list(lengths))])
+    block.experts.observe = observe
+    try:
+        return torch.cat([block.experts(part) for part in mixed.split(TOKENS_AT_ONCE)])
+    finally:
+        block.experts.observe = None
+
+
+def mix(engine: Engine, block: DecoderLayer, layer: int, x: torch.Tensor) -> torch.Tensor:
+    """The mixer's half of a layer over one window [T, D], from a new state."""
+    state = engine.new_state(len(x)).layers[layer]
+    normed = block.ops.rms_norm(x, block.norm, engine.architecture.rms_norm_eps)
+    return x + block.mixer(normed, state)
+
+
+def _sums(experts: int, width: int, full: bool) -> torch.Tensor:
+    if not full:
+        return torch.zeros(experts, width)
+    own = 4 * experts * width * width <= LARGEST_MOMENTS
+    return torch.zeros(experts if own else 1, width, width)
+
+
+def _digest(windows: Sequence[Sequence[int]]) -> str:
+    digest = hashlib.sha256()
+    for window in windows:
+        digest.update(np.array([len(window), *window], dtype="<u4").tobytes())
+    return digest.hexdigest()
+
+
+def _resume(
+    folder: Path, facts: dict[str, Any], engine: Engine, windows: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, int]:
+    """Hidden states and the layer to go on with: those of an earlier run with the same facts, or the start."""
+    progress = folder / "progress.json"
+    if progress.exists():
+        state = json.loads(progress.read_text())
+        if state["facts"] == facts:
+            return torch.from_numpy(np.load(folder / f"hidden_{state['layers']}.npy")), state["layers"]
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(progress, {"facts": facts, "layers": 0})
+    hidden = embed_windows(engine, windows)
+    np.save(folder / "hidden_0.npy", hidden.numpy())
+    return hidden, 0
+
+
+def _save(folder: Path, layer: int, arrays: dict[str, np.ndarray], hidden: torch.Tensor) -> None:
+    """Keep a layer's results; it counts as done when the progress file says so."""
+    np.savez(folder / f"layer_{layer}.npz", **arrays)  # type: ignore[arg-type]
+    np.save(folder / f"hidden_{layer + 1}.npy", hidden.numpy())
+    facts = json.loads((folder / "progress.json").read_text())["facts"]
+    _write_json(folder / "progress.json", {"facts": facts, "layers": layer + 1})
+    (folder / f"hidden_{layer}.npy").unlink(missing_ok=True)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_name(path.name + ".new")
+    partial.write_text(json.dumps(value))
+    os.replace(partial, path)

@@ -1,0 +1,226 @@
+"""Calibration: sums against an ordinary run watched from outside, the file's checks, what moe-convert makes of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import make_pack
+from convert_command import problems_of, run_convert
+from moepack.convert.quantizers import quantize_gptq
+from moepack.kernels import reference
+from moepack.layout.calibration import PRIOR_TOKENS, Calibration
+from moepack.layout.errors import CalibrationError, UnsupportedVersion, UsageError
+from moepack.layout.manifest import Manifest
+from moepack.layout.quantized import bf16_to_float32
+from moepack.runtime.calibrate import calibrate, read_default_text
+from moepack.runtime.engine import Engine
+from tiny_checkpoint import TinyModel, write_checkpoint
+
+MODEL = TinyModel(layers=2, full_attention_interval=2, experts=5)
+WINDOWS = [np.random.default_rng(seed).integers(0, 64, size).tolist() for seed, size in enumerate((70, 33))]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("calibrate") / "source", MODEL)
+
+
+@pytest.fixture(scope="module")
+def engine(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return Engine.open(make_pack(source, tmp_path_factory.mktemp("pack16") / "pack", 16, 32, 16), exact=True, threads=1)
+
+
+@pytest.fixture(scope="module")
+def files(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A file with diagonals and one with whole second moments."""
+    folder = tmp_path_factory.mktemp("files")
+    for name in ("diagonal", "full"):
+        calibrate(engine, WINDOWS, folder / name, full=name == "full")
+    return {name: folder / name for name in ("diagonal", "full")}
+
+
+class WatchedOps:
+    """A backend that keeps what each expert is given."""
+
+    def __init__(self, ops: Any):
+        self.ops, self.calls = ops, []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ops, name)
+
+    def add_expert(self, out, x, expert, tokens, weights):
+        self.calls.append((x[tokens].clone(), weights.clone(), expert))
+        self.ops.add_expert(out, x, expert, tokens, weights)
+
+
+def watch(engine: Engine) -> list[list[tuple[torch.Tensor, torch.Tensor, Any]]]:
+    """For each layer inputs, weights and expert of every call of a routed expert in an ordinary run."""
+    found = []
+    for layer in engine.model.layers:
+        layer.experts.ops = WatchedOps(layer.experts.ops)
+    try:
+        for window in WINDOWS:
+            list(engine.iter_logits(window))
+    finally:
+        for layer in engine.model.layers:
+            moe = layer.experts
+            found.append([call for call in moe.ops.calls if call[2] is not moe.shared_expert])
+            moe.ops = moe.ops.ops
+    return found
+
+
+def test_sums_are_those_of_an_ordinary_run(engine: Engine, files: dict[str, Path]) -> None:
+    full, diagonal = (Calibration.open(files[name]) for name in ("full", "diagonal"))
+    for layer, calls in enumerate(watch(engine)):
+        total = sum(x.T @ (x * w[:, None] ** 2) for x, w, _ in calls)
+        products = [
+            reference.silu_mul(reference.linear(x, e.gate_proj), reference.linear(x, e.up_proj)) * w[:, None]
+            for x, w, e in calls
+        ]
+        inner_total = sum(product.T @ product for product in products)
+        values = full.layer(layer)
+        assert (
+            values["tokens"].sum() == 103 * engine.architecture.num_experts_per_tok == sum(len(x) for x, _, _ in calls)
+        )
+        np.testing.assert_allclose(values["inputs"].sum(0), total, rtol=1e-3, atol=1e-4 * float(total.abs().max()))
+        np.testing.assert_allclose(
+            values["inner"].sum(0), inner_total, rtol=1e-3, atol=1e-4 * float(inner_total.abs().max())
+        )
+        for name in ("inputs", "inner"):
+            squares = np.diagonal(values[name], axis1=1, axis2=2)
+            np.testing.assert_allclose(diagonal.layer(layer)[name], squares, rtol=1e-4, atol=1e-7)
+
+
+def test_an_expert_nobody_chose_takes_its_layers_mean(files: dict[str, Path]) -> None:
+    full = Calibration.open(files["full"])
+    values = {name: array.copy() for name, array in full.layer(0).items()}
+    mean = values["inner"].sum(0) / values["weights"].sum()
+    own = values["inner"][1] / values["weights"][1]
+    share = PRIOR_TOKENS * values["weights"].sum() / values["tokens"].sum()
+    expected = (values["inner"][1] + share * mean) / (values["weights"][1] + share)
+    np.testing.assert_allclose(full.moments(0, 1, "down_proj"), expected, rtol=1e-4)
+    assert np.abs(full.moments(0, 1, "down_proj") - mean).sum() < np.abs(own - mean).sum()
+    for name in values:
+        values[name][1] = 0
+    full._layer = (0, values)
+    np.testing.assert_allclose(
+        full.moments(0, 1, "down_proj"), values["inner"].sum(0) / values["weights"].sum(), rtol=1e-4
+    )
+    assert full.moments(MODEL.layers, 0, "up_proj") is None  # the MTP layer
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
+    engine: Engine, files: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "calibration"
+
+    def stop(count: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(engine, WINDOWS, out, full=True, on_layer=stop)
+    assert not out.exists()
+    layers = []
+    calibrate(engine, WINDOWS, out, full=True, on_layer=layers.append)
+    assert layers == [1, 1]  # the first of them was done before
+    assert out.read_bytes() == files["full"].read_bytes()
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def read_all(path: Path) -> None:
+    opened = Calibration.open(path)
+    for layer in range(MODEL.layers):
+        opened.layer(layer)
+
+
+def test_a_changed_byte_is_found(files: dict[str, Path], tmp_path: Path) -> None:
+    raw = files["diagonal"].read_bytes()
+    path = tmp_path / "changed"
+    for place in range(9, len(raw), len(raw) // 60):
+        path.write_bytes(raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :])
+        with pytest.raises(CalibrationError):
+            read_all(path)
+    for cut in (raw[:-1], raw + b"x", raw[:5], b""):
+        path.write_bytes(cut)
+        with pytest.raises(CalibrationError, match="make it again"):
+            Calibration.open(path)
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        Calibration.open(tmp_path / "missing")
+
+
+def test_a_later_version_is_refused(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moepack.layout.calibration.CALIBRATION_VERSION", 2)
+    calibrate(engine, WINDOWS[1:], tmp_path / "later")
+    monkeypatch.undo()
+    with pytest.raises(UnsupportedVersion, match="version 2"):
+        Calibration.open(tmp_path / "later")
+
+
+def test_packs_of_few_bits_are_no_source(source: Path, tmp_path: Path) -> None:
+    with (
+        Engine.open(make_pack(source, tmp_path / "pack", 4, 32), threads=1) as poor,
+        pytest.raises(UsageError, match="16 bits"),
+    ):
+        calibrate(poor, WINDOWS, tmp_path / "out")
+
+
+def fetch_expert(engine: Engine, layer: int, expert: int) -> Any:
+    return next(found for batch in engine.store.fetch(layer, [expert]) for _, found in batch)
+
+
+def test_moe_convert_quantizes_by_it(source: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "pack"
+    options = ("--bits", 2, "--group-size", 32, "--resident-bits", 16)
+    result = run_convert(source, out, *options, "--calibration", files["full"], "--json")
+    assert (result.code, json.loads(result.out)["quantizer"]) == (0, "gptq")
+    assert Manifest.read(out).provenance["settings"]["arguments"]["quantizer"] == "gptq"
+    assert problems_of(out) == []
+    with (
+        Engine.open(out, threads=1) as engine,
+        Engine.open(make_pack(source, tmp_path / "p16", 16, 32, 16), threads=1) as original,
+    ):
+        stored, weights = (fetch_expert(e, 1, 3).up_proj for e in (engine, original))
+        moments = Calibration.open(files["full"]).moments(1, 3, "up_proj")
+        expected = quantize_gptq(weights.data.float().numpy(), 2, 32, moments)
+        np.testing.assert_array_equal(stored.scales.float().numpy(), bf16_to_float32(expected.scales))
+    assert "mse" in run_convert(source, tmp_path / "mse", *options, "--calibration", files["diagonal"], "--json").out
+    again = run_convert(source, out, *options, "--calibration", files["diagonal"], "--quantizer", "mse")
+    assert again.code == 2  # another pack is there
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    (("--quantizer", "gptq"), "--calibration FILE of moe-run calibrate --full"),
+    (("--quantizer", "tuned"), "--calibration FILE of moe-run calibrate --tune"),
+])  # fmt: skip
+def test_a_quantizer_without_what_it_needs(
+    source: Path, tmp_path: Path, options: tuple[str, ...], expected: str
+) -> None:
+    result = run_convert(source, tmp_path / "pack", "--group-size", 32, *options)
+    assert (result.code, list(tmp_path.iterdir())) == (2, [])
+    assert expected in result.err
+
+
+def test_another_models_file_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
+    for model, differing in (
+        (TinyModel(layers=2, full_attention_interval=2, experts=6), "num_experts"),
+        (replace(MODEL, seed=9), "shards"),
+    ):
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
+        other = write_checkpoint(tmp_path / "other", model)
+        result = run_convert(other, tmp_path / "pack", "--group-size", 32, "--calibration", files["full"])
+        assert result.code == 1
+        assert f"belongs to another model: {differing}" in result.err
+
+
+def test_the_bundled_text_is_there() -> None:
+    text = read_default_text()
+    assert len(text) > 200_000
+    assert all(mark in text for mark in ("<|im_start|>", "<tool_call>", "def "))
