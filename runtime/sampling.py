@@ -133,7 +133,9 @@ class Sampler:
             raise MoepackError(f"the model's logits have no finite maximum ({logits.max()}): run moe-inspect verify")
         scores = self._penalize(logits)
         if allowed is not None:
-            scores = np.where(allowed, scores, -np.inf)
+            held = np.full_like(scores, -np.inf)  # several times as fast as np.where for masks that allow few or most
+            np.copyto(held, scores, where=allowed)
+            scores = held
             if scores.max() == -np.inf:
                 raise MoepackError("no token is both allowed here and possible to the model")
         if self.params.temperature == 0:
