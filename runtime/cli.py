@@ -218,7 +218,7 @@ def serve(
     snapshot_memory: str = SNAPSHOT_MEMORY,
     snapshot_dir: Path = SNAPSHOT_DIRECTORY,
 ) -> None:
-    """Serve the APIs of OpenAI and Anthropic on this machine."""
+    """Serve the APIs of OpenAI and Anthropic on this machine, and a page to talk to the model."""
     from moepack.layout.process import resident_set_bytes
     from moepack.runtime.engine import Engine
     from moepack.runtime.memory import default_budget_bytes, snapshot_share_bytes

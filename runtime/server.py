@@ -1,4 +1,4 @@
-"""moe-run serve: the APIs of others over one engine.
+"""moe-run serve: the APIs of others over one engine, and a page to talk to it.
 
 Every handler follows one way: the body is read against the API's form, the prompt is made in a worker thread, the
 request waits its turn, and events become a response or a stream. A client that goes away, while it waits or in the
@@ -16,12 +16,13 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from importlib.resources import files
 from typing import Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
@@ -131,6 +132,8 @@ def _add_anthropic(app: FastAPI, service: Service) -> None:
 
 
 def _add_views(app: FastAPI, service: Service) -> None:
+    page = files("moepack.runtime").joinpath("page.html").read_text(encoding="utf-8")
+
     @app.get("/health")
     async def health() -> Response:
         return JSONResponse({"status": "ok"})
@@ -142,6 +145,15 @@ def _add_views(app: FastAPI, service: Service) -> None:
     @app.get("/stats")
     async def stats() -> Response:
         return JSONResponse(service.metrics.snapshot())
+
+    @app.get("/", include_in_schema=False)
+    async def show_page() -> Response:
+        return HTMLResponse(page, headers={"content-security-policy": PAGE_POLICY, "x-frame-options": "DENY"})
+
+
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+)
 
 
 def open_socket(host: str, port: int) -> socket.socket:
