@@ -12,27 +12,37 @@ from typing import Any
 import torch
 
 from moepack.kernels import reference
+from moepack.kernels.cuda_device import CudaDevice
+from moepack.kernels.device import Device
+from moepack.kernels.emulated_device import EmulatedDevice
+from moepack.kernels.gpu_ops import GpuOps
+from moepack.kernels.metal_device import MetalDevice
 from moepack.kernels.native_library import count_threads, isa, set_threads
 from moepack.kernels.native_ops import NativeOps
 from moepack.layout.errors import UsageError
 
-DEVICES = ("cpu", "reference")
+DEVICES = ("cpu", "metal", "cuda", "metal-emulated", "reference")
 AUTO_DEVICE = "cpu"
+GPUS: dict[str, type[Device]] = {"metal": MetalDevice, "cuda": CudaDevice, "metal-emulated": EmulatedDevice}
 
 
 def choose_backend(device: str, exact: bool = False, threads: int = 1) -> tuple[Any, str]:
     """The backend for a device and the device's name; "auto" takes the best one here. Raises UsageError.
 
-    device   cpu: the native kernels. reference: their definition in plain torch, slow, always exact
+    device   cpu: the native kernels. metal, cuda: a GPU. metal-emulated: Metal's kernels run by the processor, for
+             tests. reference: the operations' definition in plain torch, slow, always exact
     exact    float32 arithmetic throughout
     threads  of the arithmetic, for the whole process
     """
     name = AUTO_DEVICE if device == "auto" else device
     if name not in DEVICES:
-        raise UsageError(f"--device {device}: this version computes on {', '.join(DEVICES)} only")
+        raise UsageError(f"--device {device}: expected auto, {', '.join(DEVICES[:-1])} or {DEVICES[-1]}")
     if name == "reference":
         torch.set_num_threads(threads)
         return reference, name
+    if name in GPUS:
+        torch.set_num_threads(threads)
+        return GpuOps(GPUS[name](), exact), name
     torch.set_num_threads(1)  # what is left to torch is small, and two pools would fight for the cores
     set_threads(threads)
     return NativeOps(exact), name

@@ -11,6 +11,7 @@ layer (ops.expert_step) and keeps it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,8 +22,32 @@ Choice = tuple[torch.Tensor, list[int], list[float]]
 Route = Callable[[torch.Tensor, Matrix, int], tuple[torch.Tensor, torch.Tensor]]
 
 
-class ExpertStep:
+class ExpertStep(ABC):
     """x [1, D] += the chosen experts of norm(x), for one layer and one token after the other."""
+
+    @abstractmethod
+    def choose(self, x: torch.Tensor) -> list[int]:
+        """The ids of the experts of x [1, D]: row r is the expert of the r-th id, the last row the shared expert."""
+
+    @abstractmethod
+    def take(self, x: torch.Tensor, choice: Choice) -> list[int]:
+        """The same, for a choice that has been made already."""
+
+    @abstractmethod
+    def guess(self, router: Matrix) -> list[int]:
+        """The experts that another layer's router would choose for the same token, the likeliest first."""
+
+    @abstractmethod
+    def run(self, experts: Sequence[Expert], rows: Sequence[int]) -> None:
+        """Run some of the experts, each once a token."""
+
+    @abstractmethod
+    def add(self) -> None:
+        """Add all rows to x."""
+
+
+class HostExpertStep(ExpertStep):
+    """By operations that have their results when they return."""
 
     def __init__(
         self,
@@ -38,11 +63,9 @@ class ExpertStep:
         self._choose, self._route, self._run_experts, self._add_rows = choose, route, run_experts, add_rows
 
     def choose(self, x: torch.Tensor) -> list[int]:
-        """The ids of the experts of x [1, D]: row r is the expert of the r-th id, the last row the shared expert."""
         return self.take(x, self._choose(x))
 
     def take(self, x: torch.Tensor, choice: Choice) -> list[int]:
-        """The same, for a choice that has been made already."""
         self._x = x
         self._normed, expert_ids, weights = choice
         order = sorted(range(len(expert_ids)), key=expert_ids.__getitem__)
@@ -51,14 +74,11 @@ class ExpertStep:
         return [expert_ids[place] for place in order]
 
     def guess(self, router: Matrix) -> list[int]:
-        """The experts that another layer's router would choose for the same token, the likeliest first."""
         expert_ids, _ = self._route(self._normed, router, len(self._weights) - 1)
         return expert_ids[0].tolist()
 
     def run(self, experts: Sequence[Expert], rows: Sequence[int]) -> None:
-        """Run some of the experts, each once a token; their memory is needed until the work handed over is done."""
         self._run_experts(self._normed, experts, self._results, rows)
 
     def add(self) -> None:
-        """Add all rows to x."""
         self._add_rows(self._x, self._results, self._weights)

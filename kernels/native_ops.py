@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from moepack.kernels import reference
-from moepack.kernels.expert_step import ExpertStep
+from moepack.kernels.expert_step import ExpertStep, HostExpertStep
 from moepack.kernels.matrix import Expert, Matrix
 from moepack.kernels.native_floats import FloatOps
 from moepack.kernels.native_library import ADDRESS, INT, declare
@@ -85,7 +85,7 @@ class NativeOps(FloatOps, TokenOps):
         self, norm: torch.Tensor, router: Matrix, shared_gate: Matrix, num_chosen: int, width: int, eps: float
     ) -> ExpertStep:
         choose = reference.chooser(self, norm, router, shared_gate, num_chosen, eps)
-        return ExpertStep(choose, self.route, self.run_experts, self.add_rows)
+        return HostExpertStep(choose, self.route, self.run_experts, self.add_rows)
 
     def route(self, x: torch.Tensor, router: Matrix, num_chosen: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.choose_experts(self.linear(x, router), num_chosen)

@@ -174,7 +174,7 @@ class TokenOps:
     """Descriptions of a layer's parts, and the layers made of them. `exact` comes with the class this is part of."""
 
     exact: bool
-    fuses_tokens = True
+    fuses_tokens, settles = True, False
 
     def __init__(self) -> None:
         self._run_token = declare("run_token", ADDRESS, ADDRESS, INT, returns=INT)

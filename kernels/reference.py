@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from moepack.kernels.expert_step import Choice, ExpertStep
+from moepack.kernels.expert_step import Choice, ExpertStep, HostExpertStep
 from moepack.kernels.matrix import Expert, Matrix
 from moepack.kernels.slots import HostSlots, view_host_pages
 from moepack.layout.pages import Pages
@@ -25,6 +25,7 @@ DELTA_CHUNK = 64  # tokens solved together in the gated delta rule; the model's 
 SCORE_TILE = 2**22  # attention scores held at a time: 16 MiB
 new_slots, new_pages, view_pages = HostSlots, Pages, view_host_pages  # memory for experts and for other weights
 zeros = torch.zeros  # memory for activations and states
+settles = False  # whether it runs faster once every expert is in memory
 fuses_tokens = False  # a backend that does has fuse_layers and its like: native_token.py
 ELEMENTS_PER_UNIT = {2: (1, 4), 3: (3, 8), 4: (1, 2), 8: (1, 1)}  # bits -> (bytes of a unit, elements in it)
 
@@ -263,7 +264,7 @@ def expert_step(
 ) -> ExpertStep:
     """What runs the experts of one token, of a layer with this norm and router and experts of at most this width."""
     choose = chooser(sys.modules[__name__], norm, router, shared_gate, num_chosen, eps)
-    return ExpertStep(choose, route, run_experts, add_rows)
+    return HostExpertStep(choose, route, run_experts, add_rows)
 
 
 def chooser(

@@ -15,6 +15,8 @@ from typing import TypeVar
 
 import torch
 
+from moepack.kernels.matrix import Expert
+from moepack.kernels.native_matrix import place
 from moepack.layout.pages import Pages
 
 Read = TypeVar("Read")
@@ -28,8 +30,11 @@ def view_host_pages(pages: Pages) -> torch.Tensor:
 class HostSlots:
     """Slots in huge pages of the processor's memory; the base of those that a GPU reads.
 
-    is_huge   whether the system was asked for huge pages and gives them
+    is_huge               whether the system was asked for huge pages and gives them
+    are_read_to_the_end   whether a token's experts are all read once more when the last of them has come
     """
+
+    are_read_to_the_end = False
 
     def __init__(self, num_slots: int, slot_bytes: int, huge: bool = True):
         self._pages, self._slot_bytes = Pages(num_slots * slot_bytes, huge), slot_bytes
@@ -44,6 +49,10 @@ class HostSlots:
     def block(self, slot: int) -> torch.Tensor:
         """A slot as the kernels see it: uint8 [slot_bytes]."""
         return self._bytes[slot * self._slot_bytes : (slot + 1) * self._slot_bytes]
+
+    def describe(self, expert: Expert) -> int:
+        """Where an expert in a slot is, as the backend's own run of the layers finds it; not 0."""
+        return place(expert)
 
     def reads_into(self, execute: Callable[[Read], None]) -> Callable[[Read], None]:
         """How a read is executed so that its bytes arrive in the slots: as it is, or by way of other memory."""

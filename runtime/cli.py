@@ -29,7 +29,7 @@ PACK = typer.Argument(metavar="PACK", help="Directory that moe-convert wrote.", 
 MEMORY = typer.Option(
     None, "--memory", help="Budget of the whole process, as in 8GiB.  [default: what the machine can give]"
 )
-DEVICE = typer.Option("auto", "--device", help="auto or cpu.")
+DEVICE = typer.Option("auto", "--device", help="auto, cpu, metal or cuda; metal-emulated is for tests.")
 THREADS = typer.Option(None, "--threads", help="Threads of the arithmetic.  [default: one per core]", min=1)
 EXPERTS = typer.Option(
     None, "--experts-per-token", help="Run this many experts per token instead of the model's number.", min=1

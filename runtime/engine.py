@@ -126,6 +126,8 @@ class Engine:
             new_slots=ops.new_slots,
         )
         weights = ResidentWeights.load(opened, architecture, ops)
+        if ops.settles and store.holds_everything:
+            store.load_all()
         if prefetch is None:
             prefetch = plan.num_slots < architecture.num_hidden_layers * architecture.num_experts
         model = Qwen35(architecture, weights, store, ops, prefetch)

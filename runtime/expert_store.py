@@ -14,14 +14,13 @@ One fetch at a time, from one thread. Reads start with the call, before the firs
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
 import torch
 
 from moepack.kernels.matrix import Expert
-from moepack.kernels.native_matrix import place
 from moepack.kernels.slots import HostSlots
 from moepack.layout.eviction import EvictionPolicy, Key, LeastRecentlyUsed, is_flushing_scan
 from moepack.layout.geometry import BlockGeometry
@@ -154,6 +153,8 @@ class ExpertStore:
         """
         if not self._close.alive:
             raise RuntimeError("this store is closed")
+        if self._slots.are_read_to_the_end and not in_order and len(expert_ids) > self.num_slots:
+            raise ValueError(f"{len(expert_ids)} experts at once need as many slots, there are {self.num_slots}")
         if self.on_fetch:
             self.on_fetch(layer, expert_ids, in_order)
         self._take_back()
@@ -170,6 +171,18 @@ class ExpertStore:
                 self._policy.use((layer, expert_id))
         self._plan(fetch)
         return self._hand_out(fetch)
+
+    @property
+    def holds_everything(self) -> bool:
+        """Whether nothing has to make room and nobody records: which experts are used is then of no interest."""
+        return self.num_slots >= self._num_layers * self.places.shape[1] and self.on_fetch is None
+
+    def load_all(self) -> None:
+        """Read every expert, where there are slots for all."""
+        for layer in range(self._num_layers):
+            for _ in self.fetch(layer, range(self.places.shape[1]), in_order=True):
+                pass
+        self.counts.misses = 0  # nobody has asked for them yet
 
     def note_use(self, layer: int, expert_ids: Sequence[int]) -> None:
         """Count as fetched what was found in `places` and used from there, before the next call."""
@@ -227,6 +240,7 @@ class ExpertStore:
             self._check_current(fetch)
             self._release(fetch, batch)
             if not fetch.left:
+                self._unpin(fetch.layer, fetch.expert_ids)
                 self._fetch = None
                 return
             try:
@@ -313,12 +327,19 @@ class ExpertStore:
         self.counts.hits -= 1
 
     def _release(self, fetch: _Fetch, expert_ids: list[int]) -> None:
-        self._slots.mark_used([self._held[fetch.layer, expert_id].slot for expert_id in expert_ids])
         for expert_id in expert_ids:
             del fetch.left[expert_id]
             fetch.missed.discard(expert_id)
-            self._held[fetch.layer, expert_id].is_pinned = False
+        if fetch.in_order or not self._slots.are_read_to_the_end:
+            self._unpin(fetch.layer, expert_ids)
         self._plan(fetch)
+
+    def _unpin(self, layer: int, expert_ids: Iterable[int]) -> None:
+        """The caller has handed over all that it has to do with these experts."""
+        held = [self._held[layer, expert_id] for expert_id in expert_ids if (layer, expert_id) in self._held]
+        self._slots.mark_used([expert.slot for expert in held if expert.is_pinned])
+        for expert in held:
+            expert.is_pinned = False
 
     def _take_back(self) -> None:
         """End the fetch under way and drop the reads that have not started; others run to their end."""
@@ -328,11 +349,7 @@ class ExpertStore:
             for expert_id in read.experts:
                 self._drop((read.layer, expert_id))
         if self._fetch:
-            for expert_id in self._fetch.left:
-                held = self._held.get((self._fetch.layer, expert_id))
-                if held:
-                    self._slots.mark_used((held.slot,))
-                    held.is_pinned = False
+            self._unpin(self._fetch.layer, self._fetch.expert_ids)
         self._fetch = None
 
     # Slots
@@ -383,7 +400,7 @@ class ExpertStore:
             for key in keys:
                 held = self._held[key]
                 held.is_loading = False
-                self._places[key] = place(self._views.get(held.slot, *key))
+                self._places[key] = self._slots.describe(self._views.get(held.slot, *key))
             return
         is_wanted = any(self._held[key].is_pinned for key in keys)
         for key in keys:

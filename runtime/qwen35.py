@@ -227,6 +227,9 @@ class Qwen35:
         self._note_fused(done, reached)
 
     def _note_fused(self, done: int, reached: int) -> None:
+        if self.store.holds_everything:
+            self.store.counts.hits += (reached - done) * self.a.num_experts_per_tok
+            return
         for layer in range(done, reached):
             self.store.note_use(layer, self.fused.ids(layer))
 

@@ -227,8 +227,8 @@ def test_an_impossible_budget_is_refused_with_the_numbers(tiny_pack: Path) -> No
 
 
 def test_unknown_device_is_refused(tiny_pack: Path) -> None:
-    with pytest.raises(UsageError, match="--device metal: this version computes on cpu, reference only"):
-        Engine.open(tiny_pack, device="metal")
+    with pytest.raises(UsageError, match="--device tpu: expected auto, cpu, metal, cuda"):
+        Engine.open(tiny_pack, device="tpu")
 
 
 def test_a_block_that_cannot_be_read_stops_generation_and_is_named(tiny_copy: Path) -> None:

@@ -25,9 +25,10 @@ MAY_IMPORT = {
     "convert": {"convert", "kernels", "layout"},
     "runtime": {"kernels", "layout", "runtime"},
 }
-THIRD_PARTY = {"layout": {"numpy"}, "kernels": {"numpy", "torch"}}  # the others are held by HOMES alone
+THIRD_PARTY = {"layout": {"numpy"}, "kernels": {"numpy", "torch", "cuda"}}  # the others are held by HOMES alone
 COMMAND_LINE = {"tqdm", "typer"}
 HOMES = {
+    "cuda": "kernels/cuda_device.py",
     "tokenizers": "runtime/tokenizer.py",
     "jinja2": "runtime/chat.py",
     "llguidance": "runtime/constrain.py",

@@ -130,7 +130,7 @@ def test_prompts_from_file_stdin_and_ids_are_the_same(
         (["hi", "--top-p", "0"], 2, "top_p"),
         (["hi", "--memory", "lots"], 2, "size 'lots': expected a number with KiB"),
         (["hi", "--memory", "20MiB"], 1, "memory budget of 20 MiB is too small"),
-        (["hi", "--device", "metal"], 2, "--device metal: this version computes on cpu, reference only"),
+        (["hi", "--device", "tpu"], 2, "--device tpu: expected auto, cpu, metal, cuda, metal-emulated or reference"),
         (["hi", "--experts-per-token", "49"], 2, "--experts-per-token 49: expected 1 to 48"),
         (["<|image_pad|>", "--raw"], 2, "this pack holds the text model only"),
         (["a " * 3000, "--raw"], 2, "the model's context holds 2048"),

@@ -1,0 +1,149 @@
+"""The GPU backend: the operations of reference.py on a device, float32 throughout.
+
+What one token needs are kernels alone (gpu_token.py). A prompt's matrix products are kernels too, or torch's own where
+the device has better ones; what is small beside them is torch on the device, by the reference's own text.
+
+    ops = GpuOps(MetalDevice())
+    y = ops.linear(x, matrix)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from moepack.kernels import launches, reference
+from moepack.kernels.device import Device, DeviceSlots, Step
+from moepack.kernels.gpu_token import TokenOps, memory_of
+from moepack.kernels.matrix import Expert, Matrix
+from moepack.layout.pages import Pages
+
+
+class GpuOps(TokenOps):
+    """One backend over one device."""
+
+    def __init__(self, device: Device, exact: bool = False):
+        self.device, self.exact = device, exact
+        super().__init__()
+        self._stream: torch.Tensor | None = None  # the hidden state of the token under way
+        self._products: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor, Step, Sequence[Matrix]]] = {}
+        self._embeddings: dict[int, tuple[torch.Tensor, torch.Tensor, Matrix]] = {}
+        self._token = torch.zeros(1, dtype=torch.int32, device=device.place)
+
+    # Memory
+
+    def new_slots(self, num_slots: int, slot_bytes: int, huge: bool = True) -> DeviceSlots:
+        slots = self.device.new_slots(num_slots, slot_bytes, huge)
+        self.forms.set_slots(slots.banks)
+        slots.describe = self.forms.code_of  # type: ignore[method-assign]
+        return slots
+
+    def new_pages(self, size_bytes: int) -> Pages:
+        return self.device.new_pages(size_bytes)
+
+    def view_pages(self, pages: Pages) -> torch.Tensor:
+        memory = self.device.view_pages(pages)
+        self.forms.set_resident(memory_of(memory))
+        return memory
+
+    def zeros(self, *shape: int) -> torch.Tensor:
+        """Memory for a state. Another sequence begins: what was bound to the last one's is let go."""
+        self.forget_states()
+        return self.device.zeros(*shape)
+
+    def upload(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.device.upload(tensor)
+
+    # Operations
+
+    def embed(self, matrix: Matrix, token_ids: torch.Tensor) -> torch.Tensor:
+        if len(token_ids) == 1:
+            self._token.fill_(int(token_ids))
+            ids = self._token
+            if self._stream is None or self._stream.shape[1] != matrix.in_features:
+                self._stream = self.device.empty(1, matrix.in_features)
+            out = self._stream
+        else:
+            ids = self.device.upload(token_ids.to(torch.int32))
+            out = self.device.empty(len(token_ids), matrix.in_features)
+        if id(matrix) not in self._embeddings:
+            memory = memory_of(matrix.data)
+            self._embeddings[id(matrix)] = (memory, self.upload_bytes(launches.matrix_form(matrix, memory)), matrix)
+        self.device.run(launches.embed(*self._embeddings[id(matrix)], ids, out))
+        return out
+
+    def linear(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        return self.linears(x, (matrix,))[0]
+
+    def linears(self, x: torch.Tensor, matrices: Sequence[Matrix]) -> list[torch.Tensor]:
+        if len(x) > 1:
+            return self._on_device(reference.linears, x, matrices)
+        key = tuple(map(id, matrices))
+        if key not in self._products:
+            x_row = self.device.empty(1, matrices[0].in_features)
+            out = self.device.empty(1, sum(matrix.out_features for matrix in matrices))
+            self._products[key] = (x_row, out, self.device.bind(self.linears_of(matrices)(x_row, out)), matrices)
+        x_row, out, step, _ = self._products[key]
+        x_row.copy_(x)
+        step()
+        return list(out.clone().split([matrix.out_features for matrix in matrices], dim=1))
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        x, out = x.contiguous(), self.device.empty(*x.shape)
+        self.device.run(launches.rms_norm(x.view(-1, x.shape[-1]), weight, out.view(-1, x.shape[-1]), eps))
+        return out
+
+    def gated_rms_norm(self, x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._on_device(reference.gated_rms_norm, x, gate, weight, eps)
+
+    def gated(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return self._on_device(reference.gated, x, gate)
+
+    def silu_mul(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return self._on_device(reference.silu_mul, gate, up)
+
+    def causal_conv(self, x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        return self._on_device(reference.causal_conv, x, weight, state)
+
+    def decay_and_strength(
+        self, a: torch.Tensor, b: torch.Tensor, a_log: torch.Tensor, dt_bias: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._on_device(reference.decay_and_strength, a, b, a_log, dt_bias)
+
+    def gated_delta(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        decay: torch.Tensor,
+        beta: torch.Tensor,
+        state: torch.Tensor,
+    ) -> torch.Tensor:
+        return self._on_device(reference.gated_delta, q, k, v, decay, beta, state)
+
+    def rope(self, x: torch.Tensor, first_position: int, theta: float, rotary_dim: int) -> torch.Tensor:
+        return self._on_device(reference.rope, x, first_position, theta, rotary_dim)
+
+    def attention(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return self._on_device(reference.attention, q, keys, values)
+
+    def route(self, x: torch.Tensor, router: Matrix, num_chosen: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.choose_experts(self.linear(x, router), num_chosen)
+
+    def choose_experts(self, logits: torch.Tensor, num_chosen: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._on_device(reference.choose_experts, logits, num_chosen)
+
+    def run_expert(self, x: torch.Tensor, expert: Expert) -> torch.Tensor:
+        return self._on_device(reference.run_expert, x, expert)
+
+    def add_expert(
+        self, out: torch.Tensor, x: torch.Tensor, expert: Expert, tokens: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        out.index_add_(0, tokens, self.run_expert(x[tokens], expert) * weights.unsqueeze(-1))
+
+    def _on_device(self, operation: Any, *arguments: Any) -> Any:
+        """An operation by its definition; what it makes on the way is on the device too."""
+        with torch.device(self.device.place):
+            return operation(*arguments)

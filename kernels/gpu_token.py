@@ -1,0 +1,388 @@
+"""One token through a layer on a GPU: the calls of kernels that are handed over, bound once and repeated.
+
+A DeltaNet layer is eight dispatches, an attention layer nine. Where the experts stream from the SSD the caller waits
+once a layer, for the ids that the router has chosen: that wait also tells which slots are free again. The weights of
+the choice stay on the GPU. Experts in memory run while the others load; the sum is one dispatch at the end, in the
+order of the ranks, so that it does not depend on what was in memory.
+
+    mix = ops.fuse_delta_net(norm, in_projs, conv, a_log, dt_bias, gate_norm, out_proj, 16, 32, 1e-6)
+    mix(x, conv_state, recurrent_state)
+    step = ops.expert_step(norm, router, shared_gate, num_chosen=8, width=512, eps=1e-6)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
+
+import torch
+
+from moepack.kernels import launches, msl
+from moepack.kernels.device import Device, Step
+from moepack.kernels.expert_step import Choice, ExpertStep
+from moepack.kernels.gpu_layers import GpuLayers
+from moepack.kernels.launches import RESIDENT_BANK, SLOT_BANKS, Launch
+from moepack.kernels.matrix import Expert, Matrix
+
+MAX_FORMS = 1024  # kinds of blocks and shared experts: 160 bytes each
+SPLIT_POSITIONS, MAX_SPLITS = 256, 32  # attention of one token: positions of a part at least, parts at most
+INT_BYTES = 4
+OFFSET_BITS = 48  # of a place in one number; the form, counted from one, is above
+
+
+class TokenOps:
+    """Whole parts of a layer for one token, as native_token.TokenOps has them for the processor."""
+
+    device: Device
+    fuses_tokens, settles = True, True
+
+    def __init__(self) -> None:
+        self._repeats: list[Repeat] = []
+        self._linears: dict[tuple[int, ...], Callable[..., Launch]] = {}
+        self._scratch: dict[tuple[str, int], torch.Tensor] = {}
+        self._position = torch.zeros(1, dtype=torch.int32, device=self.device.place)
+        self._steps: dict[int, GpuExpertStep] = {}  # by the router
+        self._layers: list[GpuLayers] = []
+        self.forms = ExpertForms(self.device)
+
+    def fuse_delta_net(
+        self,
+        norm: torch.Tensor,
+        in_projs: Sequence[Matrix],
+        conv: torch.Tensor,
+        a_log: torch.Tensor,
+        dt_bias: torch.Tensor,
+        gate_norm: torch.Tensor,
+        out_proj: Matrix,
+        key_heads: int,
+        value_heads: int,
+        eps: float,
+    ) -> Repeat:
+        """run(x, conv_state, recurrent_state): x [1, D] += DeltaNet(norm(x)), and the states move on."""
+        inputs, output = self.linears_of(in_projs), self.linears_of([out_proj])
+        projected = self.scratch("projected", sum(matrix.out_features for matrix in in_projs))
+        mixed, out = self.scratch("mixed", len(conv)), self.scratch("out", out_proj.in_features)
+        # qkv first, then z, a, b: where the last three start in a row of what is projected
+        z, a, b = accumulate(matrix.out_features for matrix in in_projs[:3])
+
+        def describe(x: torch.Tensor, conv_state: torch.Tensor, recurrent_state: torch.Tensor) -> list[Launch]:
+            return [
+                inputs(x, projected, norm=norm, eps=eps),
+                launches.causal_conv(projected, conv, conv_state, mixed),
+                launches.delta_step(
+                    *(mixed, projected, a_log, dt_bias, gate_norm, recurrent_state, out, key_heads, z, a, b, eps)
+                ),
+                output(out, x, accumulate=True),
+            ]
+
+        return self.repeat(describe)
+
+    def fuse_attention(
+        self,
+        norm: torch.Tensor,
+        in_projs: Sequence[Matrix],
+        q_norm: torch.Tensor,
+        k_norm: torch.Tensor,
+        out_proj: Matrix,
+        heads: int,
+        kv_heads: int,
+        rotary_dim: int,
+        theta: float,
+        eps: float,
+    ) -> Repeat:
+        """run(x, keys, values): x [1, D] += attention(norm(x)); the caches get the token at the position set before.
+
+        keys, values   [Hkv, max_positions, Dh]
+        """
+        inputs, output = self.linears_of(in_projs), self.linears_of([out_proj])
+        width = len(q_norm)
+        projected = self.scratch("projected", sum(matrix.out_features for matrix in in_projs))
+        q, out = self.scratch("q", heads * width).view(1, heads, width), self.scratch("out", heads * width)
+        frequencies = self.device.upload(launches.rope_frequencies(theta, rotary_dim))
+
+        def describe(x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> list[Launch]:
+            splits = max(1, min(MAX_SPLITS, keys.shape[1] // SPLIT_POSITIONS))
+            partial = self.scratch("partial", heads * splits * width).view(heads, splits, width)
+            stats = self.scratch("stats", heads * splits * 2).view(heads, splits, 2)
+            return [
+                inputs(x, projected, norm=norm, eps=eps),
+                launches.rope_cache(projected, q_norm, k_norm, frequencies, self._position, q, keys, values, eps),
+                launches.attention_split(q[0], keys, values, self._position, partial, stats),
+                launches.attention_combine(partial, stats, keys, projected, out),
+                output(out, x, accumulate=True),
+            ]
+
+        return self.repeat(describe)
+
+    def set_position(self, position: int) -> None:
+        """The position of the token to come, for all layers."""
+        self._position.fill_(position)
+
+    def fuse_router(
+        self, norm: torch.Tensor, router: Matrix, shared_gate: Matrix, num_chosen: int, eps: float
+    ) -> GpuExpertStep:
+        """The step of the layer that this router belongs to: choosing is a part of it."""
+        return self._steps[id(router)]
+
+    def fuse_layers(
+        self, mixers: Sequence[Repeat], routers: Sequence[GpuExpertStep], shared_experts: Sequence[Expert]
+    ) -> GpuLayers:
+        """Layers of a mixer, a router and a shared expert each."""
+        self._layers.append(GpuLayers(self, mixers, routers, shared_experts))
+        return self._layers[-1]
+
+    def expert_step(
+        self, norm: torch.Tensor, router: Matrix, shared_gate: Matrix, num_chosen: int, width: int, eps: float
+    ) -> GpuExpertStep:
+        step = self._steps[id(router)] = GpuExpertStep(self, norm, router, shared_gate, num_chosen, width, eps)
+        return step
+
+    # Parts
+
+    def linears_of(self, matrices: Sequence[Matrix]) -> Callable[..., Launch]:
+        """launches.linears with the matrices given, which stay where they are."""
+        known = self._linears.get(key := tuple(map(id, matrices)))
+        if known is None:
+            memory = memory_of(matrices[0].data)
+            forms = self.upload_bytes(launches.matrix_forms(matrices, memory))
+            known = self._linears[key] = functools.partial(launches.linears, memory, forms, matrices)
+        return known
+
+    def upload_bytes(self, raw: bytes) -> torch.Tensor:
+        """Packed structs on the device: uint8."""
+        return self.device.upload(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
+
+    def scratch(self, name: str, size: int) -> torch.Tensor:
+        """A row that the layers share: [1, size]. What it holds lasts to the next layer."""
+        key = (name, size)
+        if key not in self._scratch:
+            self._scratch[key] = self.device.empty(1, size)
+        return self._scratch[key]
+
+    def repeat(self, describe: Callable[..., Iterable[Launch]]) -> Repeat:
+        """A function of tensors that hands over what `describe` lists for them."""
+        self._repeats.append(Repeat(self.device, describe))
+        return self._repeats[-1]
+
+    def forget_states(self) -> None:
+        """Let go of the tensors that calls are bound to: another sequence's come."""
+        for bound in (*self._repeats, *self._layers):
+            bound.forget()
+
+
+class Repeat:
+    """Calls bound to the tensors of the last time, and bound again when others come."""
+
+    def __init__(self, device: Device, describe: Callable[..., Iterable[Launch]]):
+        self._device, self._describe = device, describe
+        self._tensors: tuple[torch.Tensor, ...] = ()
+        self._steps: list[Step] = []
+
+    def __call__(self, *tensors: torch.Tensor) -> None:
+        if len(tensors) != len(self._tensors) or any(a is not b for a, b in zip(tensors, self._tensors)):
+            self._steps = [self._device.bind(launch) for launch in self._describe(*tensors)]
+            self._tensors = tensors
+        for step in self._steps:
+            step()
+
+    def forget(self) -> None:
+        self._tensors, self._steps = (), []
+
+
+class ExpertForms:
+    """How experts lie in their blocks, as the kernels read it: one entry for each kind of block, made when it is met.
+
+    banks   the memories that experts may lie in: two of slots, and that of the resident weights
+    """
+
+    def __init__(self, device: Device):
+        self._device = device
+        self.banks: list[torch.Tensor] = []
+        self._known: dict[bytes, int] = {}
+        self._form_bytes = struct_bytes("ExpertForm")
+        self._box = device.new_mailbox(MAX_FORMS * self._form_bytes)
+
+    @property
+    def table(self) -> torch.Tensor:
+        return self._box.bytes
+
+    def set_slots(self, banks: Sequence[torch.Tensor]) -> None:
+        """The banks of slots; the bank of resident weights is the first slots' until it is set."""
+        self.banks = [banks[0], banks[-1], *(self.banks[RESIDENT_BANK:] or banks[:1])]
+
+    def set_resident(self, memory: torch.Tensor) -> None:
+        self.banks = [*(self.banks[:RESIDENT_BANK] or [memory] * len(SLOT_BANKS)), memory]
+
+    def place_of(self, expert: Expert) -> tuple[int, int]:
+        """(offset in its bank, index of its form), found once and kept with the expert."""
+        place = expert.__dict__.get("_gpu_place")
+        if place is None:
+            place = self._find(expert)
+            object.__setattr__(expert, "_gpu_place", place)  # a frozen dataclass: this only remembers what it is
+        return place
+
+    def code_of(self, expert: Expert) -> int:
+        """place_of in one number that is not 0."""
+        offset, form = self.place_of(expert)
+        return form + 1 << OFFSET_BITS | offset
+
+    def _find(self, expert: Expert) -> tuple[int, int]:
+        matrices = (expert.gate_proj, expert.up_proj, expert.down_proj)
+        parts = [part for m in matrices for part in (m.data, m.scales, m.biases) if part is not None]
+        first = min(parts, key=lambda part: part.data_ptr())
+        storage = first.untyped_storage().data_ptr()
+        bank = next(n for n, memory in enumerate(self.banks) if memory.untyped_storage().data_ptr() == storage)
+        form = launches.expert_form(matrices, first, bank)
+        index = self._known.setdefault(form, len(self._known))
+        if index == len(self._known) - 1:
+            if index == MAX_FORMS:
+                raise ValueError(f"more than {MAX_FORMS} kinds of experts")
+            self._box.write(index * self._form_bytes, form)
+        return first.data_ptr() - self.banks[bank].data_ptr(), index
+
+
+class GpuExpertStep(ExpertStep):
+    """The experts of one token on a GPU: chosen there, weighted there; the processor learns the ids alone.
+
+    Row r of the sum is the r-th choice of the router: the sum goes by rank.
+    """
+
+    def __init__(
+        self,
+        ops: TokenOps,
+        norm: torch.Tensor,
+        router: Matrix,
+        shared_gate: Matrix,
+        num_chosen: int,
+        width: int,
+        eps: float,
+    ):
+        self._ops, self._norm, self._eps = ops, norm, eps
+        self._matrices, self._num_chosen = [router, shared_gate], num_chosen
+        rows, device = num_chosen + 1, ops.device
+        self._place_bytes = struct_bytes("Place")
+        self._normed = ops.scratch("normed", router.in_features)
+        self._hidden = ops.scratch("hidden", rows * width).view(rows, width)
+        # Two lists of places: in the order in which experts arrive, and in that of their ranks.
+        self._places = device.new_mailbox(2 * rows * self._place_bytes)
+        self._ranked: dict[int, tuple[int, int, int]] = {}  # row -> place, of those that have come
+        self._arrived = 0
+        self._guess: list[int] = []
+        self._gate_up: dict[tuple[int, int], Step] = {}
+        self._choose_step, self._down_step = ops.repeat(self._describe_choice), ops.repeat(self._describe_down)
+        self._next_router: Matrix | None = None  # whose choice for the same token is made along with this layer's
+        self._wanted: Matrix | None = None
+        self._set_routers(1)
+        self._unused = device.empty((router.out_features + 1) * self._place_bytes, dtype=torch.uint8)
+
+    def choose(self, x: torch.Tensor) -> list[int]:
+        if self._wanted is not self._next_router:
+            self._next_router = self._wanted
+            self._set_routers(2)
+        self._choose_step(x)
+        self._chosen = self.read_ids()  # the one wait of the layer
+        return self.take(x, (x, self._chosen, []))
+
+    def take(self, x: torch.Tensor, choice: Choice) -> list[int]:
+        self._x, self._ranked, self._arrived = x, {}, 0
+        return choice[1]
+
+    def read_ids(self) -> list[int]:
+        """The ids that were chosen last, once they are known."""
+        ids = self._ids.read().cast("i").tolist()
+        self._guess = ids[self._num_chosen :]
+        return ids[: self._num_chosen]
+
+    def guess(self, router: Matrix) -> list[int]:
+        """From the second token on: the other router then goes with the first, so that there is no second wait."""
+        self._wanted = router
+        return self._guess
+
+    def _set_routers(self, rows: int) -> None:
+        """Results for the choice of this layer, and for the guess of the next one's in a second row."""
+        device = self._ops.device
+        self._inputs = self._ops.linears_of(self._matrices + ([self._next_router] if self._next_router else []))
+        self._logits = self._ops.scratch("logits", rows * (self._matrices[0].out_features + 1))
+        self._ids = device.new_mailbox(rows * self._num_chosen * INT_BYTES)
+        self._weights = device.empty(rows, self._num_chosen + 1)
+        self._choose_step.forget()
+        self._down_step.forget()
+
+    def run(self, experts: Sequence[Expert], rows: Sequence[int]) -> None:
+        self.run_codes([self._ops.forms.code_of(expert) for expert in experts], rows)
+
+    def run_codes(self, codes: Sequence[int], rows: Sequence[int]) -> None:
+        """run() of experts by where they are (ExpertForms.code_of)."""
+        first, count = self._arrived, len(codes)
+        if not count:
+            return
+        places = [unpack_place(code, row) for code, row in zip(codes, rows)]
+        self._ranked.update((row, place) for row, place in zip(rows, places))
+        self._places.write(first * self._place_bytes, launches.pack_places(places))
+        self._arrived += count
+        step = self._gate_up.get((first, count))
+        if step is None:
+            step = self._gate_up[first, count] = self._ops.device.bind(self._describe_gate_up(first, count))
+        step()
+
+    def add(self) -> None:
+        rows = self._num_chosen + 1
+        places = launches.pack_places(self._ranked[row] for row in range(rows))
+        self._places.write(rows * self._place_bytes, places)
+        self._down_step(self._x)
+
+    def settle(self, codes: Sequence[int], shared: Expert) -> None:
+        """All experts of the layer are in memory for good: from now on run_settled can be used."""
+        codes = [*codes, self._ops.forms.code_of(shared)]
+        table = self._ops.upload_bytes(launches.pack_places(unpack_place(code, 0) for code in codes))
+        rows = self._num_chosen + 1
+        places = self._ops.upload_bytes(bytes(rows * self._place_bytes))
+        chosen = self._ids.bytes[: self._num_chosen * INT_BYTES].view(torch.int32).view(1, -1)
+        logits, weights = self._logits[:, : len(codes)], self._weights[:1]
+
+        def describe(x: torch.Tensor) -> list[Launch]:
+            forms = self._ops.forms
+            return [
+                self._inputs(x, self._logits, norm=self._norm, normed=self._normed, eps=self._eps),
+                launches.choose_experts(logits, chosen, weights, table, places),
+                launches.experts_gate_up(forms.banks, forms.table, places, self._normed, self._hidden),
+                launches.experts_down(forms.banks, forms.table, places, self._hidden, weights, x),
+            ]
+
+        self.run_settled = self._ops.repeat(describe)
+
+    def _describe_choice(self, x: torch.Tensor) -> list[Launch]:
+        rows = self._weights.shape[0]
+        ids = self._ids.bytes.view(torch.int32).view(rows, -1)
+        logits = self._logits.view(rows, -1)
+        return [
+            self._inputs(x, self._logits, norm=self._norm, normed=self._normed, eps=self._eps),
+            launches.choose_experts(logits, ids, self._weights, self._unused, self._unused, places_wanted=False),
+        ]
+
+    def _describe_gate_up(self, first: int, count: int) -> Launch:
+        forms = self._ops.forms
+        places = self._places.bytes[first * self._place_bytes : (first + count) * self._place_bytes]
+        return launches.experts_gate_up(forms.banks, forms.table, places, self._normed, self._hidden)
+
+    def _describe_down(self, x: torch.Tensor) -> list[Launch]:
+        forms = self._ops.forms
+        places = self._places.bytes[(self._num_chosen + 1) * self._place_bytes :]
+        return [launches.experts_down(forms.banks, forms.table, places, self._hidden, self._weights, x)]
+
+
+def unpack_place(code: int, rank: int) -> tuple[int, int, int]:
+    """(offset, form, rank) of an expert by its code."""
+    return code & (1 << OFFSET_BITS) - 1, (code >> OFFSET_BITS) - 1, rank
+
+
+def struct_bytes(name: str) -> int:
+    """Size of a struct of metal/experts.metal."""
+    return msl.load("experts").structs[name].size_bytes
+
+
+def memory_of(tensor: torch.Tensor) -> torch.Tensor:
+    """All the memory that a tensor is a view of: uint8."""
+    whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return whole.set_(tensor.untyped_storage())  # type: ignore[call-overload]
