@@ -146,7 +146,7 @@ class DeviceSlots(HostSlots):
     another expert wants it, without an event of its own; only a store of few slots has to wait.
 
     banks     the memory, uint8: one tensor, or more where a buffer of the device must not be so large
-    describe  where an expert is, in a number: set by the operations
+    code_of   where an expert is, in a number: set by the operations
     """
 
     are_read_to_the_end = True  # experts_down is one dispatch for all of a token's experts
@@ -155,7 +155,7 @@ class DeviceSlots(HostSlots):
         self.banks, self._device = banks, device
         self._slots_per_bank, self._slot_bytes = slots_per_bank, slot_bytes
         self._used_in: dict[int, int] = {}  # slot -> epoch
-        self.describe: Callable[[Expert], int] = lambda expert: 1  # type: ignore[method-assign]
+        self.code_of: Callable[[Expert], int] = lambda expert: 1
         self.is_huge = False
 
     def place_of(self, slot: int) -> tuple[int, int]:
@@ -166,6 +166,9 @@ class DeviceSlots(HostSlots):
     def block(self, slot: int) -> torch.Tensor:
         bank, first = self.place_of(slot)
         return self.banks[bank][first : first + self._slot_bytes]
+
+    def describe(self, expert: Expert) -> int:
+        return self.code_of(expert)
 
     def mark_used(self, slots: Sequence[int]) -> None:
         self._used_in.update(dict.fromkeys(slots, self._device.epoch))

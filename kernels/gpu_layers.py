@@ -1,9 +1,9 @@
 """The layers of a model on a GPU, run by one token at a time: waiting once a layer, or not at all.
 
-Where experts stream, the processor must learn what the router has chosen: it waits, looks whether all of it is in memory,
-and hands over the rest of the layer and the next one, or stops for the store to read. Where every expert is in memory
-for good, the GPU finds them by itself in a table, and nothing is waited for before the logits: on NVIDIA's that is
-one CUDA graph, recorded at a sequence's second token.
+Where experts stream, the processor must learn what the router has chosen: it waits, looks whether all of it is in
+memory, and hands over the rest of the layer and the next one, or stops for the store to read. Where every expert is in
+memory for good, the GPU finds them by itself in a table, and nothing is waited for before the logits: on NVIDIA's that
+is one CUDA graph, recorded at a sequence's second token.
 
     layers = ops.fuse_layers(mixers, routers, shared_experts)
     layers.start(x, states, places, position, pauses=False)
@@ -73,7 +73,8 @@ class GpuLayers:
 
     def ids(self, layer: int) -> list[int]:
         """The experts that a layer has chosen. Where nothing was waited for, this waits."""
-        return self._steps[layer].read_ids()
+        step = self._steps[layer]
+        return step.read_ids() if self._is_settled else step.chosen
 
     def choice(self, layer: int) -> Choice:
         """What the layer that a run has reached has chosen, for its step to take."""

@@ -37,7 +37,7 @@ class GpuOps(TokenOps):
     def new_slots(self, num_slots: int, slot_bytes: int, huge: bool = True) -> DeviceSlots:
         slots = self.device.new_slots(num_slots, slot_bytes, huge)
         self.forms.set_slots(slots.banks)
-        slots.describe = self.forms.code_of  # type: ignore[method-assign]
+        slots.code_of = self.forms.code_of
         return slots
 
     def new_pages(self, size_bytes: int) -> Pages:

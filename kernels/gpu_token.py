@@ -167,8 +167,10 @@ class TokenOps:
 
     def forget_states(self) -> None:
         """Let go of the tensors that calls are bound to: another sequence's come."""
-        for bound in (*self._repeats, *self._layers):
-            bound.forget()
+        for repeat in self._repeats:
+            repeat.forget()
+        for layers in self._layers:
+            layers.forget()
 
 
 class Repeat:
@@ -269,6 +271,7 @@ class GpuExpertStep(ExpertStep):
         self._ranked: dict[int, tuple[int, int, int]] = {}  # row -> place, of those that have come
         self._arrived = 0
         self._guess: list[int] = []
+        self.chosen: list[int] = []  # ids of the last token's experts, as far as they are known here
         self._gate_up: dict[tuple[int, int], Step] = {}
         self._choose_step, self._down_step = ops.repeat(self._describe_choice), ops.repeat(self._describe_down)
         self._next_router: Matrix | None = None  # whose choice for the same token is made along with this layer's
@@ -281,8 +284,8 @@ class GpuExpertStep(ExpertStep):
             self._next_router = self._wanted
             self._set_routers(2)
         self._choose_step(x)
-        self._chosen = self.read_ids()  # the one wait of the layer
-        return self.take(x, (x, self._chosen, []))
+        self.chosen = self.read_ids()  # the one wait of the layer
+        return self.take(x, (x, self.chosen, []))
 
     def take(self, x: torch.Tensor, choice: Choice) -> list[int]:
         self._x, self._ranked, self._arrived = x, {}, 0

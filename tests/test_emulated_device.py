@@ -94,16 +94,18 @@ def test_logits_of_a_small_odd_model_are_those_of_the_cpu_backend(tmp_path: Path
         assert (found - expected).abs().max() <= LOGIT_TOLERANCE * expected.abs().max()
 
 
-def test_a_token_waits_once_a_layer(tiny_pack: Path) -> None:
-    engine = open_with(24, tiny_pack)
-    greedy(engine, 2)  # all experts that these tokens need are there
+@pytest.mark.parametrize(("slots", "waits_per_layer"), [(24, 0), (23, 1), (8, 1)])
+def test_a_token_waits_once_a_layer_and_not_at_all_where_all_experts_are_in_memory(
+    tiny_pack: Path, slots: int, waits_per_layer: int
+) -> None:
+    engine = open_with(slots, tiny_pack)
     device, state = engine.model.ops.device, engine.new_state(8)
     with torch.inference_mode():
         for token in IDS[:3]:
             engine.model(torch.tensor([token]), state)
         before = device.epoch
         engine.model(torch.tensor([IDS[3]]), state)
-    assert device.epoch - before == len(engine.model.layers)
+    assert device.epoch - before == waits_per_layer * len(engine.model.layers)
 
 
 def test_experts_in_memory_are_handed_over_before_the_others_are_waited_for(
