@@ -208,6 +208,9 @@ def serve(
     context: int = typer.Option(None, "--context", help="Tokens to plan memory for.  [default: 16384]", min=64),
     max_tokens: int = typer.Option(2048, "--max-tokens", help="Longest answer where a request does not say.", min=1),
     max_waiting: int = typer.Option(256, "--max-waiting", help="Requests that may wait.", min=64),
+    parallel: int = typer.Option(
+        2, "--parallel", help="Answers written at the same time, each with memory for --context.", min=1, max=64
+    ),
     max_seconds: float = typer.Option(3600, "--max-seconds", help="Longest time for one answer.", min=1),
     seed: int = typer.Option(0, help="Of the random choices where a request does not say.", min=0),
     exact: bool = EXACT,
@@ -244,11 +247,12 @@ def serve(
         experts_per_token=experts_per_token,
         max_context=context,
         process_bytes=resident_set_bytes() + SERVER_BYTES,
+        sequences=parallel,
         snapshot_bytes=snapshot_share_bytes(budget) if snapshot_memory is None else parse_size(snapshot_memory),
         snapshot_directory=snapshot_dir,
     ) as engine:
         _note_changes(engine.architecture.num_experts_per_tok, engine.pack.manifest.model["text_config"])
-        settings = Settings(constrain, max_waiting, max_seconds, max_tokens, seed)
+        settings = Settings(constrain, max_waiting, parallel, max_seconds, max_tokens, seed)
         service = Service(engine, name or pack.resolve().name.removesuffix(".moepack"), settings)
         policy = Policy(api_key, LOOPBACK if host in LOOPBACK else None)
         found = listener.getsockname()

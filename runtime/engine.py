@@ -86,6 +86,7 @@ class Engine:
         verify_reads: bool = False,
         prefetch: bool | None = None,
         policy: str = LeastRecentlyUsed.name,
+        sequences: int = 1,
         snapshot_bytes: int = 0,
         snapshot_directory: Path | None = None,
     ) -> Engine:
@@ -103,6 +104,7 @@ class Engine:
         prefetch            read the experts that the next layer's router would pick now, while the disk is idle;
                             default: where not all experts fit in memory
         policy              which expert makes room for another: a name of layout/eviction.py
+        sequences           answers that are generated at the same time, each with a state of max_context
         snapshot_bytes      of the budget, for states of prompts already read: see snapshots.py
         snapshot_directory  where such states outlive the process; None keeps none on disk
 
@@ -115,7 +117,7 @@ class Engine:
         context = _choose_context(architecture, max_context)
         budget = parse_size(memory) if isinstance(memory, str) else memory
         budget = default_budget_bytes() if budget is None else budget
-        plan = plan_memory(opened, architecture, budget, context, process_bytes, snapshot_bytes)
+        plan = plan_memory(opened, architecture, budget, context, process_bytes, snapshot_bytes, sequences)
         if policy not in POLICIES:
             raise UsageError(f"eviction policy {policy!r}: expected one of {', '.join(POLICIES)}")
         store = ExpertStore(

@@ -56,6 +56,9 @@ class StoreCounts:
     def since(self, earlier: StoreCounts) -> StoreCounts:
         return StoreCounts(*(now - then for now, then in zip(vars(self).values(), vars(earlier).values())))
 
+    def __add__(self, other: StoreCounts) -> StoreCounts:
+        return StoreCounts(*(one + another for one, another in zip(vars(self).values(), vars(other).values())))
+
     def copy(self) -> StoreCounts:
         return StoreCounts(**vars(self))
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from moepack.layout.errors import UsageError
 from moepack.layout.process import peak_rss_bytes
+from moepack.runtime.expert_store import StoreCounts
 from moepack.runtime.sampling import Sampler, SamplingParams, TokenLogprobs, measure_logprobs
 from moepack.runtime.state import SequenceState
 from moepack.runtime.stats import GenerationStats
@@ -70,24 +71,26 @@ class Generation(Iterator[int]):
             )
         self._limit = answer_limit(len(self._prompt_ids), sampling.max_tokens, engine.max_context)
         self._stop_ids = frozenset() if sampling.ignore_eos else engine.tokenizer.stop_token_ids
-        self._started_counts = engine.store.counts.copy()
-        self._first_counts = self._started_counts
+        self._prefill_counts, self._decode_counts = StoreCounts(), StoreCounts()
         self._step_seconds: list[float] = []  # the first includes the prefill
         self._steps = self._run(on_prefill)
 
     def __next__(self) -> int:
-        started = time.perf_counter()
+        started, before = time.perf_counter(), self._engine.store.counts.copy()
         with torch.inference_mode():
             token_id = next(self._steps)
+        spent = self._engine.store.counts.since(before)  # in here only: other answers may be written in between
+        if self._step_seconds:
+            self._decode_counts += spent
+        else:
+            self._prefill_counts = spent
         self._step_seconds.append(time.perf_counter() - started)
-        if len(self.token_ids) == 1:
-            self._first_counts = self._engine.store.counts.copy()
         return token_id
 
     def stats(self) -> GenerationStats:
         """What the generation has cost so far."""
-        engine, counts = self._engine, self._engine.store.counts
-        total, decode = counts.since(self._started_counts), counts.since(self._first_counts)
+        engine, decode = self._engine, self._decode_counts
+        total = self._prefill_counts + decode
         seconds, decoded = self._step_seconds, len(self.token_ids) - 1
         decode_s = sum(seconds[1:])
         return GenerationStats(

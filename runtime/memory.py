@@ -61,18 +61,20 @@ def plan_memory(
     max_positions: int,
     process_bytes: int | None = None,
     snapshot_bytes: int = 0,
+    sequences: int = 1,
 ) -> MemoryPlan:
     """Split a budget. Slots are as many as fit, at most one for every expert.
 
     process_bytes   what the process takes without this engine; measured if not given
     snapshot_bytes  to set aside for states of earlier prompts
+    sequences       states of max_positions at the same time
 
     Raises MemoryBudgetError with the numbers if one token's experts do not fit: with fewer slots than a token
     uses, each expert would be read again for every token.
     """
     process_bytes = resident_set_bytes() if process_bytes is None else process_bytes
     resident = ResidentWeights.size_bytes(pack)
-    state = SequenceState.size_bytes(architecture, max_positions)
+    state = sequences * SequenceState.size_bytes(architecture, max_positions)
     slot = largest_block(pack) + SLOT_VIEW_BYTES
     all_experts = architecture.num_hidden_layers * architecture.num_experts
     one_token = min(all_experts, architecture.num_hidden_layers * architecture.num_experts_per_tok)

@@ -63,7 +63,7 @@ class Metrics:
         self._rate = Histogram("moepack_decode_tokens_per_second", "Decode, by request.", buckets=RATES, **common)
         Gauge("moepack_queue_length", "Requests that wait.", **common).set_function(lambda: scheduler.waiting)
         running = Gauge("moepack_requests_running", "Requests that are being answered.", **common)
-        running.set_function(lambda: scheduler.current is not None)
+        running.set_function(lambda: len(scheduler.running))
         memory = Gauge("moepack_resident_memory_bytes", "Memory of the process.", **common)
         memory.set_function(resident_set_bytes)
         Gauge("moepack_memory_budget_bytes", "Memory it may take.", **common).set(engine.memory_plan.budget_bytes)
@@ -97,7 +97,7 @@ class Metrics:
 
     def snapshot(self) -> dict[str, Any]:
         """What changes from second to second, for the page: totals, of which it takes differences."""
-        counts, job, generation = self._engine.store.counts, self._scheduler.current, self._scheduler.generation
+        counts, jobs = self._engine.store.counts, self._scheduler.running
         return {
             "time": time.monotonic(),
             "bytes_read": counts.bytes_read,
@@ -105,10 +105,10 @@ class Metrics:
             "hits": list(self.layers.hits),
             "misses": list(self.layers.misses),
             "waiting": self._scheduler.waiting,
-            "running": job is not None,
-            "prompt_tokens": len(job.prompt_ids) if job else 0,
-            "prefilled": int(job.prefilled) if job else 0,
-            "generated": len(generation.token_ids) if generation else 0,
+            "running": len(jobs),
+            "prompt_tokens": sum(len(job.prompt_ids) for job in jobs),
+            "prefilled": sum(int(job.prefilled) for job in jobs),
+            "generated": sum(len(job.generation.token_ids) for job in jobs if job.generation),
             "resident_bytes": resident_set_bytes(),
             "budget_bytes": self._engine.memory_plan.budget_bytes,
         }

@@ -1,5 +1,9 @@
 """One thread owns the engine; requests wait for it in a bounded queue, every client in turn.
 
+A few answers are written at the same time, a token of each in turn: nobody waits for another's long answer to end, and
+an expert that one has read is in memory for the others. Each has a state of its own, and a token is computed as it
+would be alone, so who else is served changes no answer. A prompt is read in one go, the others wait meanwhile.
+
 A client that sends fifty requests does not keep another one waiting for all of them: the queue goes round the clients
 and takes the oldest request of each. What a request's tokens become is its own business: on_token runs in the engine's
 thread, right after the token, and ends the answer by returning False, so where an answer ends depends on no timing.
@@ -15,7 +19,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,6 +30,7 @@ from moepack.runtime.sampling import SamplingParams
 if TYPE_CHECKING:
     from moepack.runtime.engine import Engine
 
+ENDED = object()
 logger = logging.getLogger("moepack.serve")
 
 
@@ -51,6 +56,7 @@ class Job:
     client         requests of one client wait for each other, those of several are taken in turn
     max_seconds    the answer ends there, as if its tokens were used up
     prefilled      prompt tokens read so far
+    generation     the answer, once it has begun
     """
 
     prompt_ids: Sequence[int]
@@ -61,6 +67,7 @@ class Job:
     constraint: Constraint | None = None
     max_seconds: float = 3600.0
     prefilled: float = 0.0
+    generation: Generation | None = None
     created: float = field(default_factory=time.monotonic)
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -74,16 +81,15 @@ class Job:
 
 
 class Scheduler:
-    """Runs jobs one after the other in a thread of its own. Close it when done.
+    """Runs jobs in a thread of its own. Close it when done.
 
-    current    the job that is running, None between jobs
+    running    the jobs that are being answered, oldest first
     waiting    how many jobs wait
     """
 
-    def __init__(self, engine: Engine, max_waiting: int = 256):
-        self.engine, self.max_waiting = engine, max_waiting
-        self.current: Job | None = None
-        self.generation: Generation | None = None
+    def __init__(self, engine: Engine, max_waiting: int = 256, max_running: int = 1):
+        self.engine, self.max_waiting, self.max_running = engine, max_waiting, max_running
+        self.running: tuple[Job, ...] = ()
         self._queues: OrderedDict[str, deque[Job]] = OrderedDict()  # by client, whose turn is next first
         self._changed = threading.Condition()
         self._is_closed = False
@@ -116,28 +122,30 @@ class Scheduler:
                 return 0
             place = own.index(job)
             others = [jobs for client, jobs in self._queues.items() if client != job.client]
-            return place + sum(min(len(jobs), place + 1) for jobs in others) + (self.current is not None)
+            return place + sum(min(len(jobs), place + 1) for jobs in others) + len(self.running)
 
     def close(self) -> None:
         """Cancel all jobs and end the thread."""
         with self._changed:
             self._is_closed = True
-            for job in [job for jobs in self._queues.values() for job in jobs] + [self.current]:
-                if job:
-                    job.cancel()
+            for job in [*(job for jobs in self._queues.values() for job in jobs), *self.running]:
+                job.cancel()
             self._changed.notify()
         self._thread.join()
 
     def _run(self) -> None:
+        answers: list[Iterator[None]] = []
         while True:
             with self._changed:
-                self.current = self.generation = None
-                while not self._queues and not self._is_closed:
+                while not (answers or self._queues or self._is_closed):
                     self._changed.wait()
-                if not self._queues:
+                if not (answers or self._queues):
                     return
-                job = self.current = self._take()
-            self._run_job(job)
+                while self._queues and len(answers) < self.max_running:
+                    job = self._take()
+                    self.running = (*self.running, job)
+                    answers.append(self._answer(job))
+            answers = [answer for answer in answers if next(answer, ENDED) is not ENDED]
 
     def _take(self) -> Job:
         """The oldest job of the client whose turn it is; that client comes last then."""
@@ -156,7 +164,8 @@ class Scheduler:
             if not jobs:
                 del self._queues[client]
 
-    def _run_job(self, job: Job) -> None:
+    def _answer(self, job: Job) -> Iterator[None]:
+        """One job, a token at a time: pauses after each."""
         error: Exception | None = None
         deadline = time.monotonic() + job.max_seconds
 
@@ -169,16 +178,18 @@ class Scheduler:
 
         try:
             check()
-            generation = self.generation = self.engine.generate(job.prompt_ids, job.sampling, check, job.constraint)
-            for token_id in generation:
-                if not job.on_token(token_id, generation):
+            job.generation = self.engine.generate(job.prompt_ids, job.sampling, check, job.constraint)
+            for token_id in job.generation:
+                if not job.on_token(token_id, job.generation):
                     break
                 check()
                 if time.monotonic() > deadline:
                     break
+                yield
         except (Cancelled, MoepackError) as caught:
             error = caught
         except Exception as caught:
             logger.exception("a generation failed")
             error = caught
-        job.on_end(self.generation, error)
+        self.running = tuple(other for other in self.running if other is not job)
+        job.on_end(job.generation, error)

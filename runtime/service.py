@@ -35,6 +35,7 @@ class Settings:
 
     constrain       hold calls and JSON to their form
     max_waiting     requests that may wait
+    max_running     answers written at the same time: the engine must have been opened for as many sequences
     max_seconds     for one answer, from its turn on
     max_tokens      of an answer where the request does not say
     seed            where the request does not say
@@ -43,6 +44,7 @@ class Settings:
 
     constrain: bool = True
     max_waiting: int = 256
+    max_running: int = 1
     max_seconds: float = 3600.0
     max_tokens: int = 2048
     seed: int = 0
@@ -56,7 +58,7 @@ class Service:
         self.engine, self.name, self.settings = engine, name, settings
         self.created = int(time.time())
         self.template = engine.chat_template()
-        self.scheduler = Scheduler(engine, settings.max_waiting)
+        self.scheduler = Scheduler(engine, settings.max_waiting, settings.max_running)
         self.metrics = Metrics(engine, self.scheduler)
         self._grammars: Grammars | None = None
         if settings.constrain:

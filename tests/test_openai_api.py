@@ -370,9 +370,9 @@ def test_a_client_that_goes_away_ends_its_generation(served: Served, client: Ope
     stream = chat(client, STORY, stream=True, max_tokens=1900, logit_bias=endless)
     for _ in zip(range(5), stream):
         pass
-    assert served.service.scheduler.current is not None
+    assert served.service.scheduler.running
     stream.close()
-    wait_until(lambda: served.service.scheduler.current is None)
+    wait_until(lambda: not served.service.scheduler.running)
     with pytest.raises(openai.APITimeoutError):  # not a stream, and it gives up
         chat(client, STORY, max_tokens=1900, logit_bias=endless, timeout=0.3)
     wait_until(lambda: cancelled._value.get() == before + 2)
