@@ -26,7 +26,7 @@ test: $(VENV)/.test ## The fast suite: real parts, no network, under 3 minutes o
 test-parity: $(VENV)/.parity ## Against transformers and MLX.
 	$(BIN)/pytest -m parity --timeout 1200 $(PYTEST_FLAGS)
 
-test-slow: $(VENV)/.test ## Kills at random instants, full disks, memory limits.
+test-slow: $(VENV)/.slow ## Kills at random instants, full disks, memory limits.
 	$(BIN)/pytest -m slow --timeout 1200 $(PYTEST_FLAGS)
 
 fuzz: $(VENV)/.test ## Damaged manifests and headers for a minute (MOEPACK_FUZZ_SECONDS).
@@ -59,6 +59,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) | $(BIN)/pip
 
 $(VENV)/.test: $(VENV)/.installed
 	$(INSTALL) --editable '.[test]'
+	touch $@
+
+$(VENV)/.slow: $(VENV)/.test
+	$(INSTALL) --editable '.[test,slow]'
 	touch $@
 
 $(VENV)/.parity: $(VENV)/.test

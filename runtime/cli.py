@@ -270,6 +270,9 @@ def evaluate(
     pack: Path = PACK,
     text: Path = typer.Option(None, "--text", help="Text file: perplexity over windows of 2048 tokens."),
     tools: Path = typer.Option(None, "--tools", help="Tool prompts with expected calls, a JSON object per line."),
+    constrained: bool = typer.Option(
+        False, "--constrained", help="Hold --tools to calls that are well-formed, where one is expected."
+    ),
     reference: Path = typer.Option(None, "--reference", help="Pack to compare with: KL and top-1 agreement."),
     exact: bool = EXACT,
     experts_per_token: int = EXPERTS,
@@ -311,7 +314,7 @@ def evaluate(
         facts |= {key: value for key, value in scores.items() if reference or value is not None}
     if prompts is not None:
         with open_progress(len(prompts), "tools", "prompt") as progress:
-            facts["tool_calls"] = vars(evaluate_tools(engine, prompts, progress.update))
+            facts["tool_calls"] = vars(evaluate_tools(engine, prompts, progress.update, constrained))
     if as_json:
         print_json(facts)
     else:

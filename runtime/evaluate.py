@@ -23,6 +23,7 @@ import torch
 from moepack.layout.errors import MoepackError, UsageError
 from moepack.runtime.answer import parse_tool_calls
 from moepack.runtime.engine import Engine
+from moepack.runtime.generate import Constraint
 from moepack.runtime.prompt import read_text
 from moepack.runtime.sampling import SamplingParams
 from moepack.runtime.tokenizer import Tokenizer
@@ -154,9 +155,14 @@ def read_tool_prompts(path: Path) -> list[ToolPrompt]:
 
 
 def evaluate_tools(
-    engine: Engine, prompts: Sequence[ToolPrompt], on_prompt: Callable[[int], object] = lambda count: None
+    engine: Engine,
+    prompts: Sequence[ToolPrompt],
+    on_prompt: Callable[[int], object] = lambda count: None,
+    is_constrained: bool = False,
 ) -> ToolScores:
     """Answer tool prompts greedily and compare the calls.
+
+    is_constrained   hold answers to well-formed calls, and to calling at all where a call is expected
 
     Raises UsageError if the pack has no chat template or a prompt does not fit the context.
     """
@@ -164,10 +170,13 @@ def evaluate_tools(
     if template is None:
         raise UsageError(f"{engine.pack.directory}: has no chat template, tool prompts need one")
     sampling = SamplingParams(temperature=0, max_tokens=MAX_ANSWER_TOKENS)
+    hold = _make_constraints(engine) if is_constrained else None
     well_formed = right_function = correct = 0
     for prompt in prompts:
         text = template.render(prompt.messages, tools=prompt.tools, enable_thinking=False)
-        answer = engine.tokenizer.decode(list(engine.generate(engine.tokenizer.encode(text), sampling)))
+        constraint = hold(prompt) if hold else None
+        ids = engine.tokenizer.encode(text)
+        answer = engine.tokenizer.decode(list(engine.generate(ids, sampling, constraint=constraint)))
         rest, calls = parse_tool_calls(answer, prompt.tools)
         expected = prompt.expected
         is_whole = "<tool_call>" not in rest and bool(calls or not expected)
@@ -177,6 +186,20 @@ def evaluate_tools(
         on_prompt(1)
     n = len(prompts)
     return ToolScores(n, well_formed / n, right_function / n, correct / n)
+
+
+def _make_constraints(engine: Engine) -> Callable[[ToolPrompt], Constraint]:
+    """What makes the constraint of a prompt. Raises UsageError without the library for it."""
+    try:
+        from moepack.runtime.constrain import AnswerConstraint, Grammars
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--constrained: {error.name} is not installed: pip install 'moepack[serve]'") from None
+    grammars = Grammars(engine.tokenizer, engine.architecture.vocab_size)
+
+    def hold(prompt: ToolPrompt) -> Constraint:
+        return AnswerConstraint(grammars, False, prompt.tools, "required" if prompt.expected else "auto")
+
+    return hold
 
 
 def _parse_prompt(line: str, where: str) -> ToolPrompt:

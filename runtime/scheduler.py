@@ -174,7 +174,7 @@ class Scheduler:
             if job.is_cancelled:
                 raise Cancelled
             if tokens and time.monotonic() > deadline:
-                raise OutOfTime(f"the prompt was not read within {job.max_seconds:,.0f} s: shorten it")
+                raise OutOfTime(f"the prompt was not read within {job.max_seconds:g} s: shorten it")
 
         try:
             check()

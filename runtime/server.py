@@ -30,7 +30,7 @@ from moepack.layout.errors import MoepackError, UsageError
 from moepack.runtime import anthropic_api, openai_api
 from moepack.runtime.completion import Completion, CompletionRequest, Failure
 from moepack.runtime.guard import Guard, PatientProtocol, Policy, Receive, Scope, Send, describe_error
-from moepack.runtime.scheduler import Cancelled, QueueFull
+from moepack.runtime.scheduler import Cancelled, OutOfTime, QueueFull
 from moepack.runtime.service import Service
 
 BACKLOG = 1024
@@ -262,6 +262,8 @@ async def _handle_error(request: Request, error: Exception) -> Response:
             reason = f"{request.method} is not possible here"
     elif isinstance(error, QueueFull):
         status, reason, code = 429, str(error), "queue_full"
+    elif isinstance(error, OutOfTime):
+        status, reason, code = 408, str(error), "timeout"
     elif isinstance(error, UsageError):
         status, reason = 400, str(error)
         param = _find_param(reason)
@@ -287,12 +289,8 @@ def _find_param(reason: str) -> str | None:
 def _form(form: type[BaseModel]) -> dict[str, Any]:
     """The body of a handler that reads it itself, and the errors it may answer with."""
     content = {"application/json": {"schema": form.model_json_schema(ref_template="#/components/schemas/{model}")}}
-    statuses = {
-        400: "Something in it is wrong.",
-        413: "It is too long.",
-        429: "Too many requests wait.",
-        500: "Failed.",
-    }
+    statuses = {400: "Something in it is wrong.", 408: "It takes too long.", 413: "It is too large."}
+    statuses |= {429: "Too many requests wait.", 500: "The server failed."}
     return {
         "openapi_extra": {"requestBody": {"required": True, "content": content}},
         "responses": {status: {"description": text} for status, text in statuses.items()},

@@ -147,12 +147,10 @@ def test_stop_ends_the_generation(served: Served, browser: Browser) -> None:
     patch = "makeRequest = (make => () => ({...make(), max_tokens: 1900, logit_bias: %s}))(makeRequest)"
     browser.run(patch % json.dumps(endless))
     browser.type("#say", "Tell me a story.\n")
-    wait_until(
-        lambda: served.service.scheduler.generation is not None and served.service.scheduler.generation.token_ids
-    )
+    wait_until(lambda: any(job.generation for job in served.service.scheduler.running))
     browser.click("#stop")
     wait_until(lambda: browser.texts(".assistant .note") == ["stopped"])
-    wait_until(lambda: served.service.scheduler.current is None)
+    wait_until(lambda: not served.service.scheduler.running)
 
 
 def test_calls_are_shown_and_answers_are_no_markup(served: Served, browser: Browser) -> None:
