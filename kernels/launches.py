@@ -26,6 +26,8 @@ MAX_PLACES, MAX_ROWS = 32, 16  # metal/experts.metal
 MAX_TAPS = 8  # metal/causal_conv.metal
 DELTA_ROWS, MAX_WIDTH = 32, 256  # metal/delta_step.metal, rope_cache.metal, attention_step.metal
 MAX_EXPERTS = 1024  # metal/choose_experts.metal
+TILE, TILE_THREADS = 32, 128  # metal/tile.h
+SCAN_COLUMNS, QUERIES = 4, 4  # metal/delta_scan.metal, attention_tiles.metal
 PLAIN_STORAGES = {torch.bfloat16: 16, torch.float16: 17, torch.float32: 32}
 SLOT_BANKS, RESIDENT_BANK = (0, 1), 2
 
@@ -102,8 +104,16 @@ def _pack_matrix(
 
 
 def matrix_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
-    """The MatrixForms of matrices that share an input: their results and threadgroups follow each other."""
-    rows_each = rows_of_group(lanes_of_row(matrices[0].in_features))
+    """The MatrixForms of matrices that share an input, for linears: results and threadgroups follow each other."""
+    return _side_by_side(matrices, base, rows_of_group(lanes_of_row(matrices[0].in_features)))
+
+
+def tile_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
+    """The same for matmul, whose threadgroups have other sizes."""
+    return _side_by_side(matrices, base, TILE)
+
+
+def _side_by_side(matrices: Sequence[Matrix], base: torch.Tensor, rows_each: int) -> bytes:
     forms, first_out, first_group = [], 0, 0
     for matrix in matrices:
         forms.append(matrix_form(matrix, base, first_out, first_group))
@@ -386,3 +396,152 @@ def choose_experts(
     shape = shape_of("choose_experts", "ChooseShape", experts=experts, chosen=ids.shape[1], places_wanted=places_wanted)
     arguments = (logits, ids, weights, table, places, shape)
     return Launch("choose_experts", "choose_experts", arguments, (rows, 1, 1), (LANES, 1, 1))
+
+
+def argmax(logits: torch.Tensor, ids: torch.Tensor, largest: torch.Tensor) -> Launch:
+    """ids int32 [R] and values of the largest of each row of logits [R, V]; NaN wins."""
+    shape = shape_of("argmax", "ArgmaxShape", width=logits.shape[-1])
+    return Launch("argmax", "argmax", (logits, ids, largest, shape), (len(logits), 1, 1), (msl.MAX_THREADS, 1, 1))
+
+
+# A prompt
+
+
+def matmul(
+    weights: torch.Tensor,
+    forms: torch.Tensor,
+    matrices: Sequence[Matrix],
+    x: torch.Tensor,
+    out: torch.Tensor,
+    accumulate: bool = False,
+) -> Launch:
+    """out [T, R] (+)= x [T, at least K] times matrices of together R rows; forms: tile_forms(matrices, weights)."""
+    tokens = x.shape[0]
+    shape = shape_of(
+        "matmul",
+        "MatmulShape",
+        count=len(matrices),
+        tokens=tokens,
+        x_stride=x.shape[-1],
+        out_stride=out.shape[-1],
+        accumulates=accumulate,
+    )
+    grid = (sum(_tiles(matrix.out_features) for matrix in matrices), _tiles(tokens), 1)
+    return Launch("matmul", "matmul", (weights, forms, x, out, shape), grid, (TILE_THREADS, 1, 1))
+
+
+def _tiles(rows: int) -> int:
+    return -(-rows // TILE)
+
+
+def pack_segments(segments: Iterable[tuple[int, int, int, int]]) -> bytes:
+    """Segments from (offset in the bank, index of the form, first pair, number of pairs)."""
+    layout = msl.load("experts_prefill").structs["Segment"]
+    return b"".join(layout.pack(place=pack_places([(o, f, 0)]), first=p, count=n) for o, f, p, n in segments)
+
+
+def experts_gate_up_rows(
+    banks: Sequence[torch.Tensor],
+    forms: torch.Tensor,
+    segments: torch.Tensor,
+    tokens: torch.Tensor,
+    x: torch.Tensor,
+    hidden: torch.Tensor,
+    most_pairs: int,
+) -> Launch:
+    """hidden [pairs, widest expert] of each segment's expert for x [T, D] of the pairs' tokens, int32 [pairs].
+
+    most_pairs   of any segment
+    """
+    shape = shape_of("experts_prefill", "ExpertRowsShape", x_stride=x.shape[-1], out_stride=hidden.shape[-1])
+    arguments: tuple[torch.Tensor | bytes, ...] = (*banks, forms, segments, tokens, x, hidden, shape)
+    grid = (_tiles(hidden.shape[-1]), _tiles(most_pairs), _count_segments(segments))
+    return Launch("experts_prefill", "experts_gate_up_rows", arguments, grid, (TILE_THREADS, 1, 1))
+
+
+def experts_down_rows(
+    banks: Sequence[torch.Tensor],
+    forms: torch.Tensor,
+    segments: torch.Tensor,
+    hidden: torch.Tensor,
+    rows: torch.Tensor,
+    most_pairs: int,
+) -> Launch:
+    """rows [pairs, D] = each segment's expert's down times hidden [pairs, widest expert]."""
+    shape = shape_of("experts_prefill", "ExpertRowsShape", x_stride=hidden.shape[-1], out_stride=rows.shape[-1])
+    arguments: tuple[torch.Tensor | bytes, ...] = (*banks, forms, segments, hidden, rows, shape)
+    grid = (_tiles(rows.shape[-1]), _tiles(most_pairs), _count_segments(segments))
+    return Launch("experts_prefill", "experts_down_rows", arguments, grid, (TILE_THREADS, 1, 1))
+
+
+def _count_segments(segments: torch.Tensor) -> int:
+    layout = msl.load("experts_prefill").structs["Segment"]
+    return segments.numel() * segments.element_size() // layout.size_bytes
+
+
+def add_expert_rows(rows: torch.Tensor, order: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> Launch:
+    """out [T, D] += the sum over k of weights[t, k] * rows[order[t, k]]; order int32 [T, K]."""
+    width, (tokens, chosen) = out.shape[-1], order.shape
+    shape = shape_of("experts_prefill", "AddRowsShape", width=width, chosen=chosen)
+    arguments = (rows, order, weights, out, shape)
+    threads = min(256, -(-width // LANES) * LANES)
+    return Launch("experts_prefill", "add_expert_rows", arguments, (-(-width // 256), tokens, 1), (threads, 1, 1))
+
+
+def delta_scan(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decay: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor,
+    out: torch.Tensor,
+) -> Launch:
+    """The gated delta rule, as reference.gated_delta: q, k [T, Hk, Dk] and v [T, H, Dv] may be parts of longer rows."""
+    (tokens, key_heads, _), (value_heads, key_width, value_width) = q.shape, state.shape
+    if key_width > MAX_WIDTH:
+        raise ValueError(f"the delta rule takes keys of up to {MAX_WIDTH} dimensions, got {key_width}")
+    shape = shape_of(
+        "delta_scan",
+        "ScanShape",
+        key_heads=key_heads,
+        value_heads=value_heads,
+        key_width=key_width,
+        value_width=value_width,
+        tokens=tokens,
+        q_stride=q.stride(0),
+        k_stride=k.stride(0),
+        v_stride=v.stride(0),
+    )
+    arguments = (_span(q), _span(k), _span(v), decay, beta, state, out, shape)
+    grid = (-(-value_width // (SCAN_COLUMNS * SIMDGROUPS)), value_heads, 1)
+    return Launch("delta_scan", "delta_scan", arguments, grid, (SIMDGROUPS * LANES, 1, 1))
+
+
+def _span(rows: torch.Tensor) -> torch.Tensor:
+    """All that lies between the first and the last number of rows [T, H, W], which follow each other with gaps."""
+    tokens, heads, width = rows.shape
+    if rows.stride()[1:] != (width, 1):
+        raise ValueError(f"heads must follow each other without gaps, got strides {rows.stride()}")
+    return rows.as_strided(((tokens - 1) * rows.stride(0) + heads * width,), (1,))
+
+
+def attention_tiles(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor) -> Launch:
+    """Causal attention, as reference.attention: keys and values [Hkv, S, Dh] may be the front of longer caches."""
+    (tokens, heads, width), (kv_heads, context, _) = q.shape, keys.shape
+    _check_head(width)
+    if values.stride() != keys.stride():
+        raise ValueError("keys and values must lie alike")
+    shape = shape_of(
+        "attention_tiles",
+        "AttentionTilesShape",
+        heads=heads,
+        kv_heads=kv_heads,
+        width=width,
+        tokens=tokens,
+        context=context,
+        kv_stride=keys.stride(0),
+    )
+    grid = (heads, -(-tokens // (QUERIES * SIMDGROUPS)), 1)
+    arguments = (q, _span(keys), _span(values), out, shape)
+    return Launch("attention_tiles", "attention_tiles", arguments, grid, (SIMDGROUPS * LANES, 1, 1))

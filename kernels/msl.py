@@ -43,7 +43,7 @@ _FIELD = re.compile(r"(\w+)((?: \w+(?:\[\w+\])?,?)+)")
 _CONSTANT = re.compile(r"\bconstant constexpr uint (\w+) = (\w+);")
 _DEFINE = re.compile(r"^#define (\w+) (\d+)$", re.M)
 # A threadgroup variable: no * or & between the keyword and the name.
-_SHARED = re.compile(r"\bthreadgroup (\w+) (\w+)((?:\[\w+\])*);")
+_SHARED = re.compile(r"\bthreadgroup (\w+) (\w+)((?:\[[\w *]+\])*);")
 _ADDRESS_SPACE = re.compile(r"\b(device|thread|threadgroup) ")
 
 _SCALARS = {"uint": "I", "int": "i", "float": "f", "ulong": "Q", "long": "q"}
@@ -357,4 +357,7 @@ def _cuda_entry(kernel: Signature) -> str:
 
 def cuda_headers() -> dict[str, str]:
     """The headers that a CUDA translation includes, by name."""
-    return {name: (SHIM / name).read_text(encoding="utf-8") for name in ("cuda.h", "types.h", "names.h")}
+    return {
+        name: (SHIM / name).read_text(encoding="utf-8")
+        for name in ("cuda.h", "types.h", "simdgroup_matrix.h", "names.h")
+    }

@@ -131,7 +131,7 @@ def _build(source: msl.Source, sanitizer: str | None = None) -> Path:
 def _executor_command(name: str, sanitizer: str | None) -> list[str]:
     """How to compile the executor itself: never watched, only told to report its switches to a sanitizer."""
     reports = [f"-D{SANITIZERS[sanitizer]}"] if sanitizer else []
-    return ["-O2", *reports, "-c", str(msl.SHIM / "simt.cpp"), "-o", name]
+    return [*NATIVE_FLAGS, *reports, "-c", str(msl.SHIM / "simt.cpp"), "-o", name]
 
 
 def _kept(name: str, text: str, command: Callable[[str], list[str]]) -> Path:

@@ -159,3 +159,18 @@ def test_attention_step(executor: Executor, heads: int, kv_heads: int, width: in
     seen_keys, seen_values = keys[:, :context].double(), values[:, :context].double()
     expected = reference.attention(q[None].double(), seen_keys, seen_values)[0]
     close(out, reference.gated(expected, projected[:, width:].double()), SUMS)
+
+
+@pytest.mark.parametrize("width", [1, 37, 1024, 2500])
+def test_argmax(executor: Executor, width: int) -> None:
+    """The lowest of equal ones, also where one thread or two hold them; NaN is seen."""
+    logits = torch.randn(4, width).round(decimals=1)
+    logits[1, [width // 2, width - 1]] = 9.0
+    logits[2] = -torch.inf
+    logits[3, width // 3] = torch.nan
+    ids, largest = torch.full((4,), -1, dtype=torch.int32), torch.zeros(4)
+    executor.run(launches.argmax(logits, ids, largest))
+    expected = [int((row == row.max()).nonzero()[0]) for row in logits[:3]]
+    assert ids.tolist() == [*expected, width // 3]
+    assert torch.equal(largest[:3], logits[:3].max(dim=1).values)
+    assert largest[3].isnan()

@@ -12,8 +12,7 @@ using namespace metal;
 // test_metal_matrices.py.
 
 inline float weight_at(thread const Weights& w, ulong row, uint column) {
-  const ulong index = row * w.columns + column;
-  if (w.storage >= BF16) return load_plain(w, index);
+  if (w.storage >= BF16) return load_plain(w, row * w.columns + column);
   const uint bits = w.storage, low = column * bits;
   device const uchar* bytes = w.data + row * (w.columns / 8 * bits) + low / 8;
   // Three bits may reach into the next byte; a row ends with a whole byte, so where they do there is one.

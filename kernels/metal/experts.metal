@@ -38,11 +38,6 @@ struct DownShape {
   uint rows;
 };
 
-inline device const uchar* expert_at(
-    device const uchar* bank0, device const uchar* bank1, device const uchar* bank2, ulong bank, ulong offset) {
-  return (bank == 0 ? bank0 : bank == 1 ? bank1 : bank2) + offset;
-}
-
 [[kernel, max_total_threads_per_threadgroup(128)]] void experts_gate_up(device const uchar* bank0 [[buffer(0)]],
     device const uchar* bank1 [[buffer(1)]], device const uchar* bank2 [[buffer(2)]],
     constant ExpertForm* forms [[buffer(3)]], constant Place* places [[buffer(4)]], device const float* x [[buffer(5)]],

@@ -69,6 +69,12 @@ inline Weights weights_at(device const uchar* base, constant MatrixForm& form) {
   return w;
 }
 
+// The memory of an expert: of its bank, from its offset.
+inline device const uchar* expert_at(
+    device const uchar* bank0, device const uchar* bank1, device const uchar* bank2, ulong bank, ulong offset) {
+  return (bank == 0 ? bank0 : bank == 1 ? bank1 : bank2) + offset;
+}
+
 inline float widen_bf16(uint bits) { return as_type<float>(bits << 16); }
 
 // A word's bits from `low` on, as a float from 1 to below 2: the bits of `mask`, below 2^23, are its mantissa.
@@ -157,7 +163,7 @@ inline float load_plain(thread const Weights& w, ulong index) {
   return widen_bf16(((device const ushort*)w.data)[index]);
 }
 
-// The same for plain rows; beyond the last column the inputs are zero, and nothing is read.
+// sums[r] += row + r times the inputs at `column`, for plain rows; beyond the last column nothing is read.
 inline void add_plain(thread const Weights& w, uint row, uint column, thread const Inputs& in, thread float* sums) {
   const uint count = min(UNIT, w.columns - column);
   for (uint r = 0; r < ROWS; r++) {

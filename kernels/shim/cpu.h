@@ -65,6 +65,20 @@ T simd_min(T value) {
 inline void threadgroup_barrier(mem_flags flags) { simt_wait(SIMT_BARRIER, flags != mem_flags::mem_none); }
 inline void simdgroup_barrier(mem_flags flags) { simt_wait(SIMT_SIMD_BARRIER, flags != mem_flags::mem_none); }
 
+MSL_FUNCTION unsigned msl_lane() { return simt_here().lane; }
+
+}  // namespace metal
+
+#include "simdgroup_matrix.h"
+
+namespace metal {
+
+MSL_FUNCTION void simdgroup_multiply_accumulate(simdgroup_float8x8& to, const simdgroup_float8x8& a,
+    const simdgroup_float8x8& b, const simdgroup_float8x8& c) {
+  const simdgroup_float8x8 left = a, right = b, sum = c;  // to may be one of them
+  simt_multiply(to.elements, left.elements, right.elements, sum.elements);
+}
+
 }  // namespace metal
 
 #include "names.h"

@@ -42,6 +42,30 @@ MSL_FUNCTION T simd_min(T value) {
 MSL_FUNCTION void threadgroup_barrier(mem_flags) { __syncthreads(); }  // orders all memory of the threadgroup
 MSL_FUNCTION void simdgroup_barrier(mem_flags) { __syncwarp(); }
 
+MSL_FUNCTION uint msl_lane() { return threadIdx.x % 32; }
+
+}  // namespace metal
+
+#include "simdgroup_matrix.h"
+
+namespace metal {
+
+// By shuffles, in float32: right, not fast. Matrix units of NVIDIA's have other shapes.
+MSL_FUNCTION void simdgroup_multiply_accumulate(
+    simdgroup_float8x8& to, const simdgroup_float8x8& a, const simdgroup_float8x8& b, const simdgroup_float8x8& c) {
+  const uint lane = msl_lane();
+  float first = c.elements[0], second = c.elements[1];
+  for (uint k = 0; k < 8; k++) {
+    const float even = simd_shuffle(a.elements[0], lane / 4 * 4 + k / 2);
+    const float odd = simd_shuffle(a.elements[1], lane / 4 * 4 + k / 2);
+    const float left = k % 2 ? odd : even;
+    first = fma(left, simd_shuffle(b.elements[0], k * 4 + lane % 4), first);
+    second = fma(left, simd_shuffle(b.elements[1], k * 4 + lane % 4), second);
+  }
+  to.elements[0] = first;
+  to.elements[1] = second;
+}
+
 }  // namespace metal
 
 #include "names.h"

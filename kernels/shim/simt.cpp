@@ -364,13 +364,20 @@ SIMT_UNCHECKED const uint64_t* simt_exchange(uint64_t value, simt_operation oper
   return values;
 }
 
-SIMT_UNCHECKED const uint64_t* simt_exchange_pair(uint64_t first, uint64_t second) {
+SIMT_UNCHECKED void simt_multiply(float* to, const float* a, const float* b, const float* c) {
   Fiber* fiber = machine.current;
-  uint64_t* values = machine.simdgroups[fiber->place.simdgroup].values[fiber->exchanges++ & 1];
-  values[2 * fiber->place.lane] = first;
-  values[2 * fiber->place.lane + 1] = second;
+  float* shown = (float*)machine.simdgroups[fiber->place.simdgroup].values[fiber->exchanges++ & 1];
+  const unsigned lane = fiber->place.lane, row = lane / 4, column = lane % 4 * 2;
+  for (unsigned i = 0; i < 2; i++) {
+    shown[2 * lane + i] = a[i];
+    shown[64 + 2 * lane + i] = b[i];
+  }
   wait_for_simdgroup(SIMT_MATRIX);
-  return values;
+  for (unsigned i = 0; i < 2; i++) {
+    float sum = c[i];
+    for (unsigned k = 0; k < 8; k++) sum = __builtin_fmaf(shown[row * 8 + k], shown[64 + k * 8 + column + i], sum);
+    to[i] = sum;
+  }
 }
 
 SIMT_UNCHECKED void simt_wait(simt_operation barrier, bool orders_memory) {

@@ -33,9 +33,11 @@ typedef void (*simt_kernel)(void** buffers);
 
 const simt_place& simt_here();
 
-// This lane's value to its simdgroup; returns what all 32 lanes gave. Valid until the lane's next operation but one.
+// This lane's value to its simdgroup; returns what all 32 lanes gave. Valid until the lane's next operation.
 const uint64_t* simt_exchange(uint64_t value, simt_operation operation);
-const uint64_t* simt_exchange_pair(uint64_t first, uint64_t second);  // SIMT_MATRIX: 64 values, lane by lane
+
+// to = a b + c for matrices of 8 x 8 of which each lane holds elements 2 lane and 2 lane + 1, row by row.
+void simt_multiply(float* to, const float* a, const float* b, const float* c);
 void simt_wait(simt_operation barrier, bool orders_memory);
 
 // Memory of a threadgroup variable: the same for all lanes, new for each threadgroup, filled with NaN.
