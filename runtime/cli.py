@@ -223,11 +223,14 @@ def serve(
 ) -> None:
     """Serve the APIs of OpenAI and Anthropic on this machine, and a page to talk to the model."""
     from moepack.layout.process import resident_set_bytes
-    from moepack.runtime.engine import Engine
+    from moepack.layout.reader import Pack
+    from moepack.runtime.engine import Engine, read_architecture
     from moepack.runtime.memory import default_budget_bytes, snapshot_share_bytes
+    from moepack.runtime.tokenizer import Tokenizer
 
     try:  # before the budget is split: what they take is part of the process
         from moepack.runtime import server
+        from moepack.runtime.constrain import Grammars
         from moepack.runtime.guard import LOOPBACK, Policy, read_api_key
         from moepack.runtime.service import SERVER_BYTES, Service, Settings
     except ModuleNotFoundError as error:
@@ -237,6 +240,9 @@ def serve(
     if host not in LOOPBACK and api_key is None:
         raise UsageError(f"--host {host} can be reached from other machines: give --api-key-file FILE")
     listener = server.open_socket(host, port)
+    with Pack.open(pack) as opened:
+        tokenizer, vocab_size = Tokenizer.load(pack), read_architecture(opened).vocab_size
+    grammars = Grammars(tokenizer, vocab_size) if constrain else None
     budget = default_budget_bytes() if memory is None else parse_size(memory)
     with Engine.open(
         pack,
@@ -246,6 +252,7 @@ def serve(
         threads=threads,
         experts_per_token=experts_per_token,
         max_context=context,
+        tokenizer=tokenizer,
         process_bytes=resident_set_bytes() + SERVER_BYTES,
         sequences=parallel,
         snapshot_bytes=snapshot_share_bytes(budget) if snapshot_memory is None else parse_size(snapshot_memory),
@@ -253,7 +260,7 @@ def serve(
     ) as engine:
         _note_changes(engine.architecture.num_experts_per_tok, engine.pack.manifest.model["text_config"])
         settings = Settings(constrain, max_waiting, parallel, max_seconds, max_tokens, seed)
-        service = Service(engine, name or pack.resolve().name.removesuffix(".moepack"), settings)
+        service = Service(engine, name or pack.resolve().name.removesuffix(".moepack"), settings, grammars)
         policy = Policy(api_key, LOOPBACK if host in LOOPBACK else None)
         found = listener.getsockname()
         log(f"serving {service.name} at http://{f'[{found[0]}]' if ':' in found[0] else found[0]}:{found[1]}")

@@ -36,7 +36,6 @@ from moepack.runtime.service import Service
 BACKLOG = 1024
 CLOSED_REQUEST = 499  # what proxies log for a client that went away; nobody receives it
 Form = TypeVar("Form", bound=BaseModel)
-logger = logging.getLogger("moepack.serve")
 
 
 class EventStream(Response):
@@ -171,7 +170,9 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 def serve(app: FastAPI, listener: socket.socket) -> None:
-    """Answer requests until the process is told to stop."""
+    """Answer requests until the process is told to stop; a line about each goes to stderr."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("moepack.serve").setLevel(logging.INFO)
     create_server(app).run(sockets=[listener])
 
 
@@ -224,8 +225,6 @@ async def _start(
     except MoepackError:
         service.metrics.requests.labels("refused").inc()
         raise
-    if prepared.constraint:
-        logger.info("answer held to %s (--no-constrain leaves the model bare)", prepared.constraint.describe())
     return completion
 
 

@@ -7,6 +7,7 @@ completion = service.start(request)
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,13 +21,15 @@ from moepack.runtime.engine import Engine
 from moepack.runtime.metrics import Metrics
 from moepack.runtime.sampling import SamplingParams
 from moepack.runtime.scheduler import Cancelled, Scheduler
+from moepack.runtime.stats import format_stats
 from moepack.runtime.tool_schema import Tool
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 4096
 MAX_TOOLS = 256
 MAX_STOPS = 16
-SERVER_BYTES = 192 * 2**20  # bodies, prompts, connections, grammars and the vocabulary they look at
+SERVER_BYTES = 96 * 2**20  # bodies, prompts, connections, compiled grammars; the vocabulary's own part is measured
+logger = logging.getLogger("moepack.serve")
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,9 @@ class Settings:
 
 
 class Service:
-    """One engine, its queue, and what it knows about itself."""
+    """One engine, its queue, and what it knows about itself. grammars: if they are loaded already."""
 
-    def __init__(self, engine: Engine, name: str, settings: Settings = Settings()):
+    def __init__(self, engine: Engine, name: str, settings: Settings = Settings(), grammars: Grammars | None = None):
         self.engine, self.name, self.settings = engine, name, settings
         self.created = int(time.time())
         self.template = engine.chat_template()
@@ -62,7 +65,7 @@ class Service:
         self.metrics = Metrics(engine, self.scheduler)
         self._grammars: Grammars | None = None
         if settings.constrain:
-            self._grammars = Grammars(engine.tokenizer, engine.architecture.vocab_size)
+            self._grammars = grammars or Grammars(engine.tokenizer, engine.architecture.vocab_size)
 
     def close(self) -> None:
         """Cancel what runs and end the engine's thread."""
@@ -143,12 +146,17 @@ class Service:
         return Completion(self.scheduler, request).start()
 
     def note(self, completion: Completion, event: Event) -> None:
-        """Count how a request ended."""
+        """Count and log how a request ended."""
         if isinstance(event, Ending):
             self.metrics.count(event, time.monotonic() - completion.job.created)
+            usage, held = event.usage, ""
+            if usage.constrained:
+                held = f", held to {usage.constrained} for {usage.constrained_tokens} tokens (--no-constrain: bare)"
+            logger.info("%s%s %s", event.finish_reason, held, format_stats(event.stats))
         elif isinstance(event, Failure):
             end = "cancelled" if isinstance(event.error, Cancelled) else "failed"
             self.metrics.requests.labels(end).inc()
+            logger.info("%s %s", end, "" if end == "cancelled" else event.error)
 
 
 def check_tools(tools: Sequence[Tool], choice: str) -> None:
