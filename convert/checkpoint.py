@@ -72,7 +72,7 @@ class Checkpoint:
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory: give the directory of a downloaded checkpoint")
         config = read_json(directory / CONFIG_NAME)
-        weight_map = _read_weight_map(directory)
+        weight_map = read_weight_map(directory)
         files = {shard: _read_shard_header(directory / shard) for shard in sorted(set(weight_map.values()))}
         for name, shard in weight_map.items():
             if name not in files[shard]:
@@ -107,6 +107,10 @@ class Checkpoint:
         raw = self._read(name, spec.offset_bytes + first * row_bytes, count * row_bytes)
         return raw.view(NUMPY_DTYPES[spec.dtype]).reshape(count, columns)
 
+    def shard_of(self, name: str) -> str:
+        """The file that holds a tensor."""
+        return self._shard_of[name]
+
     def _path(self, name: str) -> Path:
         return self.directory / self._shard_of[name]
 
@@ -133,7 +137,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is no valid JSON: {error}") from None
 
 
-def _read_weight_map(directory: Path) -> dict[str, str]:
+def read_weight_map(directory: Path) -> dict[str, str]:
     """Tensor name -> shard, from the index; a single model.safetensors needs none."""
     if (directory / INDEX_NAME).exists():
         weight_map = read_json(directory / INDEX_NAME).get("weight_map")

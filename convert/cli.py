@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import typer
 
 from moepack.convert.archive import is_archive, pack_archive, unpack_archive
 from moepack.convert.export import TARGETS, export
+from moepack.convert.hub import Mirror, is_hub_address
 from moepack.convert.journal import finish_interrupted_manifest
 from moepack.convert.memory import DEFAULT_MEMORY
 from moepack.convert.pipeline import convert, estimate_seconds
@@ -61,7 +64,9 @@ app = create_app("moe-convert")
 
 @app.command(epilog=EXIT_CODES)
 def convert_checkpoint(
-    source: Path = typer.Argument(metavar="SRC", help="Directory of the original checkpoint.", show_default=False),
+    source: str = typer.Argument(
+        metavar="SRC", help="Directory of the original checkpoint, or hf://org/repo[@revision].", show_default=False
+    ),
     out: Path = typer.Argument(metavar="OUT", help="Directory to write the pack into.", show_default=False),
     to: str = typer.Option("pack", help="pack; or from a pack: mlx or hf (a checkpoint), archive (one file)."),
     bits: int = typer.Option(4, help="Bits of the routed experts: 2, 3, 4, 8, or 16 for bf16 as it is."),
@@ -76,6 +81,9 @@ def convert_checkpoint(
     calibration: Path = typer.Option(None, "--calibration", help="File of moe-run calibrate for the same checkpoint."),
     workers: int = typer.Option(None, help="Experts quantized side by side.  [default: number of cores]", min=1),
     memory: str = typer.Option(DEFAULT_MEMORY, help="Most memory that the whole process may take: fewer workers."),
+    scratch: str = typer.Option(
+        None, help="Most disk for shards from the hub while they are converted.  [default: two shards]"
+    ),
     overwrite: bool = typer.Option(
         False, "--overwrite/--resume", help="Replace what is at OUT, or go on with an unfinished conversion."
     ),
@@ -88,12 +96,36 @@ def convert_checkpoint(
     Safe to stop at any time: the same command goes on where it ended, and writes the same bytes.
     """
     workers = workers or os.cpu_count() or 1
-    if to != "pack" or is_archive(source):
-        _ship(source, out, to, workers, as_json)
+    if not is_hub_address(source) and (to != "pack" or is_archive(Path(source))):
+        _ship(Path(source), out, to, workers, as_json)
         return
+    if to != "pack":
+        raise UsageError(f"--to {to} needs a pack, {source} is a checkpoint: convert it to a pack first")
     known = None if calibration is None else Calibration.open(calibration)
     recipe, memory_bytes = _make_recipe(bits, group_size, resident_bits, quantizer, known), parse_size(memory)
-    plan = plan_conversion(source, out, recipe, known)
+    scratch_bytes = parse_size(scratch) if scratch else None
+    with _planned(source, out, recipe, known, scratch_bytes, overwrite) as plan:
+        _convert(plan, overwrite, dry_run, workers, memory_bytes, as_json)
+
+
+@contextmanager
+def _planned(
+    source: str, out: Path, recipe: Recipe, known: Calibration | None, scratch_bytes: int | None, overwrite: bool
+) -> Iterator[ConversionPlan]:
+    """The plan of a conversion from a directory or from the hub, usable until the end of the block."""
+    if not is_hub_address(source):
+        yield plan_conversion(Path(source), out, recipe, known)
+        return
+    with Mirror.open(source, None if overwrite else out) as mirror:
+        plan = plan_conversion(mirror.directory, out, recipe, known, mirror.origin)
+        mirror.reader.prepare(plan, scratch_bytes)
+        yield plan
+
+
+def _convert(
+    plan: ConversionPlan, overwrite: bool, dry_run: bool, workers: int, memory_bytes: int, as_json: bool
+) -> None:
+    out = plan.out
     if not dry_run:
         if overwrite:
             check_free_space(plan)  # before anything is deleted for it
@@ -217,7 +249,7 @@ def _print_report(plan: ConversionPlan, report: Report, seconds: float) -> None:
 def _describe(plan: ConversionPlan) -> dict[str, Any]:
     forecast = plan.forecast
     return {
-        "source": str(plan.checkpoint.directory),
+        "source": plan.source_name,
         "pack": str(plan.out),
         **vars(plan.recipe),
         "expert_files": forecast.num_expert_files,

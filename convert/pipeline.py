@@ -97,6 +97,7 @@ def convert(
         try:
             return _Conversion(plan, journal, pool, threads, on_bytes, report or Report()).run()
         finally:
+            plan.checkpoint.reader.stop()
             pool.shutdown(cancel_futures=True)
             plan.checkpoint.reader.close()
 
@@ -136,6 +137,10 @@ class _Conversion:
         self.residents = ResidentEncoder(plan)
         layers = range(len(plan.source.experts))
         pending = [layer for layer in layers if self.find_finished(self.layer_file(layer)) is None]
+        needs = {self.layer_file(layer): plan.layer_shards(layer) for layer in pending}
+        if self.find_finished(RESIDENT_NAME) is None:
+            needs[RESIDENT_NAME] = plan.resident_shards
+        plan.checkpoint.reader.begin(needs)
         jobs: Iterator[Callable[[], Encoded]] = (
             partial(encode_expert, plan, layer, expert) for layer in pending for expert in range(plan.shape.num_experts)
         )
@@ -228,6 +233,7 @@ class _Conversion:
         rounding = {kind: list(vars(error).values()) for kind, error in self.rounding.items()}
         self.rounding = Rounding()
         self.journal.put(Path(file).stem, {"entry": entry, "source_sha256": hashes, "rounding": rounding})
+        self.plan.checkpoint.reader.finished(file)
         return hashes
 
     def taken(self, results: Iterator[Encoded]) -> Iterator[Encoded]:
@@ -316,11 +322,8 @@ class ResidentEncoder:
     def _list_pieces(self, name: str) -> Iterator[tuple[int, int]]:
         """(first row, rows) of each piece of a tensor; none for the scales and biases that come with one."""
         weight = self.plan.source.residents.get(name)
-        if weight is None:
-            return
-        rows = weight.num_rows
-        step = max(1, PIECE_BYTES * rows // max(1, weight.source_bytes))
-        yield from ((first, min(step, rows - first)) for first in range(0, rows, step))
+        if weight is not None:
+            yield from weight.list_pieces(PIECE_BYTES)
 
     def _encode(self, name: str, first: int, count: int) -> Encoded:
         scheme = self.plan.forecast.quantized.get(name.removesuffix(".weight"))

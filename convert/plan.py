@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -21,6 +22,7 @@ from moepack.convert.checkpoint import CONFIG_NAME, FLOAT_DTYPES, Checkpoint, re
 from moepack.convert.journal import JOURNAL_NAME, SETTINGS_FILE, locked
 from moepack.convert.names import SourceMap, map_tensors
 from moepack.convert.recipe import Forecast, Recipe
+from moepack.convert.shard_reader import ShardReader
 from moepack.convert.sources import GptqWeight, Quantization
 from moepack.layout.architecture import Architecture
 from moepack.layout.calibration import Calibration
@@ -55,12 +57,27 @@ EXPERT_FILE = re.compile(rf"(layer|mtp)_\d+\.bin({re.escape(PARTIAL_SUFFIX)})?")
 
 
 @dataclass(frozen=True)
+class Origin:
+    """A source elsewhere, of which the directory holds only what a plan needs.
+
+    name       as a user gives it
+    settings   what tells it from others, beside its files
+    reader     what reads its shards
+    """
+
+    name: str
+    settings: dict[str, Any]
+    reader: ShardReader
+
+
+@dataclass(frozen=True)
 class ConversionPlan:
     """A conversion that has been checked and can start.
 
     calibration   what is known of the experts' inputs, if anything
     settings   what decides the output's bytes: fingerprints of the source, arguments, tool and format version
     notes      facts about the result that the user should be told
+    source_name   for people
     """
 
     checkpoint: Checkpoint
@@ -73,6 +90,7 @@ class ConversionPlan:
     out: Path
     settings: dict[str, Any]
     notes: tuple[str, ...]
+    source_name: str
 
     @cached_property
     def layer_source_bytes(self) -> list[int]:
@@ -82,6 +100,25 @@ class ConversionPlan:
             for experts in self.source.experts
         ]
         return [sum(sizes.values()) for sizes in layers]
+
+    def layer_shards(self, layer: int) -> set[str]:
+        """The files that a layer's experts lie in."""
+        weights = {place.weight.name: place.weight for one in self.source.experts[layer] for place in one.values()}
+        return {self.checkpoint.shard_of(tensor) for weight in weights.values() for tensor in weight.tensors}
+
+    @property
+    def resident_shards(self) -> set[str]:
+        """The files that the other weights lie in."""
+        tensors = (tensor for weight in self.source.residents.values() for tensor in weight.tensors)
+        return {self.checkpoint.shard_of(tensor) for tensor in tensors}
+
+    @property
+    def expert_tensors(self) -> Iterator[str]:
+        """Every tensor of every routed expert; those of several experts come several times."""
+        for layer in self.source.experts:
+            for expert in layer:
+                for place in expert.values():
+                    yield from place.weight.tensors
 
     @property
     def resident_source_bytes(self) -> int:
@@ -98,15 +135,22 @@ class ConversionPlan:
 
 
 def plan_conversion(
-    directory: Path, out: Path, recipe: Recipe, calibration: Calibration | None = None
+    directory: Path,
+    out: Path,
+    recipe: Recipe,
+    calibration: Calibration | None = None,
+    origin: Origin | None = None,
 ) -> ConversionPlan:
     """Read the source's headers, assign every tensor, compute every size. Nothing is written.
 
     calibration   statistics or tuned experts of the same model, from moe-run calibrate
+    origin        where the source comes from, if that is not the directory
 
     Raises CheckpointError, CalibrationError or UsageError.
     """
     checkpoint = Checkpoint.open(directory)
+    if origin:
+        checkpoint.reader = origin.reader
     config_path = directory / CONFIG_NAME
     if not (directory / TOKENIZER_NAME).exists():
         raise CheckpointError(f"{directory}: lacks {TOKENIZER_NAME}: download it from where the weights came from")
@@ -132,6 +176,7 @@ def plan_conversion(
     settings: dict[str, Any] = {
         "source": {path.name: _fingerprint(path) for path in list_copied_files(directory)}
         | {shard: _fingerprint(directory / shard) for shard in checkpoint.shards},
+        **(origin.settings if origin else {}),
         "arguments": vars(recipe),
         "tool_version": version("moepack"),
         "format_version": FORMAT_VERSION,
@@ -140,8 +185,11 @@ def plan_conversion(
         calibration.check_model(shape, settings["source"])
         settings["calibration"] = calibration.facts["sha256"]
     forecast = Forecast.of(recipe, source, shape)
+    name = origin.name if origin else str(directory)
     notes = tuple(_notes(checkpoint, architecture, source, recipe))
-    return ConversionPlan(checkpoint, architecture, source, recipe, forecast, shape, calibration, out, settings, notes)
+    return ConversionPlan(
+        checkpoint, architecture, source, recipe, forecast, shape, calibration, out, settings, notes, name
+    )
 
 
 def find_finished(plan: ConversionPlan) -> Manifest | None:
@@ -217,6 +265,7 @@ def check_free_space(plan: ConversionPlan) -> tuple[int, int]:
         written += sum(path.stat().st_size for path in paths if path.exists())
     copied = sum(path.stat().st_size for path in list_copied_files(plan.checkpoint.directory))
     needed = max(0, plan.forecast.total_bytes - written) + copied + MARGIN_BYTES
+    needed += plan.checkpoint.reader.scratch_bytes
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise NotEnoughSpace(

@@ -49,7 +49,12 @@ class Record:
 
 
 class ShardReader:
-    """Safe to use from several threads; their number bounds the memory."""
+    """Safe to use from several threads; their number bounds the memory.
+
+    scratch_bytes   disk that it takes beside the output while it works
+    """
+
+    scratch_bytes: int = 0
 
     def __init__(self) -> None:
         self._files: dict[Path, DataFile] = {}
@@ -81,6 +86,22 @@ class ShardReader:
             yield self._thread.record
         finally:
             del self._thread.record
+
+    def begin(self, needs: dict[str, set[str]]) -> None:
+        """Told before the work: file of the pack -> shards that it is made from, for those still to be written."""
+
+    def finished(self, file: str) -> None:
+        """Told when a file of the pack is written."""
+
+    def stop(self) -> None:
+        """Told when the work ends, well or not: nothing may wait any longer."""
+
+    def forget(self, path: Path) -> None:
+        """Close a file that will not be read again."""
+        with self._lock:
+            file = self._files.pop(path, None)
+        if file is not None:
+            file.close()
 
     def close(self) -> None:
         """Close the files; reading opens them again."""

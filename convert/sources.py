@@ -14,7 +14,7 @@ Not here: which weights a model needs (names.py), and fused experts in FP8 or GP
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -152,6 +152,11 @@ class Weight:
     working_bytes: ClassVar[int] = 0
 
     @property
+    def tensors(self) -> tuple[str, ...]:
+        """The tensors that it is read from."""
+        return (self.name,)
+
+    @property
     def num_rows(self) -> int:
         """Of the weight seen as a matrix; a vector is one row."""
         return math.prod(self.shape[:-1])
@@ -159,6 +164,11 @@ class Weight:
     def read_rows(self, checkpoint: Checkpoint, first: int, count: int) -> Rows:
         """Rows first .. first+count-1 as floats, [count, K]. Raises CheckpointError."""
         raise NotImplementedError
+
+    def list_pieces(self, piece_bytes: int) -> Iterator[tuple[int, int]]:
+        """(first row, rows) of pieces of about so many bytes of the source."""
+        step = max(1, piece_bytes * self.num_rows // max(1, self.source_bytes))
+        yield from ((first, min(step, self.num_rows - first)) for first in range(0, self.num_rows, step))
 
     def keeps_integers(self, scheme: Scheme) -> bool:
         """Whether the source's integers are those of a pack at this scheme.
@@ -215,6 +225,10 @@ class Fp8Weight(Weight):
     scale_name: str = ""
     block: tuple[int, int] = (128, 128)
 
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return self.name, self.scale_name
+
     def read_rows(self, checkpoint: Checkpoint, first: int, count: int) -> Rows:
         high, wide = self.block
         codes = checkpoint.read_raw(self.name, first, count)
@@ -238,6 +252,11 @@ class GptqWeight(Weight):
     stem: str = ""
     quantization: Quantization = Quantization()
     has_order: bool = False
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        parts = ("qweight", "scales", "qzeros", *(("g_idx",) if self.has_order else ()))
+        return tuple(f"{self.stem}.{part}" for part in parts)
 
     def read_rows(self, checkpoint: Checkpoint, first: int, count: int) -> Rows:
         rows = slice(first, first + count)
@@ -312,6 +331,10 @@ class MlxWeight(Weight):
     stem: str = ""
     bits: int = 4
     group_size: int = 64
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return self.name, f"{self.stem}.scales", f"{self.stem}.biases"
 
     def read_rows(self, checkpoint: Checkpoint, first: int, count: int) -> Rows:
         words = checkpoint.read_raw(self.name, first, count)

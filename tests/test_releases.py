@@ -284,12 +284,12 @@ def test_releases_that_are_not_whole_are_refused_before_any_work(releases, tmp_p
 
 
 WRONG_VALUES = {
-    "fp8 NaN": ("fp8", lambda t: t[f"{EXPERT}.weight"].view(torch.uint8)[3, 5].fill_(0x7F), "holds NaN"),
-    "fp8 NaN scale": ("fp8", lambda t: t.update({f"{EXPERT}.weight_scale_inv": NAN_SCALE}), "holds NaN"),
-    "gptq NaN scale": ("gptq", lambda t: t[f"{EXPERT}.scales"][1, 2].fill_(float("inf")), "holds NaN"),
+    "fp8 NaN": ("fp8", lambda t: t[f"{EXPERT}.weight"].view(torch.uint8)[3, 5].fill_(0x7F), "NaN"),
+    "fp8 NaN scale": ("fp8", lambda t: t.update({f"{EXPERT}.weight_scale_inv": NAN_SCALE}), "NaN"),
+    "gptq NaN scale": ("gptq", lambda t: t[f"{EXPERT}.scales"][1, 2].fill_(float("inf")), "NaN"),
     "gptq zero point": ("gptq", lambda t: t[f"{EXPERT}.qzeros"].fill_(0), "says sym, expected 8 everywhere, found 1"),
     "gptq order": ("gptq", lambda t: t[f"{EXPERT}.g_idx"].copy_(t[f"{EXPERT}.g_idx"].flip(0)), "not in order"),
-    "mlx NaN": ("mlx", lambda t: t[f"{MLX_UP}.biases"][2, 3, 1].fill_(float("nan")), "holds NaN"),
+    "mlx NaN": ("mlx", lambda t: t[f"{MLX_UP}.biases"][2, 3, 1].fill_(float("nan")), "NaN"),
 }
 
 
