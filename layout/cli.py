@@ -4,6 +4,7 @@ moe-inspect show PACK
 moe-inspect diff PACK OTHER
 moe-inspect verify PACK --quick
 moe-inspect doctor PACK
+moe-inspect plan config.json --bits 4,2 --memory 48GiB
 moe-inspect trace ROUTING.jsonl --slots 500,40%
 """
 
@@ -12,12 +13,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from itertools import groupby
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from moepack.layout.architecture import Architecture
 from moepack.layout.console import (
     EXIT_CODES,
     VERSION,
@@ -25,21 +28,31 @@ from moepack.layout.console import (
     log,
     open_progress,
     print_json,
+    print_lines,
     print_table,
     run_app,
 )
-from moepack.layout.difference import Difference, compare_packs
+from moepack.layout.difference import compare_packs
 from moepack.layout.doctor import Finding, examine_disk, examine_machine
 from moepack.layout.errors import EXIT_DAMAGED, EXIT_FAILED, MoepackError, UsageError
+from moepack.layout.geometry import BlockGeometry
+from moepack.layout.machine import known_machine, save_settings
+from moepack.layout.process import resident_set_bytes
 from moepack.layout.reader import Pack
-from moepack.layout.sizes import format_size
+from moepack.layout.report import describe_differences, describe_errors, describe_pack, describe_plan
+from moepack.layout.sizes import format_size, parse_size
 from moepack.layout.spec import MANIFEST_NAME
 from moepack.layout.summary import summarize
+from moepack.layout.tensor_file import parse_json_object
 from moepack.layout.trace import Replay, Trace, compare_policies, read_trace
 from moepack.layout.verify import REDO, Problem, list_regions, verify_contents, verify_structure
 
 if TYPE_CHECKING:  # imported where it is used: looking into a pack needs neither checkpoints nor torch
     from moepack.convert.comparison import ExpertError
+    from moepack.runtime.forecast import Candidate, Row, Workload
+
+LONGEST_CHUNK = 512  # of a prompt, to be timed: longer ones cost the same per token, but for attention
+MOST_GBPS = 10_000
 
 app = create_app("moe-inspect")
 PACK = typer.Argument(metavar="PACK", help="Directory that moe-convert wrote.", show_default=False)
@@ -64,7 +77,7 @@ def show(pack: Path = PACK, as_json: bool = JSON) -> None:
     if as_json:
         print_json(facts)
     else:
-        _print_summary(facts)
+        print_lines(describe_pack(facts))
 
 
 @app.command()
@@ -84,7 +97,7 @@ def diff(
     if as_json:
         print_json({"same": not differences, "differences": [vars(difference) for difference in differences]})
     else:
-        _print_differences(pack, other, differences)
+        print_lines(describe_differences(differences) or [f"{pack} and {other}: the same"])
     if differences:
         raise typer.Exit(EXIT_FAILED)
 
@@ -129,9 +142,167 @@ def verify(
         extent = "structure only" if quick else f"{len(blocks)} blocks, {format_size(total)} read"
         _print_verdict(pack, problems, extent)
         if source:
-            _print_errors(source, _summarize_errors(errors))
+            print(f"\nrelative RMS error of {len(errors)} experts against {source}:")
+            print_lines(describe_errors(_summarize_errors(errors)))
     if problems:
         raise typer.Exit(EXIT_DAMAGED)
+
+
+@app.command()
+def plan(
+    model: Path = typer.Argument(
+        metavar="PACK|CONFIG", help="A pack, or a config.json of a model to convert.", show_default=False
+    ),
+    memory: str = typer.Option(
+        None, "--memory", help="Budgets, as in 8GiB,16GiB.  [default: what this machine can give, a half, a quarter]"
+    ),
+    bits: str = typer.Option("4,3,2", "--bits", help="Of the experts, separated by commas; of a config alone."),
+    group_size: int = typer.Option(64, "--group-size", help="Of a config alone."),
+    resident_bits: int = typer.Option(8, "--resident-bits", help="Of a config alone."),
+    disk: Path = typer.Option(None, "--disk", help="Directory on the disk to measure, with a config.  [default: here]"),
+    ssd_gbps: float = typer.Option(None, "--ssd-gbps", help="Another disk: GB/s, instead of measuring this one."),
+    mem_gbps: float = typer.Option(None, "--mem-gbps", help="Another memory: GB/s of reading it."),
+    machine: str = typer.Option(None, "--machine", help="Another machine of a table of Macs, as in m4-max."),
+    trace: Path = typer.Option(None, "--trace", help="Take the hit rate from a recorded run."),
+    hit_rate: str = typer.Option(None, "--hit-rate", help="State it, as in 60%.  [default: all are equally likely]"),
+    prompt_tokens: int = typer.Option(512, "--prompt-tokens", help="Length of the prompt.", min=1),
+    context: int = typer.Option(4096, "--context", help="Positions to hold memory for.", min=1),
+    threads: int = typer.Option(None, "--threads", help="Threads of the arithmetic.  [default: one per core]", min=1),
+    seconds: float = typer.Option(0.7, "--seconds", help="Of each measurement of the disk.", min=0.05, max=60),
+    save: bool = typer.Option(True, "--save/--no-save", help="Keep what suits this machine beside the pack."),
+    as_json: bool = JSON,
+) -> None:
+    """Predict what this machine will do with a model: memory, hits, time to the first token, tokens per second.
+
+    Measures the disk, memory and the kernels; with a pack, moe-run then uses what was found. Exit code 1 if no budget
+    can hold the model.
+    """
+    from moepack.kernels.backend import choose_backend
+    from moepack.runtime.engine import choose_threads
+    from moepack.runtime.forecast import Workload, check_budgets, forecast, list_facts, recommend
+    from moepack.runtime.machine_costs import count_steps, measure_machine
+
+    ssd_gb_s, memory_gb_s = _other_machine(machine, ssd_gbps, mem_gbps)
+    share = None if hit_rate is None else _parse_share(hit_rate, "--hit-rate")
+    work = Workload(prompt_tokens, context, share, None if trace is None else read_trace(trace))
+    budgets = _list_budgets(memory)
+    architecture, candidates, pack = _open_model(model, bits, group_size, resident_bits)
+    check_budgets(architecture, candidates, budgets, resident_set_bytes(), context)
+    ops, _ = choose_backend("auto", threads=choose_threads(threads))
+    with open_progress(count_steps(len(candidates)), "measure", "step") as progress:
+        measured = measure_machine(
+            architecture,
+            candidates,
+            pack or disk or Path(),
+            ops,
+            seconds=seconds,
+            chunk_tokens=min(prompt_tokens, LONGEST_CHUNK),
+            ssd_gb_s=ssd_gb_s,
+            memory_gb_s=memory_gb_s,
+            on_step=progress.update,
+        )
+    rows = forecast(architecture, candidates, budgets, measured.machine, work)
+    best = recommend(rows)
+    advice = _advise(best)
+    if pack and save and best and not (ssd_gb_s or memory_gb_s):
+        settings = replace(measured.machine.settings, prefetch=best.reads_ahead)
+        speeds = [vars(speed) for speed in measured.speeds]
+        advice.append(f"moe-run reads so here from now on: {save_settings(model, settings, {'disk': speeds})}")
+    report = {
+        "model": str(model),
+        "machine": measured.facts,
+        "disk": [vars(speed) for speed in measured.speeds],
+        "arithmetic": {title: vars(costs) for title, costs in measured.machine.arithmetic.items()},
+        "assumptions": _list_assumptions(work, memory_gb_s),
+        "rows": list_facts(rows),
+        "recommended": list_facts([best])[0] if best else None,
+        "advice": advice,
+    }
+    if as_json:
+        print_json(report)
+    else:
+        print_lines(describe_plan(report))
+
+
+def _other_machine(
+    name: str | None, ssd_gbps: float | None, mem_gbps: float | None
+) -> tuple[float | None, float | None]:
+    """GB/s of disk and memory of the machine that is asked about; None is this one's. Raises UsageError."""
+    if name:
+        known = known_machine(name)
+        ssd_gbps, mem_gbps = ssd_gbps or known.ssd_gb_s, mem_gbps or known.memory_gb_s
+        log(f"{name}: {known.source}")
+    for option, value in (("--ssd-gbps", ssd_gbps), ("--mem-gbps", mem_gbps)):
+        if name and value is None:
+            raise UsageError(f"--machine {name}: no source says this of it: give {option}")
+        if value is not None and not 0 < value < MOST_GBPS:
+            raise UsageError(f"{option} {value:g}: expected GB/s, above 0 and below {MOST_GBPS}")
+    return ssd_gbps, mem_gbps
+
+
+def _open_model(
+    path: Path, bits: str, group_size: int, resident_bits: int
+) -> tuple[Architecture, list[Candidate], Pack | None]:
+    """The model's sizes and the ways to store it: a pack's own, or those asked for of a config. Raises UsageError."""
+    from moepack.convert.recipe import Recipe
+    from moepack.convert.sources import Weight
+    from moepack.runtime.engine import read_architecture
+    from moepack.runtime.forecast import Candidate
+
+    if path.is_dir():
+        pack = Pack.open(path)
+        return read_architecture(pack), [Candidate.of_pack(pack)], pack
+    try:
+        config = parse_json_object(path.read_bytes())
+        architecture = Architecture.from_config(config)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}: give a pack or a config.json") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from None
+    plain = Weight("", (), "BF16", "BF16", 0)  # of a release that is not quantized
+    candidates = []
+    for text in bits.split(","):
+        try:
+            recipe = Recipe(int(text), group_size, resident_bits, "minmax")
+            block = BlockGeometry.of(
+                architecture.hidden_size, architecture.moe_intermediate_size, recipe.expert_schemes
+            )
+            scheme_of = partial(recipe.resident_scheme, weight=plain)
+            one = Candidate.of_schemes(f"{int(text)} bits", architecture, block, scheme_of)
+        except ValueError as error:
+            raise UsageError(f"--bits {text} in groups of {group_size}: {error}") from None
+        candidates.append(one)
+    return architecture, candidates, None
+
+
+def _list_budgets(text: str | None) -> list[int]:
+    """The budgets asked for, or what the machine can give, a half and a quarter of it."""
+    from moepack.runtime.memory import default_budget_bytes
+
+    if text is not None:
+        return [parse_size(part) for part in text.split(",")]
+    most = default_budget_bytes()
+    return [most // 4, most // 2, most]
+
+
+def _list_assumptions(work: Workload, mem_gbps: float | None) -> list[str]:
+    if work.hit_rate is not None:
+        hits = f"{work.hit_rate:.0%} of a token's experts are in memory, as stated"
+    elif work.trace:
+        hits = "experts are asked for as in the trace"
+    else:
+        hits = "all experts are equally likely, which is the least that a cache can do: real models repeat themselves"
+    scaled = ["arithmetic is as much faster as memory is; a GPU's share in a prompt is not counted"] if mem_gbps else []
+    return [hits, f"a prompt of {work.prompt_tokens} tokens that finds no expert in memory", *scaled]
+
+
+def _advise(best: Row | None) -> list[str]:
+    if best is None or best.prediction is None:
+        return ["no budget holds the model: raise --memory, lower --context, or take fewer bits"]
+    ahead = "on" if best.reads_ahead else "off"
+    fewer = " (slower than reading: no more bits were found to be faster)" if best.prediction.decode_tok_s < 5 else ""
+    text = f"recommended: {best.title}, --memory {format_size(best.budget_bytes).replace(' ', '')}"
+    return [f"{text}, reading ahead {ahead}: {best.prediction.decode_tok_s:.1f} tok/s{fewer}"]
 
 
 @app.command()
@@ -180,7 +351,7 @@ def _parse_slots(text: str, recorded: Trace) -> int:
     return int(number)
 
 
-def _parse_share(text: str | None) -> float:
+def _parse_share(text: str | None, option: str = "--sample") -> float:
     if text is None:
         return 1.0
     try:
@@ -188,7 +359,8 @@ def _parse_share(text: str | None) -> float:
     except ValueError:
         share = 0.0
     if not 0 < share <= 1:
-        raise UsageError(f"--sample {text}: expected a share of the blocks such as 5% or 0.05")
+        what = "a share of the blocks such as 5%" if option == "--sample" else "a share such as 5%"
+        raise UsageError(f"{option} {text}: expected {what} or 0.05")
     return share
 
 
@@ -287,77 +459,3 @@ def _find_unrelated(pack: Pack, errors: list[ExpertError]) -> list[Problem]:
             damage = pack.damaged_block(error.layer, error.expert, text)
             problems.append(Problem.of(damage, f"{REDO} {error.layer}:{error.expert}"))
     return problems
-
-
-def _print_errors(source: Path, facts: dict[str, Any]) -> None:
-    print(f"\nrelative RMS error of {facts['experts']} experts against {source}:")
-    rows: list[tuple[str, ...]] = [("", "median", "99 %", "worst", "its layer and expert")]
-    for name, part in facts["projections"].items():
-        worst = part["worst"]
-        place = f"{worst['layer']}:{worst['expert']}"
-        rows.append((name, *(_show_error(value) for value in (part["median"], part["p99"], worst["error"])), place))
-    print_table(rows)
-    named = [f"{one['layer']}:{one['expert']} ({_show_error(one['error'])})" for one in facts["worst_experts"]]
-    print(f"worst experts: {', '.join(named)}")
-
-
-def _show_error(error: float | None) -> str:
-    return "infinite" if error is None else f"{error:.4f}"
-
-
-def _print_differences(pack: Path, other: Path, differences: list[Difference]) -> None:
-    if not differences:
-        print(f"{pack} and {other}: the same")
-        return
-    for part, group in groupby(differences, key=lambda difference: difference.part):
-        print(f"{part}:")
-        for difference in group:
-            print(f"  {difference.text}")
-
-
-def _print_summary(facts: dict[str, Any]) -> None:
-    print(f"{facts['pack']}: {facts['architecture']}, format version {facts['format_version']}")
-    print(
-        f"{facts['num_hidden_layers']} layers, {facts['num_experts']} experts of "
-        f"{facts['moe_intermediate_size']} x {facts['hidden_size']}, {facts['num_experts_per_tok']} per token; "
-        f"{format_size(facts['size_bytes'])} in {facts['num_files']} files\n"
-    )
-    blocks = [(title, facts[key]) for title, key in (("experts", "experts"), ("mtp experts", "mtp_experts"))]
-    blocks = [(title, part) for title, part in blocks if part]
-    rows: list[tuple[str, ...]] = [("weights", "count", "size", "bits per weight")]
-    for title, part in blocks:
-        rows.append(_row(title, part["weights"], part["payload_bytes"], part["bits_per_weight"]))
-        for name, kind in part["classes"].items():
-            rows.append(_row(f"  {name}", kind["weights"], kind["payload_bytes"], kind["bits_per_weight"]))
-    resident = facts["resident"]
-    rows.append(_row("resident", resident["weights"], resident["payload_bytes"], resident["bits_per_weight"]))
-    for title, part in resident["classes"].items():
-        rows.append(_row(f"  {title}", part["weights"], part["size_bytes"], part["bits_per_weight"]))
-    print_table(rows)
-    print()
-    rows = [("blocks", "count", "bits", "groups", "stride", "padding", "share")]
-    for title, part in blocks:
-        for tier in part["tiers"]:
-            share = tier["padding_bytes"] / tier["block_stride"]
-            bits = "/".join(map(str, tier["bits"]))
-            groups = "/".join(str(size or "-") for size in tier["group_sizes"])
-            sizes = (format_size(tier[key]) for key in ("block_stride", "padding_bytes"))
-            rows.append((title, f"{tier['blocks']:,}", bits, groups, *sizes, f"{share:.1%}"))
-    print_table(rows)
-    print(f"\ncopied files: {', '.join(facts['copied_files']) or 'none'}")
-    provenance = facts["provenance"]
-    settings = _object(provenance.get("settings"))
-    arguments = ", ".join(f"{key} {value}" for key, value in _object(settings.get("arguments")).items())
-    print(f"converted from {provenance.get('source')} by moepack {settings.get('tool_version')}: {arguments}")
-    notes = provenance.get("notes")
-    for note in notes if isinstance(notes, list) else []:
-        print(f"note: {note}")
-
-
-def _object(value: Any) -> dict[str, Any]:
-    """Provenance is free-form: what is no object counts as an empty one."""
-    return value if isinstance(value, dict) else {}
-
-
-def _row(title: str, weights: int, size_bytes: int, bits_per_weight: float) -> tuple[str, ...]:
-    return title, f"{weights:,}", format_size(size_bytes), f"{bits_per_weight:.3f}"

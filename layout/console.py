@@ -21,6 +21,7 @@ import typer
 from tqdm import tqdm
 
 from moepack.layout.errors import EXIT_FAILED, EXIT_INTERRUPTED, MoepackError
+from moepack.layout.report import format_table
 
 EXIT_CODES = """Exit codes: 0 well, 1 failed, 2 usage, 3 damaged pack, 4 unsupported format version, 130 interrupted."""
 # Every error of parsing; typer exports only this child of it.
@@ -93,9 +94,11 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False))
 
 
+def print_lines(lines: Sequence[str]) -> None:
+    """Lines on stdout."""
+    print("\n".join(lines))
+
+
 def print_table(rows: Sequence[tuple[str, ...]]) -> None:
     """Rows of equal length on stdout: the first row is the heading, columns after the first stand to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for first, *rest in rows:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:]))]
-        print("  ".join(cells).rstrip())
+    print("\n".join(format_table(rows)))

@@ -55,10 +55,10 @@ class DataFile:
         """The system's number for the open file."""
         return self._descriptor
 
-    def drop_cache(self) -> None:
-        """Let the system forget the pages that it cached of this file, where it takes such advice."""
+    def drop_cache(self, offset_bytes: int = 0, size_bytes: int = 0) -> None:
+        """Let the system forget what it cached of this file, where it takes such advice; size 0 is all the rest."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._descriptor, offset_bytes, size_bytes, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Close the file; it cannot be read afterwards."""

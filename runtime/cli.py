@@ -136,6 +136,8 @@ def generate(
         max_tokens=max_tokens,
         ignore_eos=ignore_eos,
     )
+    if engine.settings_note:
+        log(f"note: {engine.settings_note}")
     if stats:
         _print_plan(engine)
     with _record_trace(engine, trace), open_progress(len(ids), "prompt", "tok", len(ids) >= LONG_PROMPT) as progress:

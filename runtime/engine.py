@@ -26,10 +26,12 @@ from moepack.kernels.backend import choose_backend, describe_arithmetic, describ
 from moepack.layout.architecture import Architecture
 from moepack.layout.errors import DamagedPack, MemoryBudgetError, UsageError
 from moepack.layout.eviction import POLICIES, LeastRecentlyUsed
+from moepack.layout.machine import load_settings, settings_path
 from moepack.layout.reader import Pack
 from moepack.layout.sizes import parse_size
 from moepack.layout.spec import MANIFEST_NAME
 from moepack.runtime.chat import ChatTemplate
+from moepack.runtime.expert_io import ReadOptions
 from moepack.runtime.expert_store import ExpertStore
 from moepack.runtime.generate import Constraint, Generation
 from moepack.runtime.memory import MemoryPlan, default_budget_bytes, logit_rows, plan_memory
@@ -41,6 +43,7 @@ from moepack.runtime.state import FLOAT_BYTES, SequenceState
 from moepack.runtime.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 16384  # positions planned for where the caller does not say, if the model has as many
+DEFAULT_SETTINGS = "default (moe-inspect plan finds those of this machine)"
 MOST_THREADS = 256  # far above any gain; thousands exhaust the system
 GENERATION_CONFIG = "generation_config.json"
 
@@ -50,6 +53,8 @@ class Engine:
 
     memory_plan   how the budget was split
     max_context   positions (prompt and answer) that fit the plan
+    read_settings where the way of reading comes from
+    settings_note why the settings beside the pack are not used; None if they are, or there are none
     snapshots     states of prompts already read
     """
 
@@ -65,8 +70,11 @@ class Engine:
         device: str,
         weights_locked: bool,
         snapshots: Snapshots,
+        read_settings: str = DEFAULT_SETTINGS,
+        settings_note: str | None = None,
     ):
         self.weights_locked, self.snapshots = weights_locked, snapshots
+        self.read_settings, self.settings_note = read_settings, settings_note
         self.pack, self.architecture, self.model, self.store = pack, architecture, model, store
         self.tokenizer, self.memory_plan, self.max_context, self.device = tokenizer, memory_plan, max_context, device
 
@@ -102,7 +110,7 @@ class Engine:
         tokenizer           the pack's tokenizer, if the caller has loaded it already
         verify_reads        compare every block that is read with its checksum
         prefetch            read the experts that the next layer's router would pick now, while the disk is idle;
-                            default: where not all experts fit in memory
+                            default: what `moe-inspect plan` found, else yes, where not all experts fit in memory
         policy              which expert makes room for another: a name of layout/eviction.py
         sequences           answers that are generated at the same time, each with a state of max_context
         snapshot_bytes      of the budget, for states of prompts already read: see snapshots.py
@@ -120,9 +128,11 @@ class Engine:
         plan = plan_memory(opened, architecture, budget, context, process_bytes, snapshot_bytes, sequences)
         if policy not in POLICIES:
             raise UsageError(f"eviction policy {policy!r}: expected one of {', '.join(POLICIES)}")
+        settings, settings_note = load_settings(opened.directory)
         store = ExpertStore(
             opened,
             plan.num_slots,
+            io=ReadOptions(settings.direct, settings.queue_depth) if settings else ReadOptions(),
             policy=POLICIES[policy](),
             verify_reads=verify_reads,
             new_slots=ops.new_slots,
@@ -131,11 +141,15 @@ class Engine:
         if ops.settles and store.holds_everything:
             store.load_all()
         if prefetch is None:
-            prefetch = plan.num_slots < architecture.num_hidden_layers * architecture.num_experts
+            prefetch = (
+                settings is None or settings.prefetch
+            ) and plan.num_slots < architecture.num_hidden_layers * architecture.num_experts
         model = Qwen35(architecture, weights, store, ops, prefetch)
         identity = f"{hash_manifest(opened)} {describe_arithmetic(ops)} {architecture.num_experts_per_tok}".encode()
         snapshots = Snapshots(snapshot_bytes, identity, tokenizer.stop_token_ids, snapshot_directory)
-        return cls(opened, architecture, model, store, tokenizer, plan, context, device, weights.is_locked, snapshots)
+        used = f"of {settings_path(opened.directory)}" if settings else DEFAULT_SETTINGS
+        parts = (opened, architecture, model, store, tokenizer, plan, context, device, weights.is_locked, snapshots)
+        return cls(*parts, used, settings_note)
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Scores after every position: float32 [T, vocab_size], unmasked (rows beyond the tokenizer too).
@@ -226,6 +240,7 @@ class Engine:
         return {
             "arithmetic": describe_backend(self.model.ops),
             "expert reads": f"{experts['method']}, {experts['queue_depth']} at a time, into {size} pages",
+            "read settings": self.read_settings,
             "expert eviction": str(experts["policy"]),
             "resident weights": "locked in memory" if self.weights_locked else "not locked in memory (ulimit -l)",
         }

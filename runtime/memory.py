@@ -73,9 +73,24 @@ def plan_memory(
     uses, each expert would be read again for every token.
     """
     process_bytes = resident_set_bytes() if process_bytes is None else process_bytes
-    resident = ResidentWeights.size_bytes(pack)
+    resident, block = ResidentWeights.size_bytes(pack), largest_block(pack)
+    kept = (snapshot_bytes, sequences)
+    return split_budget(architecture, budget_bytes, max_positions, process_bytes, resident, block, *kept)
+
+
+def split_budget(
+    architecture: Architecture,
+    budget_bytes: int,
+    max_positions: int,
+    process_bytes: int,
+    resident_bytes: int,
+    block_bytes: int,
+    snapshot_bytes: int = 0,
+    sequences: int = 1,
+) -> MemoryPlan:
+    """The same from sizes, for a pack that need not exist: of the resident weights, and of the largest block."""
+    resident, slot = resident_bytes, block_bytes + SLOT_VIEW_BYTES
     state = sequences * SequenceState.size_bytes(architecture, max_positions)
-    slot = largest_block(pack) + SLOT_VIEW_BYTES
     all_experts = architecture.num_hidden_layers * architecture.num_experts
     one_token = min(all_experts, architecture.num_hidden_layers * architecture.num_experts_per_tok)
     kept = state + snapshot_bytes

@@ -1,0 +1,124 @@
+"""What moe-inspect says, as lines for people, from the same facts that --json prints.
+
+print("\n".join(describe_pack(summarize(pack))))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from moepack.layout.difference import Difference
+from moepack.layout.sizes import format_size
+
+Rows = list[tuple[str, ...]]
+
+
+def format_table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows of equal length: the first row is the heading, columns after the first stand to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:]))]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def describe_pack(facts: dict[str, Any]) -> list[str]:
+    """What summary.summarize found."""
+    lines = [
+        f"{facts['pack']}: {facts['architecture']}, format version {facts['format_version']}",
+        f"{facts['num_hidden_layers']} layers, {facts['num_experts']} experts of "
+        f"{facts['moe_intermediate_size']} x {facts['hidden_size']}, {facts['num_experts_per_tok']} per token; "
+        f"{format_size(facts['size_bytes'])} in {facts['num_files']} files",
+        "",
+    ]
+    titles = (("experts", "experts"), ("mtp experts", "mtp_experts"))
+    blocks = [(title, facts[key]) for title, key in titles if facts[key]]
+    rows: Rows = [("weights", "count", "size", "bits per weight")]
+    for title, part in blocks:
+        rows.append(_weights_row(title, part["weights"], part["payload_bytes"], part["bits_per_weight"]))
+        for name, kind in part["classes"].items():
+            rows.append(_weights_row(f"  {name}", kind["weights"], kind["payload_bytes"], kind["bits_per_weight"]))
+    resident = facts["resident"]
+    rows.append(_weights_row("resident", resident["weights"], resident["payload_bytes"], resident["bits_per_weight"]))
+    for title, part in resident["classes"].items():
+        rows.append(_weights_row(f"  {title}", part["weights"], part["size_bytes"], part["bits_per_weight"]))
+    lines += format_table(rows)
+    rows = [("blocks", "count", "bits", "groups", "stride", "padding", "share")]
+    for title, part in blocks:
+        for tier in part["tiers"]:
+            share = tier["padding_bytes"] / tier["block_stride"]
+            bits = "/".join(map(str, tier["bits"]))
+            groups = "/".join(str(size or "-") for size in tier["group_sizes"])
+            sizes = (format_size(tier[key]) for key in ("block_stride", "padding_bytes"))
+            rows.append((title, f"{tier['blocks']:,}", bits, groups, *sizes, f"{share:.1%}"))
+    lines += ["", *format_table(rows), "", f"copied files: {', '.join(facts['copied_files']) or 'none'}"]
+    provenance = facts["provenance"]
+    settings = _object(provenance.get("settings"))
+    arguments = ", ".join(f"{key} {value}" for key, value in _object(settings.get("arguments")).items())
+    lines.append(f"converted from {provenance.get('source')} by moepack {settings.get('tool_version')}: {arguments}")
+    notes = provenance.get("notes")
+    return lines + [f"note: {note}" for note in (notes if isinstance(notes, list) else [])]
+
+
+def describe_differences(differences: list[Difference]) -> list[str]:
+    """What difference.compare_packs found, under a heading for each part of a pack."""
+    lines = []
+    for part, group in groupby(differences, key=lambda difference: difference.part):
+        lines += [f"{part}:", *(f"  {difference.text}" for difference in group)]
+    return lines
+
+
+def describe_errors(facts: dict[str, Any]) -> list[str]:
+    """What a comparison of experts with their originals found."""
+    rows: Rows = [("", "median", "99 %", "worst", "its layer and expert")]
+    for name, part in facts["projections"].items():
+        worst = part["worst"]
+        errors = (_show_error(value) for value in (part["median"], part["p99"], worst["error"]))
+        rows.append((name, *errors, f"{worst['layer']}:{worst['expert']}"))
+    named = [f"{one['layer']}:{one['expert']} ({_show_error(one['error'])})" for one in facts["worst_experts"]]
+    return [*format_table(rows), f"worst experts: {', '.join(named)}"]
+
+
+def describe_plan(facts: dict[str, Any]) -> list[str]:
+    """What planning measured, assumed, predicted and recommends."""
+    lines = [f"{name}: {value}" for name, value in facts["machine"].items()]
+    lines += ["", *(f"assumed: {text}" for text in facts["assumptions"]), ""]
+    rows: Rows = [
+        ("experts", "--memory", "in memory", "hits", "read/token", "first token", "prefill", "decode", "bound by")
+    ]
+    for row in facts["rows"]:
+        if row["refusal"]:
+            rows.append((row["experts"], format_size(row["memory_bytes"]), "too small", *["-"] * 6))
+            continue
+        rows.append(
+            (
+                row["experts"],
+                format_size(row["memory_bytes"]),
+                f"{row['slots']:,} of {row['all_experts']:,}",
+                f"{row['hit_rate']:.0%}",
+                f"{row['bytes_per_token'] / 1e6:,.0f} MB",
+                f"{row['ttft_s']:.1f} s",
+                f"{row['prefill_tok_s']:.1f} tok/s",
+                f"{row['decode_tok_s']:.1f} tok/s",
+                row["bound_by"],
+            )
+        )
+    lines += format_table(rows)
+    lines += ["", *(f"{row['experts']}: {row['refusal']}" for row in facts["rows"] if row["refusal"])]
+    return [*lines, *facts["advice"]]
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """Provenance is free-form: what is no object counts as an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def _weights_row(title: str, weights: int, size_bytes: int, bits_per_weight: float) -> tuple[str, ...]:
+    return title, f"{weights:,}", format_size(size_bytes), f"{bits_per_weight:.3f}"
+
+
+def _show_error(error: float | None) -> str:
+    return "infinite" if error is None else f"{error:.4f}"

@@ -1,0 +1,145 @@
+"""What things cost on this machine, measured now: the model's arithmetic, reading memory, reading the disk.
+
+Another machine can be asked about by the speed of its disk and its memory. The arithmetic measured here is then scaled
+by the speed of memory, which decides decode; that a prompt's arithmetic scales the same way is an assumption.
+
+    measured = measure_machine(architecture, [Candidate.of_pack(pack)], pack, ops, seconds=0.7, chunk_tokens=512)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moepack.kernels.backend import describe_backend
+from moepack.kernels.native_ops import read_stream
+from moepack.layout import disk_speed
+from moepack.layout.architecture import Architecture
+from moepack.layout.disk_speed import DiskSpeed, list_blocks, measure_disk, stand_in_file
+from moepack.layout.machine import ReadSettings
+from moepack.layout.plan import Disk
+from moepack.layout.process import resident_set_bytes
+from moepack.layout.reader import Pack
+from moepack.runtime import rehearsal
+from moepack.runtime.expert_io import ReadOptions
+from moepack.runtime.forecast import Candidate, Machine
+from moepack.runtime.memory import available_bytes
+from moepack.runtime.rehearsal import rehearse
+
+STREAM_BYTES = 2**29
+STREAM_ROUNDS = 5
+AS_FAST = 0.97  # a queue this close to the fastest is as good, and a shorter one leaves more for others
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A machine, and how it was found; `facts` are lines for people by their names."""
+
+    machine: Machine
+    speeds: list[DiskSpeed]
+    facts: dict[str, str]
+
+
+def count_steps(num_candidates: int) -> int:
+    """Steps of a measurement, for a progress bar."""
+    return disk_speed.NUM_STEPS + 1 + num_candidates * rehearsal.NUM_STEPS
+
+
+def measure_machine(
+    a: Architecture,
+    candidates: Sequence[Candidate],
+    where: Pack | Path,
+    ops: Any,
+    *,
+    seconds: float,
+    chunk_tokens: int,
+    ssd_gb_s: float | None = None,
+    memory_gb_s: float | None = None,
+    on_step: Callable[[int], object] = lambda steps: None,
+) -> Measured:
+    """Measure what is not stated.
+
+    where         the pack to read from, or a directory on the disk that a pack would be on
+    seconds       of each way of reading the disk
+    ssd_gb_s      of another disk; this one is then not measured
+    memory_gb_s   of another machine's memory
+
+    Raises OSError and NotEnoughSpace where the disk cannot be measured.
+    """
+    process_bytes = resident_set_bytes()  # before anything is allocated: what moe-run has when it starts
+    speeds = [] if ssd_gb_s else _measure_disk(candidates, where, seconds, on_step)
+    disk, settings = stated_disk(ssd_gb_s) if ssd_gb_s else choose_reads(speeds)
+    here_gb_s = measure_memory(ops)
+    on_step(1)
+    factor = here_gb_s / memory_gb_s if memory_gb_s else 1.0
+    arithmetic = {
+        one.title: rehearse(a, ops, one.scheme_of, one.block, chunk_tokens, on_step).scale(factor) for one in candidates
+    }
+    machine = Machine(memory_gb_s or here_gb_s, arithmetic, disk, settings, process_bytes)
+    facts = {
+        "disk": f"{ssd_gb_s:g} GB/s, as stated" if ssd_gb_s else _describe_disk(speeds, settings),
+        "memory": f"{here_gb_s:.1f} GB/s read by all threads, {available_bytes() / 2**30:.1f} GiB available",
+        "arithmetic": describe_backend(ops),
+    }
+    if memory_gb_s:
+        facts["memory"] += f"; predicted for {memory_gb_s:g} GB/s"
+    return Measured(machine, speeds, facts)
+
+
+def _measure_disk(
+    candidates: Sequence[Candidate], where: Pack | Path, seconds: float, on_step: Callable[[int], object]
+) -> list[DiskSpeed]:
+    with ExitStack() as stack:
+        if isinstance(where, Pack):
+            blocks = list_blocks(where)
+        else:
+            blocks = stack.enter_context(stand_in_file(where, candidates[0].slot_bytes))
+        return measure_disk(blocks, seconds, on_step)
+
+
+def _describe_disk(speeds: Sequence[DiskSpeed], settings: ReadSettings) -> str:
+    method = "direct" if settings.direct else "buffered"
+    at_random = next(
+        s for s in speeds if not s.in_order and (s.method, s.queue_depth) == (method, settings.queue_depth)
+    )
+    in_order = max((s.gb_s for s in speeds if s.in_order), default=0.0)
+    return (
+        f"blocks at random {at_random.gb_s:.2f} GB/s ({method}, {settings.queue_depth} in flight, "
+        f"{at_random.block_ms:.2f} ms each), in order {in_order:.2f} GB/s"
+    )
+
+
+def choose_reads(speeds: Sequence[DiskSpeed]) -> tuple[Disk, ReadSettings]:
+    """The method and queue depth to read with, and the disk as it is with them: moe-run's own, or faster ones."""
+    at_random = [speed for speed in speeds if not speed.in_order]
+    most = max(speed.gb_s for speed in at_random)
+    usual = ReadOptions().queue_depth
+    as_fast = [speed for speed in at_random if speed.gb_s >= AS_FAST * most]
+    chosen = min(as_fast, key=lambda speed: (speed.queue_depth != usual, speed.queue_depth))
+    by_depth = {speed.queue_depth: speed.gb_s * 1e9 for speed in at_random if speed.method == chosen.method}
+    in_order = max((speed.gb_s for speed in speeds if speed.in_order), default=most)
+    settings = ReadSettings(chosen.method == "direct", chosen.queue_depth, prefetch=True)
+    return Disk(by_depth, in_order * 1e9, chosen.queue_depth), settings
+
+
+def stated_disk(gb_s: float) -> tuple[Disk, ReadSettings]:
+    """A disk of which only a speed is known."""
+    usual = ReadOptions()
+    disk = Disk({1: gb_s * 1e9}, gb_s * 1e9, usual.queue_depth)
+    return disk, ReadSettings(usual.direct, usual.queue_depth, prefetch=True)
+
+
+def measure_memory(ops: Any) -> float:
+    """GB/s at which all threads read memory that no cache holds: the best of a few rounds."""
+    memory = ops.view_pages(ops.new_pages(STREAM_BYTES))
+    memory.fill_(1)
+    times = []
+    for _ in range(STREAM_ROUNDS):
+        started = time.perf_counter()
+        read_stream(memory)
+        times.append(time.perf_counter() - started)
+    return STREAM_BYTES / min(times) / 1e9
