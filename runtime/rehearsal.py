@@ -92,11 +92,12 @@ def rehearse(
     typical = {name: sorted(values)[ROUNDS // 4] for name, values in times.items()}
     together_s, chosen = typical[f"{kinds[0]}, together"], a.num_experts_per_tok
     more = chosen - FEWEST_EXPERTS
-    hit_s = max(0.0, together_s - typical["few"]) / more if more else together_s / 2
+    # Whatever disturbed the measurements, an expert costs no more than its share, the rest being one more.
+    hit_s = min(max(0.0, together_s - typical["few"]) / max(1, more), together_s / (chosen + 1))
     miss_s = hit_s + max(0.0, typical["one by one"] - together_s) / chosen
     return Arithmetic(
         resident_s=sum(counts[kind] * typical[f"{kind}, resident"] for kind in kinds),
-        mixers_s=sum(counts[kind] * (typical[f"{kind}, together"] - chosen * hit_s) for kind in kinds),
+        mixers_s=sum(counts[kind] * max(0.0, typical[f"{kind}, together"] - chosen * hit_s) for kind in kinds),
         hit_s=hit_s,
         miss_s=miss_s,
         head_s=typical["head"] / head_share,
