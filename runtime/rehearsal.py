@@ -157,6 +157,8 @@ class RandomWeights:
 class _AllInMemory:
     """Random experts that are always there, each another one than the last; the interface of ExpertStore."""
 
+    holds_everything = True
+
     def __init__(self, a: Architecture, ops: Any, block: BlockGeometry, generator: torch.Generator):
         count, stride = max(2, POOL_BYTES // block.block_stride), block.block_stride
         sections = {section.name: section for section in block.sections}
@@ -171,6 +173,7 @@ class _AllInMemory:
             Expert.from_block(block, data[start : start + stride]) for start in range(0, count * stride, stride)
         ]
         self._next, self.one_by_one = 0, False
+        self.counts = StoreCounts()
         addresses = [place(expert) for expert in self._pool]
         chosen = [addresses[number % count] for number in range(LAYERS * a.num_experts)]
         self.places = torch.tensor(chosen, dtype=torch.int64).view(LAYERS, a.num_experts)
