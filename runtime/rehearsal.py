@@ -28,6 +28,7 @@ from moepack.layout.geometry import BlockGeometry, MatrixGeometry, Scheme, align
 from moepack.layout.plan import Arithmetic
 from moepack.layout.reader import Pack
 from moepack.layout.spec import PROJECTIONS, SECTION_ALIGNMENT, UNQUANTIZED_BITS
+from moepack.runtime.expert_store import StoreCounts
 from moepack.runtime.qwen35 import DecoderLayer, Qwen35
 from moepack.runtime.state import SequenceState
 
