@@ -24,6 +24,8 @@ from moepack.layout.pages import Pages
 class GpuOps(TokenOps):
     """One backend over one device."""
 
+    cache_dtype = torch.float32  # of keys and values
+
     def __init__(self, device: Device, exact: bool = False):
         self.device, self.exact = device, exact
         super().__init__()

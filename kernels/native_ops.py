@@ -38,6 +38,7 @@ class NativeOps(FloatOps, TokenOps):
         FloatOps.__init__(self)
         TokenOps.__init__(self)
         self.exact = exact
+        self.cache_dtype = torch.float32 if exact else torch.bfloat16  # of keys and values
         self._linear = declare("linear", ADDRESS, ADDRESS, INT, ADDRESS, INT, ctypes.c_int)
         self._run_experts = declare("run_experts", ADDRESS, ADDRESS, ADDRESS, INT, ctypes.c_int)
         self._add_expert = declare("add_expert", ADDRESS, ADDRESS, ADDRESS, ADDRESS, INT, ADDRESS, ctypes.c_int)

@@ -26,6 +26,7 @@ SCORE_TILE = 2**22  # attention scores held at a time: 16 MiB
 new_slots, new_pages, view_pages = HostSlots, Pages, view_host_pages  # memory for experts and for other weights
 zeros = torch.zeros  # memory for activations and states
 settles = False  # whether it runs faster once every expert is in memory
+cache_dtype = torch.float32  # of keys and values
 fuses_tokens = False  # a backend that does has fuse_layers and its like: native_token.py
 ELEMENTS_PER_UNIT = {2: (1, 4), 3: (3, 8), 4: (1, 2), 8: (1, 1)}  # bits -> (bytes of a unit, elements in it)
 
@@ -198,6 +199,7 @@ def attention(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torc
     """
     tokens, heads, width = q.shape
     kv_heads, context, _ = keys.shape
+    keys, values = keys.to(q.dtype), values.to(q.dtype)  # stored as bf16 where a backend says so
     result = torch.empty_like(q)
     step = max(1, SCORE_TILE // (heads * context))
     for first in range(0, tokens, step):

@@ -125,7 +125,10 @@ class Engine:
         context = _choose_context(architecture, max_context)
         budget = parse_size(memory) if isinstance(memory, str) else memory
         budget = default_budget_bytes() if budget is None else budget
-        plan = plan_memory(opened, architecture, budget, context, process_bytes, snapshot_bytes, sequences)
+        cache_dtype = _choose_cache_dtype(opened, ops)
+        plan = plan_memory(
+            opened, architecture, budget, context, process_bytes, snapshot_bytes, sequences, cache_dtype
+        )
         if policy not in POLICIES:
             raise UsageError(f"eviction policy {policy!r}: expected one of {', '.join(POLICIES)}")
         settings, settings_note = load_settings(opened.directory)
@@ -145,7 +148,8 @@ class Engine:
                 settings is None or settings.prefetch
             ) and plan.num_slots < architecture.num_hidden_layers * architecture.num_experts
         model = Qwen35(architecture, weights, store, ops, prefetch)
-        identity = f"{hash_manifest(opened)} {describe_arithmetic(ops)} {architecture.num_experts_per_tok}".encode()
+        arithmetic = f"{describe_arithmetic(ops)} {cache_dtype}"
+        identity = f"{hash_manifest(opened)} {arithmetic} {architecture.num_experts_per_tok}".encode()
         snapshots = Snapshots(snapshot_bytes, identity, tokenizer.stop_token_ids, snapshot_directory)
         used = f"of {settings_path(opened.directory)}" if settings else DEFAULT_SETTINGS
         parts = (opened, architecture, model, store, tokenizer, plan, context, device, weights.is_locked, snapshots)
@@ -199,7 +203,8 @@ class Engine:
 
     def new_state(self, max_positions: int) -> SequenceState:
         """State of a new sequence of at most max_positions tokens; within the plan up to max_context."""
-        return SequenceState(self.architecture, max_positions, self.model.ops.zeros)
+        ops = self.model.ops
+        return SequenceState(self.architecture, max_positions, ops.zeros, _choose_cache_dtype(self.pack, ops))
 
     def generate(
         self,
@@ -312,6 +317,13 @@ def choose_threads(threads: int | None) -> int:
     if threads is not None and not 1 <= threads <= max(MOST_THREADS, cores):
         raise UsageError(f"--threads {threads}: expected 1 to {max(MOST_THREADS, cores)}")
     return threads or cores
+
+
+def _choose_cache_dtype(pack: Pack, ops: Any) -> torch.dtype:
+    """The backend's for keys and values, but float32 where no weight is rounded: such a pack is run exactly."""
+    tiers = [tier for layer in range(len(pack.manifest.expert_files)) for tier in pack.geometry(layer).tiers]
+    is_quantized = any(matrix.scheme.is_quantized for tier in tiers for _, matrix in tier.matrices)
+    return ops.cache_dtype if is_quantized or pack.manifest.resident.quantized else torch.float32
 
 
 def _choose_context(architecture: Architecture, max_context: int | None) -> int:

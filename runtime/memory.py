@@ -11,8 +11,12 @@ caches for us come on top and are given back under pressure.
 from __future__ import annotations
 
 import os
+import resource
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from moepack.layout.architecture import LINEAR, Architecture
 from moepack.layout.errors import MemoryBudgetError
@@ -30,6 +34,10 @@ LOGIT_ELEMENTS = 2**22  # scores that exist at the same time where every positio
 LOGIT_ROWS = 64  # divides every chunk, so that pieces of scores do not depend on the budget
 ALLOCATOR_BYTES = 50 * 2**20  # arenas, thread stacks, fragmentation, Python's tables, the last huge page of the slots
 SNAPSHOT_SHARE = 10  # one part in so many of the budget: a state of 16,384 positions of the 35B model fits 8 GiB
+PROCESS, CONTROL_GROUPS = Path("/proc/self"), Path("/sys/fs/cgroup")
+# Limit, use, and in memory.stat the pages of files that are given back when needed: by version of control groups.
+GROUP_FILES = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+GROUP_FILES_2 = ("memory.max", "memory.current", "inactive_file")
 DEFAULT_SHARE = 0.9  # of what is available, so that a default run never makes the machine swap
 
 
@@ -62,19 +70,21 @@ def plan_memory(
     process_bytes: int | None = None,
     snapshot_bytes: int = 0,
     sequences: int = 1,
+    cache_dtype: torch.dtype = torch.float32,
 ) -> MemoryPlan:
     """Split a budget. Slots are as many as fit, at most one for every expert.
 
     process_bytes   what the process takes without this engine; measured if not given
     snapshot_bytes  to set aside for states of earlier prompts
     sequences       states of max_positions at the same time
+    cache_dtype     of keys and values
 
     Raises MemoryBudgetError with the numbers if one token's experts do not fit: with fewer slots than a token
     uses, each expert would be read again for every token.
     """
     process_bytes = resident_set_bytes() if process_bytes is None else process_bytes
     resident, block = ResidentWeights.size_bytes(pack), largest_block(pack)
-    kept = (snapshot_bytes, sequences)
+    kept = (snapshot_bytes, sequences, cache_dtype)
     return split_budget(architecture, budget_bytes, max_positions, process_bytes, resident, block, *kept)
 
 
@@ -87,10 +97,11 @@ def split_budget(
     block_bytes: int,
     snapshot_bytes: int = 0,
     sequences: int = 1,
+    cache_dtype: torch.dtype = torch.float32,
 ) -> MemoryPlan:
     """The same from sizes, for a pack that need not exist: of the resident weights, and of the largest block."""
     resident, slot = resident_bytes, block_bytes + SLOT_VIEW_BYTES
-    state = sequences * SequenceState.size_bytes(architecture, max_positions)
+    state = sequences * SequenceState.size_bytes(architecture, max_positions, cache_dtype)
     all_experts = architecture.num_hidden_layers * architecture.num_experts
     one_token = min(all_experts, architecture.num_hidden_layers * architecture.num_experts_per_tok)
     kept = state + snapshot_bytes
@@ -152,26 +163,37 @@ def default_budget_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Memory that can be had now: the system's own estimate, or a control group's limit where that is lower."""
+    """Memory that can be had now: the system's own estimate, or the limit of a control group or process if lower."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = _read(Path("/proc/meminfo"))
     found = [line.split()[1] for line in meminfo.splitlines() if line.startswith("MemAvailable:")]
     available = int(found[0]) * 1024 if found else total // 2  # elsewhere: half of the memory is a safe start
-    for group in _control_groups():
-        limit, used = (_read(group / name).strip() for name in ("memory.max", "memory.current"))
-        if limit.isdigit() and used.isdigit():
-            statistics = dict(line.split() for line in _read(group / "memory.stat").splitlines())
-            cached = int(statistics.get("inactive_file", 0))  # pages of files, given back when needed
-            available = min(available, max(0, int(limit) - int(used) + cached))
-    return available
+    return max(0, min([available, *_left_in_control_groups(), *_left_of_limits()]))
 
 
-def _control_groups() -> list[Path]:
-    """This process's control group and those above it (version 2), where the system has any."""
-    root = Path("/sys/fs/cgroup")
-    paths = [line.removeprefix("0::") for line in _read(Path("/proc/self/cgroup")).splitlines() if line[:3] == "0::"]
-    own = root / paths[0].strip("/") if paths else root
-    return [own, *(parent for parent in own.parents if parent.is_relative_to(root))]
+def _left_in_control_groups() -> Iterator[int]:
+    """What this process's control group and those above it leave, in either version, where the system has any."""
+    for line in _read(PROCESS / "cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = CONTROL_GROUPS / "memory" if controllers else CONTROL_GROUPS
+        limit_file, used_file, given_back = GROUP_FILES if controllers else GROUP_FILES_2
+        own = root / path.strip("/")
+        for group in [own, *(parent for parent in own.parents if parent.is_relative_to(root))]:
+            limit, used = (_read(group / name).strip() for name in (limit_file, used_file))
+            if limit.isdigit() and used.isdigit():
+                statistics = dict(line.split() for line in _read(group / "memory.stat").splitlines())
+                yield int(limit) - int(used) + int(statistics.get(given_back, 0))
+
+
+def _left_of_limits() -> Iterator[int]:
+    """What this process may still map (ulimit -v, ulimit -d)."""
+    status = dict(line.split(":", 1) for line in _read(PROCESS / "status").splitlines())
+    for limit, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        soft, _ = resource.getrlimit(limit)
+        if soft != resource.RLIM_INFINITY and used in status:
+            yield soft - 1024 * int(status[used].split()[0])
 
 
 def _read(path: Path) -> str:

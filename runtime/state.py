@@ -1,6 +1,7 @@
 """What a sequence remembers: keys and values of the attention layers, two states of each DeltaNet layer.
 
-All of it is float32 and allocated once for a fixed number of positions. The recurrent state of a DeltaNet layer
+Allocated once for a fixed number of positions; float32, keys and values bf16 where the arithmetic is rounded anyway:
+half the memory, and half of what a token of a long context reads. The recurrent state of a DeltaNet layer
 cannot be cut back to an earlier position: a sequence only ever grows. What it was at some position can be kept and put
 back: snapshots.py.
 
@@ -18,7 +19,7 @@ from moepack.layout.architecture import LINEAR, Architecture
 from moepack.layout.errors import UsageError
 
 FLOAT_BYTES = 4
-Zeros = Callable[..., torch.Tensor]  # makes a float32 tensor of a shape where the operations keep their states
+Zeros = Callable[..., torch.Tensor]  # makes a tensor of a shape (and dtype) where the operations keep their states
 
 
 @dataclass
@@ -62,11 +63,19 @@ class KeyValueCache:
 
 
 class SequenceState:
-    """All layers' state of one sequence of at most max_positions tokens."""
+    """All layers' state of one sequence of at most max_positions tokens, its keys and values of the given dtype."""
 
-    def __init__(self, architecture: Architecture, max_positions: int, zeros: Zeros = torch.zeros):
+    def __init__(
+        self,
+        architecture: Architecture,
+        max_positions: int,
+        zeros: Zeros = torch.zeros,
+        cache_dtype: torch.dtype = torch.float32,
+    ):
         self.layers: list[DeltaState | KeyValueCache] = [
-            _new_delta_state(architecture, zeros) if kind == LINEAR else _new_cache(architecture, max_positions, zeros)
+            _new_delta_state(architecture, zeros)
+            if kind == LINEAR
+            else _new_cache(architecture, max_positions, zeros, cache_dtype)
             for kind in architecture.layer_types
         ]
 
@@ -115,13 +124,13 @@ class SequenceState:
         return max((cache.next_position() for cache in caches), default=0)
 
     @staticmethod
-    def size_bytes(architecture: Architecture, max_positions: int) -> int:
+    def size_bytes(architecture: Architecture, max_positions: int, cache_dtype: torch.dtype = torch.float32) -> int:
         """Memory that a state takes."""
         a = architecture
         delta = (a.linear_conv_kernel_dim - 1) * a.conv_dim
         delta += a.linear_num_value_heads * a.linear_key_head_dim * a.linear_value_head_dim
         cache = 2 * a.num_key_value_heads * a.head_dim * max_positions
-        return FLOAT_BYTES * sum(delta if kind == LINEAR else cache for kind in a.layer_types)
+        return sum(FLOAT_BYTES * delta if kind == LINEAR else cache_dtype.itemsize * cache for kind in a.layer_types)
 
 
 def _new_delta_state(a: Architecture, zeros: Zeros) -> DeltaState:
@@ -131,6 +140,8 @@ def _new_delta_state(a: Architecture, zeros: Zeros) -> DeltaState:
     )
 
 
-def _new_cache(a: Architecture, max_positions: int, zeros: Zeros) -> KeyValueCache:
+def _new_cache(a: Architecture, max_positions: int, zeros: Zeros, dtype: torch.dtype) -> KeyValueCache:
     shape = (a.num_key_value_heads, max_positions, a.head_dim)
-    return KeyValueCache(zeros(*shape), zeros(*shape))
+    if dtype == torch.float32:
+        return KeyValueCache(zeros(*shape), zeros(*shape))
+    return KeyValueCache(zeros(*shape, dtype=dtype), zeros(*shape, dtype=dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,11 +12,15 @@ import torch
 from moepack.convert.pipeline import convert
 from moepack.convert.plan import plan_conversion
 from moepack.convert.recipe import Recipe
+from moepack.kernels import native_library
 from moepack.kernels.simt import Executor, WatchedExecutor
 from tiny_checkpoint import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo" / "checkpoint"
+
+INSTRUCTION_SETS = [name for name in ("amx", "avx512", "avx2", "neon", "portable") if native_library.set_isa(name)]
+native_library.set_isa(INSTRUCTION_SETS[0])
 
 torch.set_num_threads(1)  # the suite runs in several processes
 
@@ -70,3 +74,20 @@ def executor(request: pytest.FixtureRequest) -> Executor | WatchedExecutor:
     """What runs a Metal kernel here: its lanes in three orders, and under two sanitizers."""
     kind, argument = request.param
     return kind(argument)
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set of the native core that this processor has, one after the other."""
+    assert native_library.set_isa(request.param)
+    yield request.param
+    native_library.set_isa(INSTRUCTION_SETS[0])
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Numbers of threads of the native core."""
+    before = native_library.count_threads()
+    native_library.set_threads(request.param)
+    yield request.param
+    native_library.set_threads(before)

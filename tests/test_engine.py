@@ -13,7 +13,6 @@ import torch
 from conftest import make_pack
 from moepack.layout.errors import DamagedPack, MemoryBudgetError, UsageError
 from moepack.runtime import Engine, SamplingParams
-from moepack.runtime.state import SequenceState
 from moepack.runtime.tokenizer import Tokenizer
 from tiny_checkpoint import TOKEN_IDS, TinyModel, write_checkpoint
 
@@ -32,7 +31,7 @@ def engine(tiny_pack: Path) -> Engine:
 def test_decode_one_token_at_a_time_equals_prefill(tiny_pack: Path) -> None:
     engine = Engine.open(tiny_pack, exact=True)
     prefill = engine.logits(IDS)
-    state = SequenceState(engine.architecture, len(IDS))
+    state = engine.new_state(len(IDS))
     with torch.inference_mode():
         steps = [engine.model.logits(engine.model(torch.tensor([token]), state)) for token in IDS]
     difference = (torch.cat(steps) - prefill).abs().max()
@@ -41,7 +40,7 @@ def test_decode_one_token_at_a_time_equals_prefill(tiny_pack: Path) -> None:
 
 def test_int8_decode_is_near_int8_prefill(engine: Engine) -> None:
     """Sums of float32 in another order, 1e-6, sometimes move a value by one of 127 steps: 1 % of the range."""
-    prefill, state = engine.logits(IDS), SequenceState(engine.architecture, len(IDS))
+    prefill, state = engine.logits(IDS), engine.new_state(len(IDS))
     with torch.inference_mode():
         steps = [engine.model.logits(engine.model(torch.tensor([token]), state)) for token in IDS]
     assert (torch.cat(steps) - prefill).abs().max() <= 1e-2 * prefill.abs().max()
@@ -50,7 +49,7 @@ def test_int8_decode_is_near_int8_prefill(engine: Engine) -> None:
 def test_prefill_in_two_parts_equals_one(tiny_pack: Path) -> None:
     """Chunks that end at odd places: the state carries over."""
     engine = Engine.open(tiny_pack, exact=True)
-    whole, state = engine.logits(IDS), SequenceState(engine.architecture, len(IDS))
+    whole, state = engine.logits(IDS), engine.new_state(len(IDS))
     with torch.inference_mode():
         parts = [
             engine.model.logits(engine.model(torch.tensor(part), state)) for part in (IDS[:70], IDS[70:71], IDS[71:])
@@ -248,7 +247,7 @@ def test_an_odd_model_runs(tmp_path: Path) -> None:
                       linear_value_head_dim=24, conv_kernel=3, tie=True, mtp=False)  # fmt: skip
     pack = make_pack(write_checkpoint(tmp_path / "source", model), tmp_path / "pack", bits=3)
     engine = Engine.open(pack)
-    prefill, state = engine.logits(IDS[:70]), SequenceState(engine.architecture, 70)
+    prefill, state = engine.logits(IDS[:70]), engine.new_state(70)
     with torch.inference_mode():
         steps = [engine.model.logits(engine.model(torch.tensor([token]), state)) for token in IDS[:70]]
     assert (torch.cat(steps) - prefill).abs().max() <= DECODE_TOLERANCE * prefill.abs().max()
@@ -283,3 +282,32 @@ def test_the_next_layers_experts_are_read_ahead_where_not_all_fit(demo_pack: Cal
 def test_an_unknown_policy_is_refused(tiny_pack: Path) -> None:
     with pytest.raises(UsageError, match="eviction policy 'best': expected one of lru"):
         Engine.open(tiny_pack, policy="best")
+
+
+def test_keys_and_values_are_bf16_where_the_arithmetic_is_rounded_anyway(demo_pack: Callable[[int], Path]) -> None:
+    rounded, exact = (Engine.open(demo_pack(4), exact=exact, max_context=512) for exact in (False, True))
+    plain = Engine.open(demo_pack(16), max_context=512)
+    dtypes = [
+        {tensor.dtype for layer in engine.new_state(8).layers for tensor in layer.tensors}
+        for engine in (rounded, exact, plain)
+    ]
+    assert dtypes == [{torch.float32, torch.bfloat16}, {torch.float32}, {torch.float32}]
+    a = rounded.architecture
+    caches = 2 * 2 * a.num_key_value_heads * a.head_dim * 512  # two layers of eight have attention
+    assert exact.memory_plan.state_bytes - rounded.memory_plan.state_bytes == 2 * caches
+
+
+def test_a_token_with_all_its_experts_in_memory_is_counted_and_traced(tiny_pack: Path) -> None:
+    """Native code runs it without asking the store, which is told afterwards."""
+    engine = Engine.open(tiny_pack, max_context=64)
+    list(engine.generate(IDS[:20], GREEDY))
+    before, fetches = engine.store.counts.copy(), []
+    engine.store.on_fetch = lambda *fetch: fetches.append(fetch)
+    with torch.inference_mode():
+        engine.model(torch.tensor([IDS[0]]), engine.new_state(1))
+    layers, chosen = engine.architecture.num_hidden_layers, engine.architecture.num_experts_per_tok
+    counts = engine.store.counts.since(before)
+    assert counts.hits + counts.misses == layers * chosen
+    assert [(layer, len(set(ids)), is_prefill) for layer, ids, is_prefill in fetches] == [
+        (layer, chosen, False) for layer in range(layers)
+    ]

@@ -8,7 +8,7 @@ hundred terms in another order, through a softmax or through the 150 dependent u
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,28 +17,10 @@ from moepack.kernels import native_library, reference
 from moepack.kernels.native_floats import FloatOps
 
 ROUNDING, SUMS = 1e-6, 5e-6
-INSTRUCTION_SETS = [name for name in ("amx", "avx512", "avx2", "neon", "portable") if native_library.set_isa(name)]
-BEST = INSTRUCTION_SETS[0]
-native_library.set_isa(BEST)
 OPS = FloatOps()
 
 every_isa = pytest.mark.usefixtures("isa")
 every_thread_count = pytest.mark.usefixtures("threads")
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    assert native_library.set_isa(request.param)
-    yield request.param
-    native_library.set_isa(BEST)
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = native_library.count_threads()
-    native_library.set_threads(request.param)
-    yield request.param
-    native_library.set_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -241,15 +223,20 @@ def attention_inputs(tokens: int, context: int, heads: int, kv_heads: int, width
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES)
 @pytest.mark.parametrize(("tokens", "context"), CONTEXTS)
 def test_attention(tokens: int, context: int, shape: tuple[int, int, int]) -> None:
-    inputs = attention_inputs(tokens, context, *shape)
-    close(OPS.attention(*inputs), reference.attention(*(tensor.double() for tensor in inputs)), SUMS)
+    q, *caches = attention_inputs(tokens, context, *shape)
+    for dtype in (torch.float32, torch.bfloat16):
+        keys, values = (cache.to(dtype) for cache in caches)
+        expected = reference.attention(q.double(), keys.double(), values.double())
+        close(OPS.attention(q, keys, values), expected, SUMS)
 
 
 @every_isa
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES)
-def test_attention_does_not_depend_on_cuts_nor_threads(shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_does_not_depend_on_cuts_nor_threads(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     """One call, chunks of any size, single tokens: bit for bit the same."""
-    q, keys, values = attention_inputs(330, 600, *shape)
+    q, *caches = attention_inputs(330, 600, *shape)
+    keys, values = (cache.to(dtype) for cache in caches)
 
     def compute(cuts: list[int]) -> torch.Tensor:
         seen, parts = 600 - 330, []
@@ -261,6 +248,14 @@ def test_attention_does_not_depend_on_cuts_nor_threads(shape: tuple[int, int, in
     whole = compute([330])
     for cuts in ([330], [1] * 330, [100, 1, 229], [7] * 47 + [1]):
         assert all(torch.equal(whole, result) for result in on_each_thread_count(functools.partial(compute, cuts)))
+
+
+def test_attention_refuses_caches_of_other_kinds() -> None:
+    q, keys, values = attention_inputs(1, 9, 4, 2, 16)
+    with pytest.raises(TypeError, match="expected keys and values of one of"):
+        OPS.attention(q, keys.half(), values.half())
+    with pytest.raises(TypeError, match=r"got torch\.bfloat16 and torch\.float32"):
+        OPS.attention(q, keys.bfloat16(), values)
 
 
 @every_isa

@@ -9,11 +9,11 @@ compared by the norm of all their results: 2e-6 and 2.4 %.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
 
+from conftest import INSTRUCTION_SETS
 from moepack.kernels import native_library, reference
 from moepack.kernels.matrix import Expert, Matrix
 from moepack.kernels.native_ops import NativeOps, read_stream
@@ -21,23 +21,6 @@ from moepack.kernels.native_ops import NativeOps, read_stream
 EXACT, INT8 = 2e-5, 0.04
 EXPERT_EXACT, EXPERT_INT8 = 2e-6, 0.024  # int8: rounded twice, before gate and up and before down
 SCHEMES = [*itertools.product((2, 3, 4, 8), (32, 64, 128))]
-INSTRUCTION_SETS = [name for name in ("amx", "avx512", "avx2", "neon", "portable") if native_library.set_isa(name)]
-BEST = INSTRUCTION_SETS[0]
-native_library.set_isa(BEST)
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    assert native_library.set_isa(request.param)
-    yield request.param
-    native_library.set_isa(BEST)
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    native_library.set_threads(request.param)
-    yield request.param
-    native_library.set_threads(1)
 
 
 def quantized(rows: int, columns: int, bits: int, group_size: int, seed: int = 0) -> Matrix:
@@ -191,7 +174,7 @@ def test_amx_gives_the_bits_of_avx512() -> None:
         for name in ("amx", "avx512"):
             native_library.set_isa(name)
             results.append(NativeOps().linear(x, matrix))
-        native_library.set_isa(BEST)
+        native_library.set_isa(INSTRUCTION_SETS[0])
         assert torch.equal(*results)
 
 
