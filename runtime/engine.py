@@ -126,9 +126,7 @@ class Engine:
         budget = parse_size(memory) if isinstance(memory, str) else memory
         budget = default_budget_bytes() if budget is None else budget
         cache_dtype = _choose_cache_dtype(opened, ops)
-        plan = plan_memory(
-            opened, architecture, budget, context, process_bytes, snapshot_bytes, sequences, cache_dtype
-        )
+        plan = plan_memory(opened, architecture, budget, context, process_bytes, snapshot_bytes, sequences, cache_dtype)
         if policy not in POLICIES:
             raise UsageError(f"eviction policy {policy!r}: expected one of {', '.join(POLICIES)}")
         settings, settings_note = load_settings(opened.directory)
