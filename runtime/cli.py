@@ -282,7 +282,9 @@ def evaluate(
     constrained: bool = typer.Option(
         False, "--constrained", help="Hold --tools to calls that are well-formed, where one is expected."
     ),
-    reference: Path = typer.Option(None, "--reference", help="Pack to compare with: KL and top-1 agreement."),
+    reference: Path = typer.Option(
+        None, "--reference", help="Pack to compare with: KL, top-1 agreement, equal answers."
+    ),
     exact: bool = EXACT,
     experts_per_token: int = EXPERTS,
     threads: int = THREADS,
@@ -300,8 +302,6 @@ def evaluate(
 
     if text is None and tools is None:
         raise UsageError("expected --text FILE or --tools FILE, found neither")
-    if reference and text is None:
-        raise UsageError("--reference compares on a text: give --text FILE too")
     passage = None if text is None else encode_text(Tokenizer.load(pack), read_text(text))
     prompts = None if tools is None else read_tool_prompts(tools)
     budget = default_budget_bytes() if memory is None else parse_size(memory)
@@ -323,7 +323,7 @@ def evaluate(
         facts |= {key: value for key, value in scores.items() if reference or value is not None}
     if prompts is not None:
         with open_progress(len(prompts), "tools", "prompt") as progress:
-            facts["tool_calls"] = vars(evaluate_tools(engine, prompts, progress.update, constrained))
+            facts["tool_calls"] = vars(evaluate_tools(engine, prompts, progress.update, constrained, other))
     if as_json:
         print_json(facts)
     else:
@@ -431,9 +431,11 @@ def _print_plan(engine: Engine) -> None:
 
 
 def _print_scores(facts: dict[str, Any]) -> None:
-    tool_calls = facts.pop("tool_calls", None)
-    rows: list[tuple[str, ...]] = [("measure", "value")]
-    for name, value in {**facts, **{f"tool calls: {key}": value for key, value in (tool_calls or {}).items()}}.items():
-        if value is not None:
-            rows.append((name, f"{value:.4f}" if isinstance(value, float) else str(value)))
+    rows: list[tuple[str, ...]] = [("measure", "value", "95 % interval")]
+    for prefix, values in (("", facts), ("tool calls: ", facts.get("tool_calls") or {})):
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                low, high = values.get("intervals", {}).get(name, (None, None))
+                interval = "" if low is None else f"{low:.4f} to {high:.4f}"
+                rows.append((f"{prefix}{name}", f"{value:.4f}" if isinstance(value, float) else str(value), interval))
     print_table(rows)

@@ -1,5 +1,8 @@
 """How good a pack's answers are: perplexity on a text, distance to a reference pack, tool calls that come out right.
 
+Every mean comes with an interval that holds it in 95 of 100 draws of other texts or prompts of the same kind: a
+bootstrap over windows (whose tokens hang together) and over prompts, with a fixed seed.
+
 Text is scored in windows of 2048 tokens that do not overlap (a rest shorter than a window is left out if there is a
 whole one, and said); the first token of a window is given, the others are predicted. Tool prompts are answered
 greedily, with thinking off, and every call is compared with the expected one after typing by the schema.
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from moepack.layout.errors import MoepackError, UsageError
@@ -30,19 +34,26 @@ from moepack.runtime.tokenizer import Tokenizer
 
 WINDOW = 2048
 MAX_ANSWER_TOKENS = 256
+RESAMPLES, SEED, CONFIDENCE = 2000, 0, 0.95
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class TextScores:
-    """nll is the mean over scored tokens, in nats; the last three are None without a reference."""
+    """nll is the mean over scored tokens, in nats; what compares is None without a reference.
+
+    intervals   (low, high) of perplexity, kl_mean and top1_agreement
+    """
 
     tokens: int
     skipped_tokens: int
     nll: float
     perplexity: float
     kl_mean: float | None
+    kl_median: float | None
     kl_p99: float | None
     top1_agreement: float | None
+    intervals: dict[str, Interval]
 
 
 @dataclass(frozen=True)
@@ -56,12 +67,18 @@ class ToolPrompt:
 
 @dataclass(frozen=True)
 class ToolScores:
-    """Shares of n prompts whose answer is well-formed, calls the right functions, and is right in every argument."""
+    """Shares of n prompts whose answer is well-formed, calls the right functions, and is right in every argument.
+
+    identical   share of answers that are the reference's token for token; None without one
+    intervals   (low, high) of each share
+    """
 
     n: int
     well_formed: float
     right_function: float
     correct: float
+    identical: float | None
+    intervals: dict[str, Interval]
 
 
 def evaluate_text(
@@ -80,27 +97,49 @@ def evaluate_text(
             f"{engine.architecture.vocab_size}: a pack of the same model is needed"
         )
     windows, skipped = split_windows(token_ids, min(WINDOW, engine.max_context))
-    nll, divergences, agreements = 0.0, [], 0
-    scored = sum(len(window) - 1 for window in windows)
+    sums, divergences = [], []  # of each window: scored tokens, nll, KL, agreements
     for window in windows:
+        nll, agreements, in_window = 0.0, 0, []
         for targets, scores, reference_scores in _scored_pieces(engine, reference, window):
             log_p = _log_softmax(scores, engine)
             nll -= log_p.gather(1, targets[:, None]).double().sum().item()
             if reference_scores is not None:
                 log_r = _log_softmax(reference_scores, reference)
-                divergences.append((log_r.exp() * (log_r - log_p)).sum(-1))
+                in_window.append((log_r.exp() * (log_r - log_p)).sum(-1).double())
                 agreements += int((scores.argmax(-1) == reference_scores.argmax(-1)).sum())
             on_tokens(len(targets))
-    kl = torch.cat(divergences).double() if divergences else None
+        divergences += in_window
+        sums.append((len(window) - 1, nll, sum(float(part.sum()) for part in in_window), agreements))
+    table = np.array(sums)  # [windows, 4]
+    scored, nll, kl_sum, agreed = table.sum(0)
+    kl = torch.cat(divergences) if divergences else None
+    intervals = {"perplexity": bootstrap(table, lambda total: np.exp(total[..., 1] / total[..., 0]))}
+    if kl is not None:
+        intervals["kl_mean"] = bootstrap(table, lambda total: total[..., 2] / total[..., 0])
+        intervals["top1_agreement"] = bootstrap(table, lambda total: total[..., 3] / total[..., 0])
     return TextScores(
-        tokens=scored,
+        tokens=int(scored),
         skipped_tokens=skipped,
         nll=nll / scored,
         perplexity=math.exp(nll / scored),
-        kl_mean=None if kl is None else kl.mean().item(),
-        kl_p99=None if kl is None else kl.quantile(0.99).item(),
-        top1_agreement=None if kl is None else agreements / scored,
+        kl_mean=None if kl is None else kl_sum / scored,
+        kl_median=None if kl is None else kl.median().item(),
+        kl_p99=None if kl is None else np.quantile(kl.numpy(), 0.99).item(),
+        top1_agreement=None if kl is None else agreed / scored,
+        intervals=intervals,
     )
+
+
+def bootstrap(rows: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> Interval:
+    """The interval of a statistic of summed rows [n, C], over draws of n rows with replacement.
+
+    statistic   sums [draws, C] -> [draws]
+
+    The same rows give the same interval.
+    """
+    picks = np.random.default_rng(SEED).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), RESAMPLES)
+    low, high = np.quantile(statistic(picks @ rows), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> Sequence[int]:
@@ -159,33 +198,44 @@ def evaluate_tools(
     prompts: Sequence[ToolPrompt],
     on_prompt: Callable[[int], object] = lambda count: None,
     is_constrained: bool = False,
+    reference: Engine | None = None,
 ) -> ToolScores:
-    """Answer tool prompts greedily and compare the calls.
+    """Answer tool prompts greedily and compare the calls, and the answers with the reference's own.
 
     is_constrained   hold answers to well-formed calls, and to calling at all where a call is expected
 
     Raises UsageError if the pack has no chat template or a prompt does not fit the context.
     """
+    shares = []
+    hold = _make_constraints(engine) if is_constrained else lambda prompt: None
+    for prompt in prompts:
+        answer = answer_prompt(engine, prompt, hold(prompt))
+        rest, calls = parse_tool_calls(engine.tokenizer.decode(answer), prompt.tools)
+        expected = prompt.expected
+        is_whole = "<tool_call>" not in rest and bool(calls or not expected)
+        right_function = is_whole and [call.name for call in calls] == [name for name, _ in expected]
+        correct = is_whole and [(call.name, call.arguments) for call in calls] == expected
+        identical = reference is not None and answer_prompt(reference, prompt, hold(prompt)) == answer
+        shares.append((is_whole, right_function, correct, identical))
+        on_prompt(1)
+    table = np.array(shares, dtype=float)
+    names = ("well_formed", "right_function", "correct", "identical")[: 3 if reference is None else 4]
+    means = dict(zip(names, table.mean(0).tolist()))
+    intervals = {
+        name: bootstrap(table[:, [column]], lambda total: total[..., 0] / len(table))
+        for column, name in enumerate(names)
+    }
+    return ToolScores(len(prompts), **{"identical": None, **means}, intervals=intervals)
+
+
+def answer_prompt(engine: Engine, prompt: ToolPrompt, constraint: Constraint | None = None) -> list[int]:
+    """The greedy answer's tokens, thinking off. Raises UsageError as evaluate_tools does."""
     template = engine.chat_template()
     if template is None:
         raise UsageError(f"{engine.pack.directory}: has no chat template, tool prompts need one")
+    text = template.render(prompt.messages, tools=prompt.tools, enable_thinking=False)
     sampling = SamplingParams(temperature=0, max_tokens=MAX_ANSWER_TOKENS)
-    hold = _make_constraints(engine) if is_constrained else None
-    well_formed = right_function = correct = 0
-    for prompt in prompts:
-        text = template.render(prompt.messages, tools=prompt.tools, enable_thinking=False)
-        constraint = hold(prompt) if hold else None
-        ids = engine.tokenizer.encode(text)
-        answer = engine.tokenizer.decode(list(engine.generate(ids, sampling, constraint=constraint)))
-        rest, calls = parse_tool_calls(answer, prompt.tools)
-        expected = prompt.expected
-        is_whole = "<tool_call>" not in rest and bool(calls or not expected)
-        well_formed += is_whole
-        right_function += is_whole and [call.name for call in calls] == [name for name, _ in expected]
-        correct += is_whole and [(call.name, call.arguments) for call in calls] == expected
-        on_prompt(1)
-    n = len(prompts)
-    return ToolScores(n, well_formed / n, right_function / n, correct / n)
+    return list(engine.generate(engine.tokenizer.encode(text), sampling, constraint=constraint))
 
 
 def _make_constraints(engine: Engine) -> Callable[[ToolPrompt], Constraint]:

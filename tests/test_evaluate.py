@@ -1,0 +1,83 @@
+"""Evaluation: every number against numpy on the whole distributions, the intervals, and answers compared by token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import make_pack
+from moepack.runtime import evaluate
+from moepack.runtime.engine import Engine
+from moepack.runtime.evaluate import bootstrap, evaluate_text, evaluate_tools, read_tool_prompts
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Engine]]:
+    """The tiny model at 2 and at 16 bits."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    packs = (make_pack(tiny_source, folder / "poor", 2, 32, 16), make_pack(tiny_source, folder / "good", 16, 32, 16))
+    with Engine.open(packs[0], exact=True, threads=1) as poor, Engine.open(packs[1], exact=True, threads=1) as good:
+        yield poor, good
+
+
+def test_scores_are_those_of_the_whole_distributions(
+    engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "WINDOW", 37)
+    ids = np.random.default_rng(0).integers(0, 256, 37 * 3 + 5).tolist()
+    poor, good = engines
+    found = evaluate_text(poor, ids, good)
+    kl, nll, equal = [], [], []
+    for first in range(0, 37 * 3, 37):
+        window = ids[first : first + 37]
+        p, r = (engine.logits(window)[:-1].double().log_softmax(-1).numpy() for engine in (poor, good))
+        kl += (np.exp(r) * (r - p)).sum(-1).tolist()
+        nll += (-p[np.arange(36), window[1:]]).tolist()
+        equal += (p.argmax(-1) == r.argmax(-1)).tolist()
+    assert (found.tokens, found.skipped_tokens) == (108, 5)
+    expected = {
+        "nll": np.mean(nll), "perplexity": np.exp(np.mean(nll)), "kl_mean": np.mean(kl), "kl_median": np.sort(kl)[53],
+        "kl_p99": np.quantile(kl, 0.99), "top1_agreement": np.mean(equal),
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert getattr(found, name) == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    for name in ("perplexity", "kl_mean", "top1_agreement"):
+        low, high = found.intervals[name]
+        assert low <= getattr(found, name) <= high
+    assert evaluate_text(poor, ids, good) == found
+
+
+def test_without_a_reference_nothing_is_compared(engines: tuple[Engine, Engine]) -> None:
+    found = evaluate_text(engines[0], list(range(50)))
+    assert (found.kl_mean, found.kl_median, found.kl_p99, found.top1_agreement) == (None,) * 4
+    assert set(found.intervals) == {"perplexity"}
+
+
+def test_a_bootstrap_is_as_wide_as_the_spread_says() -> None:
+    """Of a mean of 400 normal numbers: four standard errors between the ends, which is 0.2."""
+    rows = np.random.default_rng(1).standard_normal((400, 1))
+    low, high = bootstrap(rows, lambda total: total[..., 0] / 400)
+    assert high - low == pytest.approx(0.196, rel=0.12)
+    assert bootstrap(rows, lambda total: total[..., 0] / 400) == (low, high)
+    assert bootstrap(np.ones((5, 1)), lambda total: total[..., 0] / 5) == (1.0, 1.0)
+
+
+def test_answers_are_compared_with_the_references(demo_pack, tmp_path: Path) -> None:
+    lines = (DATA / "tools.jsonl").read_text().splitlines()[:4]
+    (tmp_path / "tools.jsonl").write_text("\n".join(lines))
+    prompts = read_tool_prompts(tmp_path / "tools.jsonl")
+    with Engine.open(demo_pack(16), exact=True, threads=1) as good, Engine.open(demo_pack(2), threads=1) as poor:
+        own, other = (evaluate_tools(engine, prompts, reference=good) for engine in (good, poor))
+        assert own.identical == 1
+        assert other.identical == np.mean(
+            [evaluate.answer_prompt(poor, p) == evaluate.answer_prompt(good, p) for p in prompts]
+        )
+        assert set(own.intervals) == {"well_formed", "right_function", "correct", "identical"}
+        assert json.dumps(vars(own))
+    assert own.n == 4
