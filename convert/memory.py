@@ -22,7 +22,8 @@ DEFAULT_MEMORY = "4GiB"
 PIECE_BYTES = 8 * 2**20  # source bytes of a resident matrix dealt with at a time
 READS_AHEAD = 2  # threads beyond the workers: while some wait for the disk, as many as there are workers compute
 ALLOCATOR_BYTES = 48 * 2**20  # arenas, thread stacks, the manifest as it grows
-WORKING_BYTES = {"minmax": 4}  # per weight of the matrix at hand; others work in numpy, in several copies of float32
+# Per weight of the matrix at hand; the others work in numpy, in several copies of float32.
+WORKING_BYTES = {"minmax": 4, "mse": 4}
 WORKING_BYTES_ELSE = 48
 
 

@@ -30,6 +30,7 @@ from moepack.kernels.native_fit import fit_groups
 from moepack.kernels.native_quantize import RoundingError
 from moepack.layout.quantized import bf16_to_float32, dequantize, float32_to_bf16, pack_integers
 
+WEIGHTS_AT_ONCE = 2**17
 LARGEST_WEIGHT = 2.0**60  # whose squares can still be summed
 
 
@@ -102,8 +103,17 @@ def quantize_mse(weights: np.ndarray, bits: int, group_size: int, moments: np.nd
     importance = None
     if moments is not None:
         importance = column_importance(np.diagonal(moments) if moments.ndim == 2 else moments)
-    integers, scales, biases, error = fit_groups(_finite(weights), bits, group_size, importance)
-    return QuantizedMatrix(pack_integers(integers, bits), scales, biases, error)
+    rows, columns = weights.shape
+    step = max(1, WEIGHTS_AT_ONCE // columns)
+    w_q = np.empty((rows, columns * bits // 32), np.uint32)
+    scales, biases = (np.empty((rows, columns // group_size), np.uint16) for _ in range(2))
+    total = RoundingError()
+    for first in range(0, rows, step):  # what is in floats stays in the cache, and out of the memory budget
+        part = slice(first, first + step)
+        integers, scales[part], biases[part], error = fit_groups(_finite(weights[part]), bits, group_size, importance)
+        w_q[part] = pack_integers(integers, bits)
+        total += error
+    return QuantizedMatrix(w_q, scales, biases, total)
 
 
 def quantize_gptq(
@@ -135,7 +145,7 @@ def measure_error(weights: np.ndarray, rounded: np.ndarray) -> RoundingError:
 def _finite(weights: np.ndarray) -> np.ndarray:
     weights = widen(weights)
     if not np.abs(weights).max() < LARGEST_WEIGHT:  # a NaN is not below it
-        raise ValueError("the weights hold NaN, infinity or a range beyond bf16")
+        raise ValueError("holds NaN, infinity or a range beyond bf16")
     return weights
 
 
