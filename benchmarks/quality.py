@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=ROOT / "tests" / "data" / "sampled.txt")
     parser.add_argument("--tools", type=Path, default=ROOT / "tests" / "data" / "tools.jsonl")
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--quantizer", default="minmax", help="as moe-convert has it")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "quality", help="folder for packs and results")
     parser.add_argument("--jobs", type=int, default=2, help="evaluations side by side, one thread each")
     parser.add_argument("--reuse", action="store_true", help="take results that are in the work folder already")
@@ -46,16 +47,16 @@ def main() -> None:
 
 def convert(arguments: argparse.Namespace, bits: int) -> Path:
     """The pack of a width, converted unless it is there."""
-    pack = arguments.work / f"experts{bits}.moepack"
+    pack = arguments.work / f"experts{bits}_{arguments.quantizer}_{arguments.group_size}.moepack"
     command = [BIN / "moe-convert", arguments.checkpoint, pack, "--bits", str(bits), "--resident-bits", "16"]
-    subprocess.run([*command, "--group-size", str(arguments.group_size)], check=True, stdout=sys.stderr)
+    subprocess.run([*command, "--group-size", str(arguments.group_size), "--quantizer", arguments.quantizer], check=True, stdout=sys.stderr)
     return pack
 
 
 def evaluate(arguments: argparse.Namespace, packs: dict[int, Path], bits: int, kind: str) -> dict[str, Any]:
     """What `moe-run eval` says of a pack, on the text or on the tool prompts."""
     given = arguments.text if kind == "text" else arguments.tools
-    kept = arguments.work / f"experts{bits}_{kind}_{given.stem}.json"
+    kept = arguments.work / f"{packs[bits].stem}_{kind}_{given.stem}.json"
     if not (arguments.reuse and kept.exists()):
         command = [BIN / "moe-run", "eval", packs[bits], f"--{kind}", given, "--threads", "1", "--exact", "--json"]
         command += ["--memory", "2GiB"]
