@@ -10,6 +10,7 @@ or placeholder file is found before any work.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ class Checkpoint:
         self.shards = sorted(files)
         self.tensors = {name: spec for specs in files.values() for name, spec in specs.items()}
         self._shard_of = {name: shard for shard, specs in files.items() for name in specs}
+        self._stamps = {shard: _stamp(directory / shard) for shard in files}
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
@@ -111,6 +113,24 @@ class Checkpoint:
         """The file that holds a tensor."""
         return self._shard_of[name]
 
+    def check_unchanged(self, shards: Iterable[str]) -> None:
+        """Raise CheckpointError naming a file that was replaced, resized or written to since it was opened."""
+        for shard in sorted(shards):
+            for what, before, now in zip(
+                ("size", "time of change", "file"), self._stamps[shard], self._stamp_now(shard)
+            ):
+                if before != now:
+                    raise CheckpointError(
+                        f"{self.directory / shard}: changed while it was read (another {what}): what was packed of it "
+                        "is not kept; restore it and run the same command again, or start over with --overwrite"
+                    )
+
+    def _stamp_now(self, shard: str) -> tuple[int, int, int]:
+        try:
+            return _stamp(self.directory / shard)
+        except OSError as error:
+            raise CheckpointError(f"{self.directory / shard}: vanished while it was read: {error.strerror}") from None
+
     def _path(self, name: str) -> Path:
         return self.directory / self._shard_of[name]
 
@@ -120,6 +140,12 @@ class Checkpoint:
             return self.reader.read(path, offset, size, name)
         except OSError as error:
             raise CheckpointError(f"{path}: {name} at byte {offset} cannot be read: {error.strerror}") from None
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """Size, time of change and identity of a file."""
+    facts = path.stat()
+    return facts.st_size, facts.st_mtime_ns, facts.st_ino
 
 
 def read_json(path: Path) -> dict[str, Any]:

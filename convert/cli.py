@@ -33,6 +33,7 @@ from moepack.convert.plan import (
 )
 from moepack.convert.quantizers import AUTO_QUANTIZER, QUANTIZERS, TUNED
 from moepack.convert.recipe import AUTO_GROUP_SIZE, Recipe
+from moepack.convert.repair import parse_places, recipe_of, repair_blocks
 from moepack.convert.report import Report
 from moepack.layout.calibration import Calibration
 from moepack.layout.console import (
@@ -87,6 +88,9 @@ def convert_checkpoint(
     overwrite: bool = typer.Option(
         False, "--overwrite/--resume", help="Replace what is at OUT, or go on with an unfinished conversion."
     ),
+    redo: list[str] = typer.Option(
+        [], metavar="LAYER:EXPERT", help="Only make this block of a finished pack anew, as it was; may be repeated."
+    ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check the source, print sizes and time, write nothing."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
     version: bool = VERSION,
@@ -104,6 +108,12 @@ def convert_checkpoint(
     known = None if calibration is None else Calibration.open(calibration)
     recipe, memory_bytes = _make_recipe(bits, group_size, resident_bits, quantizer, known), parse_size(memory)
     scratch_bytes = parse_size(scratch) if scratch else None
+    if redo:
+        places = parse_places(redo)
+        with _planned(source, out, recipe_of(out), known, scratch_bytes, overwrite=False) as plan:
+            repair_blocks(plan, places)
+        print(f"{out}: {len(places)} block{'s' * (len(places) != 1)} written again, with the checksum they had")
+        return
     with _planned(source, out, recipe, known, scratch_bytes, overwrite) as plan:
         _convert(plan, overwrite, dry_run, workers, memory_bytes, as_json)
 

@@ -68,7 +68,8 @@ class Journal:
             elif earlier != settings:
                 changed = sorted(key for key in {*earlier, *settings} if earlier.get(key) != settings.get(key))
                 raise UsageError(
-                    f"{out}: holds an unfinished conversion with another {', '.join(changed)}: "
+                    f"{out}: holds an unfinished conversion with another {', '.join(changed)}"
+                    f"{_name_differences(earlier, settings)}: "
                     "repeat its command, or start over with --overwrite"
                 )
             yield journal
@@ -89,6 +90,17 @@ class Journal:
     def remove(self) -> None:
         """Delete the journal: the conversion is complete but for the manifest's rename."""
         shutil.rmtree(self.folder)
+
+
+def _name_differences(earlier: dict[str, Any], settings: dict[str, Any]) -> str:
+    """ " (bits 2, now 4)" for the arguments that changed, and the names of source files that did."""
+    texts: list[str] = []
+    for group, with_values in (("arguments", True), ("source", False)):
+        before, now = earlier.get(group) or {}, settings.get(group) or {}
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        texts += [f"{key} {before.get(key)}, now {now.get(key)}" if with_values else key for key in keys]
+    more = f" and {len(texts) - 4} more" if len(texts) > 4 else ""
+    return f" ({'; '.join(texts[:4])}{more})" if texts else ""
 
 
 def finish_interrupted_manifest(out: Path) -> None:

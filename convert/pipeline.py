@@ -200,7 +200,7 @@ class _Conversion:
 
         tiers, expert_tiers = (plan.recipe.expert_schemes,), (0,) * num_experts
         entry = write_expert_file(plan.out, layer, plan.shape, tiers, expert_tiers, blocks())
-        return entry, self.finish(file, entry.as_json())
+        return entry, self.finish(file, entry.as_json(), plan.layer_shards(layer))
 
     def write_resident(self) -> tuple[ResidentFile, dict[str, str]]:
         plan = self.plan
@@ -217,7 +217,7 @@ class _Conversion:
                     self.on_bytes(encoded.size if encoded else 0)
 
             entry = write_resident_file(plan.out, arrays, quantized, read)
-        return entry, self.finish(RESIDENT_NAME, entry.as_json())
+        return entry, self.finish(RESIDENT_NAME, entry.as_json(), plan.resident_shards)
 
     def resume(self, file: str, source_bytes: int) -> dict[str, Any] | None:
         """The record of a file that an earlier run finished, counted as dealt with."""
@@ -227,8 +227,9 @@ class _Conversion:
             self.on_bytes(source_bytes)
         return record
 
-    def finish(self, file: str, entry: dict[str, Any]) -> dict[str, str]:
-        """Note a file as finished; the hashes of the tensors that went into it."""
+    def finish(self, file: str, entry: dict[str, Any], shards: set[str]) -> dict[str, str]:
+        """Note a file as finished, if what it was made from is still the same; the hashes of its tensors."""
+        self.plan.check_source(shards)
         hashes = self.hashes.take()
         rounding = {kind: list(vars(error).values()) for kind, error in self.rounding.items()}
         self.rounding = Rounding()

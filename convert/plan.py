@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -128,6 +128,18 @@ class ConversionPlan:
     def bytes_to_read(self) -> int:
         """Every used tensor once."""
         return sum(self.layer_source_bytes) + self.resident_source_bytes
+
+    def check_source(self, shards: Iterable[str]) -> None:
+        """Raise CheckpointError if a shard is not what was planned with: size, time of change, samples of its bytes."""
+        shards = sorted(shards)
+        self.checkpoint.check_unchanged(shards)
+        for shard in shards:
+            path = self.checkpoint.directory / shard
+            if _fingerprint(path) != self.settings["source"][shard]:
+                raise CheckpointError(
+                    f"{path}: changed while it was read (other bytes): restore it and run the same command again, or "
+                    "start over with --overwrite"
+                )
 
     def describes(self, manifest: Manifest) -> bool:
         """Whether a finished pack is what this plan would write."""

@@ -25,6 +25,7 @@ from convert_command import SMALL, Result, files_of, finish, problems_of, run_co
 from moepack.convert.pipeline import convert
 from moepack.convert.plan import plan_conversion
 from moepack.convert.recipe import Recipe
+from moepack.layout.errors import CheckpointError
 from moepack.layout.spec import MANIFEST_NAME, PARTIAL_SUFFIX
 from tiny_checkpoint import TinyModel, write_checkpoint
 
@@ -422,3 +423,66 @@ def test_a_full_disk(source, whole, small_disk):
     small_disk(64 * MIB, ",remount")
     assert finish(start_convert(source, out, *GROUP)).code == 0
     assert files_of(out) == whole
+
+
+CHANGES_UNDER_US = {
+    "time": lambda path: os.utime(path, ns=(1, 1)),
+    "size": lambda path: os.truncate(path, path.stat().st_size + 1),
+    "file": lambda path: (shutil.copy2(path, f"{path}.new"), os.replace(f"{path}.new", path)),
+    "other bytes": lambda path: _flip_and_keep_the_time(path),
+    "vanished": lambda path: path.unlink(),
+}
+
+
+def _flip_and_keep_the_time(path: Path) -> None:
+    facts = path.stat()
+    with open(path, "r+b") as file:  # the last bytes are always among the samples
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", CHANGES_UNDER_US)
+def test_a_source_that_changes_under_us(tmp_path, change):
+    """Found before the file made from it counts as done; restored, the same command goes on to the same bytes."""
+    source = write_checkpoint(tmp_path / "source", SMALL, single_file=True)
+    kept = Path(shutil.copytree(source, tmp_path / "kept"))
+    plain = (*GROUP, "--quantizer", "minmax")
+    assert run_convert(kept, tmp_path / "whole", *plain).code == 0
+    out, seen = tmp_path / "pack", []
+    plan = plan_conversion(source, out, Recipe(4, 32, 8, "minmax"))
+
+    def change_once(size_bytes):
+        seen.append(size_bytes)
+        if len(seen) == 2:
+            CHANGES_UNDER_US[change](source / "model.safetensors")
+
+    with pytest.raises(CheckpointError, match="while it was read"):
+        convert(plan, 1, change_once)
+    assert not (out / MANIFEST_NAME).exists()
+    assert not (out / ".convert" / "layer_00.json").exists()
+    shutil.copy2(kept / "model.safetensors", source / "model.safetensors")
+    assert run_convert(source, out, *plain).code == 0
+    whole, found = files_of(tmp_path / "whole"), files_of(out)
+    assert {n: d for n, d in found.items() if n != MANIFEST_NAME} == {
+        n: d for n, d in whole.items() if n != MANIFEST_NAME
+    }
+
+
+def test_a_read_only_output_is_one_line(source, small_disk):
+    disk = small_disk(64 * MIB)
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True, capture_output=True)
+    result = finish(start_convert(source, disk / "pack", *GROUP))
+    assert (result.code, result.out, len(result.errors)) == (1, "", 1)
+    assert str(disk / "pack") in result.errors[0]
+    assert "Read-only" in result.errors[0]
+
+
+def test_another_argument_is_named_with_both_values(source, tmp_path):
+    out = tmp_path / "pack"
+    run_stopped(Stop(20, Killed), source, out, *GROUP, "--bits", 2)
+    result = run_convert(source, out, *GROUP, "--resident-bits", 4)
+    assert (result.code, len(result.errors)) == (2, 1)
+    assert "(bits 2, now 4; resident_bits 8, now 4)" in result.errors[0]
