@@ -49,7 +49,11 @@ def convert(arguments: argparse.Namespace, bits: int) -> Path:
     """The pack of a width, converted unless it is there."""
     pack = arguments.work / f"experts{bits}_{arguments.quantizer}_{arguments.group_size}.moepack"
     command = [BIN / "moe-convert", arguments.checkpoint, pack, "--bits", str(bits), "--resident-bits", "16"]
-    subprocess.run([*command, "--group-size", str(arguments.group_size), "--quantizer", arguments.quantizer], check=True, stdout=sys.stderr)
+    subprocess.run(
+        [*command, "--group-size", str(arguments.group_size), "--quantizer", arguments.quantizer],
+        check=True,
+        stdout=sys.stderr,
+    )
     return pack
 
 
