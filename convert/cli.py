@@ -31,7 +31,7 @@ from moepack.convert.plan import (
     plan_conversion,
     remove_output,
 )
-from moepack.convert.quantizers import AUTO_QUANTIZER, QUANTIZERS, TUNED
+from moepack.convert.quantizers import AUTO_QUANTIZER, QUANTIZERS
 from moepack.convert.recipe import AUTO_GROUP_SIZE, Recipe
 from moepack.convert.repair import parse_places, recipe_of, repair_blocks
 from moepack.convert.report import Report
@@ -47,7 +47,6 @@ from moepack.layout.console import (
     run_app,
 )
 from moepack.layout.errors import Interrupted, NotEnoughSpace, UsageError
-from moepack.layout.geometry import Scheme
 from moepack.layout.process import peak_rss_bytes
 from moepack.layout.sizes import format_size, parse_size
 from moepack.layout.spec import GROUP_SIZES, MANIFEST_NAME, QUANTIZED_BITS, UNQUANTIZED_BITS
@@ -202,27 +201,16 @@ def _make_recipe(
         if value not in allowed:
             raise UsageError(f"{option} {value}: expected one of {', '.join(str(one) for one in allowed if one)}")
     group_size = group_size or AUTO_GROUP_SIZE
-    return Recipe(bits, group_size, resident_bits, _choose_quantizer(bits, group_size, quantizer, calibration))
+    return Recipe(bits, group_size, resident_bits, _choose_quantizer(quantizer, calibration))
 
 
-def _choose_quantizer(bits: int, group_size: int, quantizer: str, calibration: Calibration | None) -> str:
+def _choose_quantizer(quantizer: str, calibration: Calibration | None) -> str:
     """The quantizer by name, "auto" resolved. Raises UsageError where it needs what the calibration lacks."""
-    scheme = calibration.scheme if calibration else None
-    fits = scheme is not None and scheme == Scheme.of(bits, group_size)
+    has_moments = calibration is not None and calibration.has_full_moments
     if quantizer == "auto":
-        if scheme is not None and not fits:
-            log(f"note: {calibration.path}: tuned for {scheme.bits} bits in groups of {scheme.group_size}: not used")  # type: ignore[union-attr]
-        if fits:
-            return TUNED
-        return "gptq" if calibration and calibration.has_full_moments else AUTO_QUANTIZER
-    if quantizer == "gptq" and not (calibration and calibration.has_full_moments):
+        return "gptq" if has_moments else AUTO_QUANTIZER
+    if quantizer == "gptq" and not has_moments:
         raise UsageError("--quantizer gptq needs second moments: give --calibration FILE of moe-run calibrate --full")
-    if quantizer == TUNED and not fits:
-        found = f"{scheme.bits} bits in groups of {scheme.group_size}" if scheme else "none"
-        raise UsageError(
-            f"--quantizer tuned: expected experts tuned for {bits} bits in groups of {group_size}, found {found}: "
-            "give --calibration FILE of moe-run calibrate --tune"
-        )
     return quantizer
 
 

@@ -34,7 +34,7 @@ from moepack.convert.checkpoint import Rows
 from moepack.convert.journal import Journal
 from moepack.convert.memory import DEFAULT_MEMORY, PIECE_BYTES, fit_threads
 from moepack.convert.plan import ConversionPlan, check_free_space, list_copied_files
-from moepack.convert.quantizers import QUANTIZERS, TUNED, take_tuned
+from moepack.convert.quantizers import QUANTIZERS
 from moepack.convert.report import RESIDENT, Report, Rounding
 from moepack.convert.shard_reader import Record
 from moepack.convert.sources import Weight
@@ -393,12 +393,8 @@ def _encode(
             if scheme.group_size is None:
                 _check_finite(rows, where)
                 return {"weight": rows.to_bf16()}, None
-            known = plan.calibration if place else None
-            if known and place and plan.recipe.quantizer == TUNED and (tuned := known.tuned(*place)):
-                quantized = take_tuned(rows.to_float32(), scheme.bits, scheme.group_size, tuned)
-            else:
-                moments = known.moments(*place) if known and place else None
-                quantized = QUANTIZERS[plan.recipe.quantizer](rows.values, scheme.bits, scheme.group_size, moments)
+            moments = plan.calibration.moments(*place) if plan.calibration and place else None
+            quantized = QUANTIZERS[plan.recipe.quantizer](rows.values, scheme.bits, scheme.group_size, moments)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}: the file is damaged, download it again") from None
     return quantized.arrays, quantized.error

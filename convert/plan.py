@@ -155,7 +155,7 @@ def plan_conversion(
 ) -> ConversionPlan:
     """Read the source's headers, assign every tensor, compute every size. Nothing is written.
 
-    calibration   statistics or tuned experts of the same model, from moe-run calibrate
+    calibration   statistics of the same model, from moe-run calibrate
     origin        where the source comes from, if that is not the directory
 
     Raises CheckpointError, CalibrationError or UsageError.

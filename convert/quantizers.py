@@ -9,9 +9,8 @@ chosen for the rounded values, so that the rounding costs nothing twice.
     minmax   a group's extremes are its first and last integer
     mse      least squared error, weighted by the mean squares of the inputs where they are known
     gptq     error feedback in the norm of the inputs' second moments (error_feedback.py)
-    tuned    as moe-run calibrate --tune left them; what it did not tune as gptq
 
-The same input gives the same bytes: for minmax and mse on every machine, for the others with the same linear algebra
+The same input gives the same bytes: for minmax and mse on every machine, for gptq with the same linear algebra
 library.
 
     quantized = QUANTIZERS["minmax"](weights, bits=4, group_size=64)
@@ -19,7 +18,7 @@ library.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +27,7 @@ from moepack.convert.error_feedback import ErrorFeedback, column_importance
 from moepack.kernels import native_quantize
 from moepack.kernels.native_fit import fit_groups
 from moepack.kernels.native_quantize import RoundingError
-from moepack.layout.quantized import bf16_to_float32, dequantize, float32_to_bf16, pack_integers
+from moepack.layout.quantized import bf16_to_float32, float32_to_bf16, pack_integers
 
 WEIGHTS_AT_ONCE = 2**17
 LARGEST_WEIGHT = 2.0**60  # whose squares can still be summed
@@ -128,14 +127,6 @@ def quantize_gptq(
     return QuantizedMatrix(pack_integers(feedback.integers, bits), feedback.scales, feedback.biases, error)
 
 
-def take_tuned(weights: np.ndarray, bits: int, group_size: int, tuned: Mapping[str, np.ndarray]) -> QuantizedMatrix:
-    """A matrix as it was tuned. Raises ValueError if its arrays do not fit the weights."""
-    rounded = dequantize(tuned["w_q"], tuned["scales"], tuned["biases"], bits=bits, group_size=group_size)
-    if rounded.shape != weights.shape:
-        raise ValueError(f"tuned for a matrix {rounded.shape}, this one is {weights.shape}")
-    return QuantizedMatrix(tuned["w_q"], tuned["scales"], tuned["biases"], measure_error(_finite(weights), rounded))
-
-
 def measure_error(weights: np.ndarray, rounded: np.ndarray) -> RoundingError:
     """What rounding did to a matrix."""
     off = rounded - weights
@@ -149,11 +140,5 @@ def _finite(weights: np.ndarray) -> np.ndarray:
     return weights
 
 
-TUNED = "tuned"
-QUANTIZERS: dict[str, Quantizer] = {
-    "minmax": quantize_minmax,
-    "mse": quantize_mse,
-    "gptq": quantize_gptq,
-    TUNED: quantize_gptq,
-}
+QUANTIZERS: dict[str, Quantizer] = {"minmax": quantize_minmax, "mse": quantize_mse, "gptq": quantize_gptq}
 AUTO_QUANTIZER = "mse"  # what `--quantizer auto` takes without calibration

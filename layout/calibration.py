@@ -10,7 +10,6 @@ layer L of the trunk with E experts of inputs D and inner width I:
     layers.L.inputs    F32            of gate_proj and up_proj, each token times its squared weight: sums of squared
                                       inputs [E, D], or second moments [E, D, D], or [1, D, D] of the whole layer
     layers.L.inner     F32            of down_proj, likewise: [E, I], [E, I, I]
-    tuned.L.E.P.w_q, .scales, .biases   the arrays of projection P of expert E as in a block, where it was tuned
 
 A sum divided by the sum of weights is a mean; an expert that few tokens chose leans on its layer's (`moments`).
 
@@ -29,7 +28,6 @@ from typing import Any
 import numpy as np
 
 from moepack.layout.errors import CalibrationError, UnsupportedVersion
-from moepack.layout.geometry import Scheme
 from moepack.layout.manifest import ModelShape
 from moepack.layout.reader import NUMPY_DTYPES
 from moepack.layout.tensor_file import TensorSpec, layout_tensors, parse_json_object, read_tensor_header
@@ -37,7 +35,6 @@ from moepack.layout.writer import atomic_file
 
 CALIBRATION_MAGIC = "moepack-calibration"
 CALIBRATION_VERSION = 1
-TUNED_PARTS = ("w_q", "scales", "biases")
 FACTS, FACTS_DIGEST = "facts", "facts_sha256"
 PRIOR_TOKENS = 128.0  # tokens of the layer's own mean that an expert's statistics are mixed with
 Arrays = Mapping[str, np.ndarray]
@@ -46,7 +43,7 @@ Arrays = Mapping[str, np.ndarray]
 class Calibration:
     """An opened file. Tensors are read, and checked, when they are asked for; safe from several threads.
 
-    facts   model, tokens, text, and `scheme` where the file holds tuned experts
+    facts   model, tokens, text, and `full`: whether the moments are whole
     """
 
     def __init__(self, path: Path, facts: dict[str, Any], tensors: dict[str, TensorSpec]):
@@ -76,12 +73,6 @@ class Calibration:
         if set(facts.get("sha256", ())) != listed:
             raise CalibrationError(f"{path}: its tensors are not those that it lists: make it again")
         return cls(path, facts, tensors)
-
-    @property
-    def scheme(self) -> Scheme | None:
-        """How the tuned experts are stored, None if there are none."""
-        scheme = self.facts.get("scheme")
-        return None if scheme is None else Scheme(**scheme)
 
     @property
     def has_full_moments(self) -> bool:
@@ -135,11 +126,6 @@ class Calibration:
         prior = PRIOR_TOKENS * weights.sum(dtype=np.float64) / max(1, int(tokens.sum()))
         return ((sums[expert] + prior * mean) / (weights[expert] + prior)).astype(np.float32)
 
-    def tuned(self, layer: int, expert: int, projection: str) -> dict[str, np.ndarray] | None:
-        """w_q, scales, biases of a tuned matrix, None if the file holds none for this layer."""
-        found = {part: self.read(tuned_name(layer, expert, projection, part)) for part in TUNED_PARTS}
-        return {part: array for part, array in found.items() if array is not None} or None
-
 
 def describe_model(shape: ModelShape, source: Mapping[str, Any]) -> dict[str, Any]:
     """What tells a model from others: its sizes and one digest over the fingerprints of its shards.
@@ -175,11 +161,6 @@ def write_calibration(
 def statistics_arrays(layer: int, values: Arrays) -> list[tuple[str, str, tuple[int, ...]]]:
     """(name, dtype, shape) of a layer's statistics."""
     return [(f"layers.{layer}.{name}", "U32" if name == "tokens" else "F32", v.shape) for name, v in values.items()]
-
-
-def tuned_name(layer: int, expert: int, projection: str, part: str) -> str:
-    """The name of an array of a tuned expert."""
-    return f"tuned.{layer}.{expert}.{projection}.{part}"
 
 
 def _read(path: Path, spec: TensorSpec) -> np.ndarray:

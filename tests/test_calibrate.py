@@ -198,7 +198,6 @@ def test_moe_convert_quantizes_by_it(source: Path, files: dict[str, Path], tmp_p
 
 @pytest.mark.parametrize(("options", "expected"), [
     (("--quantizer", "gptq"), "--calibration FILE of moe-run calibrate --full"),
-    (("--quantizer", "tuned"), "--calibration FILE of moe-run calibrate --tune"),
 ])  # fmt: skip
 def test_a_quantizer_without_what_it_needs(
     source: Path, tmp_path: Path, options: tuple[str, ...], expected: str

@@ -90,7 +90,7 @@ def test_version_and_help():
     (("--bits", 5), ("--bits 5", "2, 3, 4, 8, 16")), (("--bits", 0), ("--bits 0",)), (("--bits", -4), ("--bits -4",)),
     (("--group-size", 48), ("--group-size 48", "32, 64, 128")), (("--group-size", 0), ("--group-size 0",)),
     (("--resident-bits", 2), ("--resident-bits 2", "4, 8, 16")),
-    (("--quantizer", "best"), ("--quantizer best", "auto, minmax, mse, gptq, tuned")),
+    (("--quantizer", "best"), ("--quantizer best", "auto, minmax, mse, gptq")),
 ])  # fmt: skip
 def test_values_that_no_option_takes(source, tmp_path, options, expected):
     assert_usage(run_convert(source, tmp_path / "pack", *options), *expected)
