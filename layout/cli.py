@@ -5,7 +5,7 @@ moe-inspect diff PACK OTHER
 moe-inspect verify PACK --quick
 moe-inspect doctor PACK
 moe-inspect plan config.json --bits 4,2 --memory 48GiB
-moe-inspect trace ROUTING.jsonl --slots 500,40%
+moe-inspect trace RUN.trace --slots 500,40%
 """
 
 from __future__ import annotations
@@ -39,12 +39,20 @@ from moepack.layout.geometry import BlockGeometry
 from moepack.layout.machine import known_machine, save_settings
 from moepack.layout.process import resident_set_bytes
 from moepack.layout.reader import Pack
-from moepack.layout.report import describe_differences, describe_errors, describe_pack, describe_plan
+from moepack.layout.report import (
+    describe_differences,
+    describe_errors,
+    describe_pack,
+    describe_plan,
+    describe_trace_facts,
+)
 from moepack.layout.sizes import format_size, parse_size
 from moepack.layout.spec import MANIFEST_NAME
 from moepack.layout.summary import summarize
 from moepack.layout.tensor_file import parse_json_object
-from moepack.layout.trace import Replay, Trace, compare_policies, read_trace
+from moepack.layout.trace import Replay, Trace, compare_policies
+from moepack.layout.trace_file import read_trace
+from moepack.layout.trace_report import describe_trace
 from moepack.layout.verify import REDO, Problem, list_regions, verify_contents, verify_structure
 
 if TYPE_CHECKING:  # imported where it is used: looking into a pack needs neither checkpoints nor torch
@@ -321,7 +329,7 @@ def trace(
     sizes = [_parse_slots(text.strip(), recorded) for text in slots.split(",")]
     rows = [(num_slots, compare_policies(recorded, num_slots)) for num_slots in sizes]
     if as_json:
-        print_json(_list_replays(recorded, rows))
+        print_json(_list_replays(recorded, rows) | describe_trace(recorded))
         return
     print(f"{file}: {recorded.num_tokens} tokens decoded; hits in decode:\n")
     table: list[tuple[str, ...]] = [("slots", "of all", *rows[0][1])]
@@ -329,10 +337,13 @@ def trace(
         rates = ("-" if found.hit_rate is None else f"{found.hit_rate:.1%}" for found in by_policy.values())
         table.append((str(num_slots), f"{num_slots / recorded.num_blocks:.0%}", *rates))
     print_table(table)
+    print()
+    print_lines(describe_trace_facts(describe_trace(recorded)))
 
 
 def _list_replays(recorded: Trace, rows: list[tuple[int, dict[str, Replay]]]) -> dict[str, Any]:
-    facts = {name: value for name, value in vars(recorded).items() if name != "requests"}
+    names = ("num_hidden_layers", "num_experts", "num_experts_per_tok", "facts")
+    facts = {name: getattr(recorded, name) for name in names}
     replays = [
         {"slots": slots} | {name: {**vars(found), "hit_rate": found.hit_rate} for name, found in by_policy.items()}
         for slots, by_policy in rows

@@ -111,6 +111,35 @@ def describe_plan(facts: dict[str, Any]) -> list[str]:
     return [*lines, *facts["advice"]]
 
 
+def describe_trace_facts(facts: dict[str, Any]) -> list[str]:
+    """What trace_report.describe_trace found."""
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.0%}"
+
+    popular = ", ".join(f"{share} of the experts {used:.0%}" for share, used in facts["popularity"].items())
+    reuse, recall, spent = facts["reuse_distance"], facts["recall"], facts["time"]
+    lines = [f"uses that fall on the most used: {popular}"]
+    if reuse["p50"] is not None:
+        lines.append(
+            f"other experts between two uses of one: median {reuse['p50']:,.0f}, 10 % below {reuse['p10']:,.0f}, "
+            f"90 % below {reuse['p90']:,.0f}; {percent(reuse['first_uses'])} of the uses are first ones"
+        )
+    lines.append(
+        f"recall of guesses one layer before: {percent(recall['next_layer_guess'])}; "
+        f"of the token before: {percent(recall['token_before'])}"
+    )
+    if spent:
+        rate = "-" if spent["disk_gb_s"] is None else f"{spent['disk_gb_s']:.2f} GB/s"
+        lines.append(
+            f"a token: {spent['token_ms']:.1f} ms = computing {spent['computing_ms']:.1f} + waiting for reads "
+            f"{spent['waiting_ms']:.1f}; disk busy {spent['disk_busy_ms']:.1f} ms with "
+            f"{spent['read_bytes'] / 1e6:.1f} MB at {rate}, {percent(spent['read_ahead_share'])} of it read ahead; "
+            f"at least {spent['least_ms']:.1f} ms if the two overlapped wholly"
+        )
+    return lines
+
+
 def _object(value: Any) -> dict[str, Any]:
     """Provenance is free-form: what is no object counts as an empty one."""
     return value if isinstance(value, dict) else {}

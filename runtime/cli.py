@@ -395,22 +395,20 @@ def _run_generation(engine: Engine, generation: Generation, progress: tqdm, as_j
 
 @contextlib.contextmanager
 def _record_trace(engine: Engine, path: Path | None) -> Iterator[None]:
-    """Write the engine's fetches to a file, if one is given. Raises UsageError if it cannot be opened."""
-    from moepack.layout.trace import TraceWriter
+    """Record what the engine's store does, if a file is given. Raises UsageError if it cannot be opened."""
+    from moepack.layout.trace_file import TraceWriter
 
     if path is None:
         yield
         return
-    try:
-        file = path.open("w")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
-    with file:
-        engine.store.on_fetch = TraceWriter(file, engine.pack.manifest.model["text_config"]).record
+    plan = engine.memory_plan
+    facts = {"num_slots": plan.num_slots, "block_bytes": plan.slot_bytes, **engine.describe()}
+    with TraceWriter.open(path, engine.pack.manifest.model["text_config"], facts) as recorder:
+        engine.store.recorder = recorder
         try:
             yield
         finally:
-            engine.store.on_fetch = None
+            engine.store.recorder = None
 
 
 def _note_changes(experts_per_token: int, text_config: dict[str, Any]) -> None:

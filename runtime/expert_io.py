@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
+from time import perf_counter
 
 from moepack.layout.errors import DamagedPack
 from moepack.layout.reader import Pack
@@ -43,6 +44,7 @@ class Read:
     is_hint   nobody waits for it
     retries   how often it had to be tried again
     error     what went wrong; the buffers then hold anything
+    started_s, ended_s   when it ran, by time.perf_counter
     """
 
     layer: int
@@ -51,6 +53,8 @@ class Read:
     is_hint: bool = False
     retries: int = 0
     error: BaseException | None = None
+    started_s: float = 0.0
+    ended_s: float = 0.0
 
 
 class BlockReader:
@@ -143,10 +147,12 @@ class ReadQueue:
 
     def _work(self) -> None:
         while read := self._start_next():
+            read.started_s = perf_counter()
             try:
                 self._execute(read)
             except BaseException as error:  # whatever it is, the one who waits must learn of it
                 read.error = error
+            read.ended_s = perf_counter()
             with self._changed:
                 self._running.remove(read)
                 if self._hints:

@@ -25,6 +25,7 @@ from moepack.kernels.slots import HostSlots
 from moepack.layout.eviction import EvictionPolicy, Key, LeastRecentlyUsed, is_flushing_scan
 from moepack.layout.geometry import BlockGeometry
 from moepack.layout.reader import Pack
+from moepack.layout.trace_file import TraceWriter
 from moepack.runtime.expert_io import BlockReader, Read, ReadOptions, ReadQueue
 
 JOINED_BYTES = 4 * 2**20  # neighbours read in one call, in order: small blocks come twice as fast
@@ -107,7 +108,8 @@ class ExpertStore:
     verify_reads   compare each block that is read with its checksum
     new_slots      makes the memory that experts lie in: the backend's own
     counts         what it has done so far
-    on_fetch       called with the arguments of every fetch, as TraceWriter.record takes them; None at first
+    on_fetch       called with the arguments of every fetch; None at first
+    recorder       is told of every fetch, guess, read and wait, with their times; None at first
     places         int64 [layers, E]: addresses of the experts that are in memory, for native code; 0 for others
     """
 
@@ -125,6 +127,7 @@ class ExpertStore:
             raise ValueError(f"a store needs at least one slot, got {num_slots}")
         self.pack, self.num_slots, self.slot_bytes = pack, num_slots, largest_block(pack)
         self.counts = StoreCounts()
+        self.recorder: TraceWriter | None = None
         self.on_fetch: Callable[[int, Sequence[int], bool], object] | None = None
         self._slots = new_slots(num_slots, self.slot_bytes, io.huge_pages)
         self._views = SlotViews(pack, self._slots)
@@ -165,6 +168,9 @@ class ExpertStore:
             self._finish(read)
         is_cold = in_order and is_flushing_scan(len(expert_ids), self._num_layers, self.num_slots)
         fetch = self._fetch = _Fetch(layer, expert_ids, in_order, is_cold)
+        if self.recorder:
+            missing = [expert_id for expert_id in expert_ids if (layer, expert_id) not in self._held]
+            self.recorder.note_fetch(layer, expert_ids, in_order, missing)
         for expert_id in expert_ids:
             held = self._held.get((layer, expert_id))
             if held:
@@ -178,7 +184,8 @@ class ExpertStore:
     @property
     def holds_everything(self) -> bool:
         """Whether nothing has to make room and nobody records: which experts are used is then of no interest."""
-        return self.num_slots >= self._num_layers * self.places.shape[1] and self.on_fetch is None
+        is_watched = self.on_fetch or self.recorder
+        return not is_watched and self.num_slots >= self._num_layers * self.places.shape[1]
 
     def load_all(self) -> None:
         """Read every expert, where there are slots for all."""
@@ -191,6 +198,8 @@ class ExpertStore:
         """Count as fetched what was found in `places` and used from there, before the next call."""
         if self.on_fetch:
             self.on_fetch(layer, expert_ids, False)
+        if self.recorder:
+            self.recorder.note_fetch(layer, expert_ids)
         self.counts.hits += len(expert_ids)
         for expert_id in expert_ids:
             held = self._held[layer, expert_id]
@@ -204,6 +213,8 @@ class ExpertStore:
         A few of them are read while no fetch waits for the disk. What has not started when the next fetch comes is
         dropped.
         """
+        if self.recorder:
+            self.recorder.note_guess(layer, expert_ids)
         if self._fetch and not self._fetch.is_planned:
             return  # it needs every slot itself
         for expert_id in expert_ids:
@@ -303,7 +314,10 @@ class ExpertStore:
                 self._slots.submit()
                 started = perf_counter()
                 read = self._queue.next_done()
-                self.counts.io_wait_s += perf_counter() - started
+                ended = perf_counter()
+                self.counts.io_wait_s += ended - started
+                if self.recorder:
+                    self.recorder.note_wait(started, ended)
                 assert read is not None
                 self._finish(read)
             else:
@@ -398,7 +412,11 @@ class ExpertStore:
         self.counts.retries += read.retries
         keys = [(read.layer, expert_id) for expert_id in read.experts]
         if read.error is None:
-            self.counts.bytes_read += sum(map(len, read.buffers))
+            size_bytes = sum(map(len, read.buffers))
+            self.counts.bytes_read += size_bytes
+            if self.recorder:
+                times = (read.started_s, read.ended_s)
+                self.recorder.note_read(read.layer, read.experts, size_bytes, *times, read.is_hint)
             self.counts.prefetched += read.is_hint
             for key in keys:
                 held = self._held[key]

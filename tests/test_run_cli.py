@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from conftest import make_pack
-from moepack.layout.trace import read_trace
+from moepack.layout.trace_file import read_trace
 from moepack.runtime.cli import main
 from moepack.runtime.tokenizer import Tokenizer
 from tiny_checkpoint import TinyModel, write_checkpoint
@@ -228,16 +228,16 @@ def test_version_and_help_are_quick_and_complete() -> None:
 def test_a_recorded_trace_can_be_replayed(
     moe_run_here: Callable[..., Result], demo_pack: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    options = ("hello there", "--raw", "--max-tokens", 9, "--ignore-eos", "--trace", tmp_path / "trace.jsonl")
+    options = ("hello there", "--raw", "--max-tokens", 9, "--ignore-eos", "--trace", tmp_path / "run.trace")
     run = moe_run_here("generate", demo_pack(4), *options, "--json")
     assert run.returncode == 0
-    trace = read_trace(tmp_path / "trace.jsonl")
+    trace = read_trace(tmp_path / "run.trace")
     assert (trace.num_hidden_layers, trace.num_experts) == (8, 48)
     decoded = [request for request in trace.requests if not request.is_prefill]
     assert len(decoded) == 8 * 8  # 8 tokens after the first, 8 layers
     assert all(len(request.expert_ids) == 6 for request in decoded)
     stats = json.loads(run.stdout)["stats"]
     assert sum(len(request.expert_ids) for request in trace.requests) == stats["expert_hits"] + stats["expert_misses"]
-    refused = moe_run_here("generate", demo_pack(4), "hello", "--trace", tmp_path / "no" / "trace.jsonl")
+    refused = moe_run_here("generate", demo_pack(4), "hello", "--trace", tmp_path / "no" / "run.trace")
     assert refused.returncode == 2
     assert "cannot be written" in refused.stderr

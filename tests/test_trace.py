@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 from functools import cache
@@ -10,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,18 +20,21 @@ from moepack.layout.reader import Pack
 from moepack.layout.trace import (
     OPTIMAL,
     FarthestNextUse,
+    Guess,
+    ReadTime,
     Request,
     Trace,
-    TraceWriter,
+    Wait,
     compare_policies,
-    read_trace,
     replay,
 )
+from moepack.layout.trace_file import TraceWriter, read_trace
+from moepack.layout.trace_report import measure_popularity, measure_recall, measure_reuse, measure_time
 from moepack.runtime.expert_io import ReadOptions
 from moepack.runtime.expert_store import ExpertStore
 
 CONFIG = {"num_hidden_layers": 2, "num_experts": 6, "num_experts_per_tok": 2, "hidden_size": 96}
-HEADER = '{"trace":"moepack routing","version":1,"num_hidden_layers":2,"num_experts":6,"num_experts_per_tok":2}\n'
+HEADER = '{"trace":"moepack routing","version":2,"num_hidden_layers":2,"num_experts":6,"num_experts_per_tok":2}\n'
 
 
 def decode_of(*steps: tuple[int, ...], num_experts: int = 6) -> Trace:
@@ -57,45 +60,75 @@ def skewed_trace(layers: int = 4, experts: int = 32, per_token: int = 4, tokens:
 # The format
 
 
+def write_lines(path: Path, text: str) -> Path:
+    """A trace of these lines."""
+    path.write_bytes(zstandard.compress(text.encode()))
+    return path
+
+
 def test_a_trace_is_read_as_it_was_written(tmp_path: Path) -> None:
-    path = tmp_path / "routing.jsonl"
-    with path.open("w") as file:
-        writer = TraceWriter(file, CONFIG)
-        writer.record(0, [0, 1, 2, 4], True)
-        writer.record(0, (5, 1))
-        writer.record(1, iter([3, 0]))
-    assert path.read_text() == HEADER + '{"prefill":[0,0,1,2,4]}\n[0,5,1]\n[1,3,0]\n'
+    path = tmp_path / "run.trace"
+    with TraceWriter.open(path, CONFIG, {"device": "cpu"}) as writer:
+        start = writer._start_s
+        writer.note_fetch(0, [0, 1, 2, 4], True, [4])
+        writer.note_fetch(0, (5, 1))
+        writer.note_guess(1, [3, 2])
+        writer.note_read(1, (3,), 16384, start + 0.001, start + 0.002, True)
+        writer.note_wait(start + 0.0015, start + 0.002)
+        writer.note_fetch(1, [3, 0], False, [0])
     trace = read_trace(path)
-    assert trace == Trace(
-        2, 6, 2, [Request(0, (0, 1, 2, 4), True), Request(0, (5, 1), False), Request(1, (3, 0), False)]
-    )
+    assert [(r.layer, r.expert_ids, r.is_prefill, r.missing) for r in trace.requests] == [
+        (0, (0, 1, 2, 4), True, (4,)),
+        (0, (5, 1), False, ()),
+        (1, (3, 0), False, (0,)),
+    ]
+    assert [request.at_s for request in trace.requests] == sorted(request.at_s for request in trace.requests)
+    assert [(guess.layer, guess.expert_ids) for guess in trace.guesses] == [(1, (3, 2))]
+    assert trace.reads == [ReadTime(1, (3,), 16384, 0.001, 0.002, True)]
+    assert trace.waits == [Wait(0.0015, 0.002)]
+    assert trace.facts == {"device": "cpu"}
     assert (trace.num_blocks, trace.num_tokens) == (12, 1)
+
+
+def test_a_trace_that_was_cut_off_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "run.trace", HEADER + '["wait",1,2]\n["wait",3')
+    assert len(read_trace(path).waits) == 1
 
 
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("", "line 1: not JSON: ''"),
+        ("", "line 1: not JSON"),
         ("[0,1]\n", 'line 1: expected a header with "trace": "moepack routing"'),
         ('{"trace":"other"}\n', "line 1: expected a header"),
-        (HEADER.replace('"version":1', '"version":2'), "trace version 2, but this moepack reads 1"),
+        (HEADER.replace('"version":2', '"version":1'), "trace version 1, but this moepack reads 2"),
         (HEADER.replace('"num_experts":6', '"num_experts":0'), "line 1: expected positive integers, found {"),
         (HEADER.replace('"num_experts":6,', ""), "line 1: expected positive integers, found {"),
-        (HEADER + "[0,1,2]\n[0,1", r"line 3: not JSON: '\[0,1'"),
-        (HEADER + "[0]\n", r"line 2: expected \[layer, expert, ...\], found '\[0\]'"),
-        (HEADER + "[0,true]\n", r"line 2: expected \[layer, expert, ...\]"),
-        (HEADER + '{"decode":[0,1]}\n', r"line 2: expected \[layer, expert, ...\]"),
-        (HEADER + "[2,1]\n", r"line 2: expected a layer below 2 and different experts below 6, found '\[2,1\]'"),
-        (HEADER + "[1,6]\n", "line 2: expected a layer below 2 and different experts below 6"),
-        (HEADER + "[1,-1]\n", "line 2: expected a layer below 2 and different experts below 6"),
-        (HEADER + "[1,3,3]\n", "line 2: expected a layer below 2 and different experts below 6"),
+        (HEADER + '["wait",1,2]\n[0,1\n', "line 3: not JSON"),
+        (HEADER + "5\n", "line 2: no event of a trace"),
+        (HEADER + '["fetch",1]\n', "line 2: no event of a trace"),
+        (HEADER + '["other",1]\n', "line 2: expected fetch, prefill, guess, read or wait"),
+        (HEADER + '["fetch",1,0,[],[]]\n', "line 2: expected a layer below 2"),
+        (HEADER + '["fetch",1,0,[true],[]]\n', "line 2: expected a layer and a list of experts"),
+        (HEADER + '["fetch",1,2,[1],[]]\n', "line 2: expected a layer below 2 and different experts below 6"),
+        (HEADER + '["fetch",1,1,[6],[]]\n', "line 2: expected a layer below 2 and different experts below 6"),
+        (HEADER + '["fetch",1,1,[3,3],[]]\n', "line 2: expected a layer below 2 and different experts below 6"),
+        (HEADER + '["fetch",1,1,[3],[2]]\n', "line 2: expected what is missing among what is asked for"),
+        (HEADER + '["fetch",-1,1,[3],[]]\n', "line 2: expected a time in whole microseconds"),
+        (HEADER + '["wait",3,2]\n', "line 2: expected an end after its start"),
+        (HEADER + '["read",1,2,0,[1],0,0]\n', "line 2: expected a number of bytes, and 0 or 1"),
     ],
 )
 def test_a_bad_trace_is_refused_with_its_line(tmp_path: Path, text: str, error: str) -> None:
-    path = tmp_path / "routing.jsonl"
-    path.write_text(text)
-    with pytest.raises(UsageError, match=f"routing.jsonl: {error}"):
+    path = write_lines(tmp_path / "run.trace", text)
+    with pytest.raises(UsageError, match=f"run.trace: {error}"):
         read_trace(path)
+
+
+def test_what_is_not_compressed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text(HEADER)
+    with pytest.raises(UsageError, match="plain: not compressed with zstd"):
+        read_trace(tmp_path / "plain")
 
 
 def test_a_missing_trace_is_refused(tmp_path: Path) -> None:
@@ -211,26 +244,61 @@ def test_a_replay_hits_what_the_store_hit(
 ) -> None:
     with Pack.open(tiny_pack) as pack:
         store = ExpertStore(pack, num_slots, io=ReadOptions(queue_depth=2), policy=POLICIES[name]())
-        file = io.StringIO()
-        store.on_fetch = TraceWriter(file, pack.manifest.model["text_config"]).record
+        requests: list[Request] = []
+        store.on_fetch = lambda layer, ids, in_order: requests.append(Request(layer, tuple(ids), in_order))
         for layer, ids in steps:
             list(store.fetch(layer, ids))
         store.close()
-    requests = [Request(layer, tuple(ids), False) for layer, *ids in map(json.loads, file.getvalue().splitlines()[1:])]
     assert len(requests) == len(steps)
     found = replay(Trace(4, 6, 2, requests), POLICIES[name](), num_slots)
     assert (found.hits, found.misses) == (store.counts.hits, store.counts.misses)
 
 
-def test_a_store_tells_what_it_is_asked_for(tiny_pack: Path, tmp_path: Path) -> None:
-    path = tmp_path / "routing.jsonl"
-    with Pack.open(tiny_pack) as pack, path.open("w") as file:
+def test_a_store_tells_what_it_is_asked_for_and_how_that_went(tiny_pack: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.trace"
+    with Pack.open(tiny_pack) as pack, TraceWriter.open(path, pack.manifest.model["text_config"]) as recorder:
         store = ExpertStore(pack, 8)
-        store.on_fetch = TraceWriter(file, pack.manifest.model["text_config"]).record
+        store.recorder = recorder
         list(store.fetch(0, [0, 1, 5], in_order=True))
         list(store.fetch(0, [3, 1]))
         store.close()
-    assert read_trace(path).requests == [Request(0, (0, 1, 5), True), Request(0, (3, 1), False)]
+        size_bytes = store.counts.bytes_read
+    trace = read_trace(path)
+    asked = [(request.expert_ids, request.is_prefill, request.missing) for request in trace.requests]
+    assert asked == [((0, 1, 5), True, (0, 1, 5)), ((3, 1), False, (3,))]
+    assert sum(read.size_bytes for read in trace.reads) == size_bytes
+    assert sorted(one for read in trace.reads for one in read.expert_ids) == [0, 1, 3, 5]
+    assert all(0 <= read.start_s <= read.end_s for read in trace.reads)
+
+
+# What a trace tells
+
+
+def test_reuse_distance_is_the_hits_of_an_lru_of_that_size() -> None:
+    decode = list(decode_of(*[(step % 4,) for step in range(40)]).requests)
+    assert measure_reuse(decode) == {"first_uses": 0.1, "p10": 3, "p50": 3, "p90": 3}
+    assert measure_reuse([])["p50"] is None
+
+
+def test_popularity_and_recall() -> None:
+    trace = Trace(1, 4, 2, [Request(0, (0, 1), False, 1.0), Request(0, (0, 2), False, 3.0)], [Guess(0, (2, 3), 2.0)])
+    assert measure_popularity(trace, list(trace.requests))["25%"] == 0.5
+    assert measure_recall(trace) == {"next_layer_guess": 0.5, "token_before": 0.5}
+
+
+def test_a_tokens_time_is_computing_and_waiting() -> None:
+    requests = [Request(0, (0,), False, at) for at in (1.0, 2.0, 3.0)]
+    reads = [ReadTime(0, (0,), 10**9, 1.0, 1.5, False), ReadTime(0, (1,), 10**9, 1.25, 1.75, True)]
+    found = measure_time(Trace(1, 4, 1, requests, (), reads, [Wait(1.5, 1.75), Wait(2.9, 3.5)]))
+    assert found is not None
+    assert found["token_ms"] == pytest.approx(1000)
+    assert found["waiting_ms"] == pytest.approx(175)
+    assert found["computing_ms"] == pytest.approx(825)
+    assert found["disk_busy_ms"] == pytest.approx(375)
+    assert found["disk_gb_s"] == pytest.approx(2 / 0.75)
+    assert found["read_ahead_share"] == 0.5
+    assert found["least_ms"] == pytest.approx(825)
+    assert measure_time(Trace(1, 4, 1, requests[:1])) is None
 
 
 # The command
@@ -238,19 +306,19 @@ def test_a_store_tells_what_it_is_asked_for(tiny_pack: Path, tmp_path: Path) -> 
 
 @pytest.fixture
 def trace_file(tmp_path: Path) -> Path:
-    path = tmp_path / "routing.jsonl"
+    path = tmp_path / "run.trace"
     trace = skewed_trace(tokens=50)
-    with path.open("w") as file:
-        writer = TraceWriter(file, vars(trace))
+    with TraceWriter.open(path, vars(trace)) as writer:
         for request in trace.requests:
-            writer.record(request.layer, request.expert_ids, request.is_prefill)
+            writer.note_fetch(request.layer, request.expert_ids, request.is_prefill)
     return path
 
 
 def test_the_command_prints_a_table(trace_file: Path) -> None:
     shown = moe_inspect("trace", trace_file, "--slots", "16, 50%")
     assert (shown.returncode, shown.stderr) == (0, "")
-    title, _, heading, *rows = shown.stdout.splitlines()
+    title, _, heading, *rows = shown.stdout.partition("\n\nuses that fall")[0].splitlines()
+    assert "recall of guesses one layer before: -; of the token before: " in shown.stdout
     assert title == f"{trace_file}: 50 tokens decoded; hits in decode:"
     assert heading.split() == ["slots", "of", "all", "lru", "lfu", "lrfu", "belady"]
     expected = replay(skewed_trace(tokens=50), LeastRecentlyUsed(), 64).hit_rate
