@@ -66,7 +66,7 @@ $(VENV)/.slow: $(VENV)/.test
 	touch $@
 
 $(VENV)/.parity: $(VENV)/.test
-	$(INSTALL) --editable '.[test,parity]'
+	$(INSTALL) --editable '.[test,parity,ray]'
 	touch $@
 
 # Editors and mypy do not follow the mapping of folders to moepack.*: links that say the same.

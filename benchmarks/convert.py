@@ -25,7 +25,12 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 POLL_S = 0.2
-NAMES = {"moepack": "moe-convert", "llama.cpp": "llama.cpp, converter and quantizer", "mlx-lm": "mlx_lm.convert"}
+NAMES = {
+    "moepack": "moe-convert, min/max",
+    "moepack-mse": "moe-convert, mse (its default)",
+    "llama.cpp": "llama.cpp, converter and quantizer",
+    "mlx-lm": "mlx_lm.convert",
+}
 
 
 def main() -> None:
@@ -36,7 +41,7 @@ def main() -> None:
     parser.add_argument("--peer-python", help="Python with llama_cpp (README.md)")
     parser.add_argument("--peer-sources", help="llama.cpp's sources with the converter")
     parser.add_argument("--mlx-python", help="Python with mlx_lm")
-    parser.add_argument("--only", default="moepack,llama.cpp,mlx-lm")
+    parser.add_argument("--only", default="moepack,moepack-mse,llama.cpp,mlx-lm")
     parser.add_argument("--repeat", type=int, default=1)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -54,7 +59,8 @@ def list_commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
     """The command of each contender that was asked for and is there, OUT standing for the output."""
     checkpoint, wanted = str(arguments.checkpoint), arguments.only.split(",")
     program = str(Path(sys.executable).with_name("moe-convert"))
-    commands = {"moepack": [program, checkpoint, "OUT", "--bits", "4", "--resident-bits", "4", "--json"]}
+    ours = [program, checkpoint, "OUT", "--bits", "4", "--resident-bits", "4", "--json", "--quantizer"]
+    commands = {"moepack": [*ours, "minmax"], "moepack-mse": [*ours, "mse"]}
     if arguments.peer_python and arguments.peer_sources:
         script = str(HERE / "make_gguf.py")
         commands["llama.cpp"] = [

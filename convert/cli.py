@@ -32,6 +32,7 @@ from moepack.convert.plan import (
     remove_output,
 )
 from moepack.convert.quantizers import AUTO_QUANTIZER, QUANTIZERS
+from moepack.convert.ray_engine import convert_layers
 from moepack.convert.recipe import AUTO_GROUP_SIZE, Recipe
 from moepack.convert.repair import parse_places, recipe_of, repair_blocks
 from moepack.convert.report import Report
@@ -51,6 +52,7 @@ from moepack.layout.process import peak_rss_bytes
 from moepack.layout.sizes import format_size, parse_size
 from moepack.layout.spec import GROUP_SIZES, MANIFEST_NAME, QUANTIZED_BITS, UNQUANTIZED_BITS
 
+ENGINES = ("local", "ray")
 RESIDENT_BITS = (4, 8, UNQUANTIZED_BITS)
 
 
@@ -84,6 +86,7 @@ def convert_checkpoint(
     scratch: str = typer.Option(
         None, help="Most disk for shards from the hub while they are converted.  [default: two shards]"
     ),
+    engine: str = typer.Option("local", help="local, or ray: layers on all machines of a Ray cluster (extra: ray)."),
     overwrite: bool = typer.Option(
         False, "--overwrite/--resume", help="Replace what is at OUT, or go on with an unfinished conversion."
     ),
@@ -104,6 +107,10 @@ def convert_checkpoint(
         return
     if to != "pack":
         raise UsageError(f"--to {to} needs a pack, {source} is a checkpoint: convert it to a pack first")
+    if engine not in ENGINES:
+        raise UsageError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
+    if engine == "ray" and is_hub_address(source):
+        raise UsageError(f"--engine ray needs a directory that every machine sees, {source} is on the hub: download it")
     known = None if calibration is None else Calibration.open(calibration)
     recipe, memory_bytes = _make_recipe(bits, group_size, resident_bits, quantizer, known), parse_size(memory)
     scratch_bytes = parse_size(scratch) if scratch else None
@@ -114,7 +121,7 @@ def convert_checkpoint(
         print(f"{out}: {len(places)} block{'s' * (len(places) != 1)} written again, with the checksum they had")
         return
     with _planned(source, out, recipe, known, scratch_bytes, overwrite) as plan:
-        _convert(plan, overwrite, dry_run, workers, memory_bytes, as_json)
+        _convert(plan, engine, overwrite, dry_run, workers, memory_bytes, as_json)
 
 
 @contextmanager
@@ -132,7 +139,13 @@ def _planned(
 
 
 def _convert(
-    plan: ConversionPlan, overwrite: bool, dry_run: bool, workers: int, memory_bytes: int, as_json: bool
+    plan: ConversionPlan,
+    engine: str,
+    overwrite: bool,
+    dry_run: bool,
+    workers: int,
+    memory_bytes: int,
+    as_json: bool,
 ) -> None:
     out = plan.out
     if not dry_run:
@@ -152,7 +165,7 @@ def _convert(
         log(f"{out}: converted already with these settings: nothing to do")
     report, started = Report(), time.perf_counter()
     if not finished:
-        _run(plan, workers, memory_bytes, report)
+        _run(plan, engine, workers, memory_bytes, report)
     seconds = time.perf_counter() - started
     facts = {**_describe(plan), "seconds": round(seconds, 3), "already_converted": finished is not None}
     if as_json:
@@ -214,7 +227,7 @@ def _choose_quantizer(quantizer: str, calibration: Calibration | None) -> str:
     return quantizer
 
 
-def _run(plan: ConversionPlan, workers: int, memory_bytes: int, report: Report) -> None:
+def _run(plan: ConversionPlan, engine: str, workers: int, memory_bytes: int, report: Report) -> None:
     with open_progress(plan.bytes_to_read, "convert") as progress:
 
         def show(size_bytes: int) -> None:
@@ -223,8 +236,18 @@ def _run(plan: ConversionPlan, workers: int, memory_bytes: int, report: Report) 
                 facts = (report.step, f"{format_size(report.bytes_out)} out", f"{format_size(free)} free")
                 progress.set_postfix_str(", ".join(facts), refresh=False)
 
+        shown = 0
+
+        def show_rest(size_bytes: int) -> None:
+            """Without what the other engine has shown already."""
+            nonlocal shown
+            again = min(size_bytes, shown)
+            shown -= again
+            show(size_bytes - again)
+
         try:
-            convert(plan, workers, show, report, memory_bytes)
+            report.bytes_in = shown = convert_layers(plan, workers, show) if engine == "ray" else 0
+            convert(plan, workers, show_rest, report, memory_bytes)
         except KeyboardInterrupt:
             raise Interrupted(f"{plan.out}: stopped; the same command goes on from here") from None
 

@@ -136,15 +136,15 @@ class _Conversion:
         self.hashes, self.rounding = SourceHashes(), Rounding()  # of the file that is being written
         self.residents = ResidentEncoder(plan)
         layers = range(len(plan.source.experts))
-        pending = [layer for layer in layers if self.find_finished(self.layer_file(layer)) is None]
+        pending = [layer for layer in layers if find_finished(plan, journal, self.layer_file(layer)) is None]
         needs = {self.layer_file(layer): plan.layer_shards(layer) for layer in pending}
-        if self.find_finished(RESIDENT_NAME) is None:
+        if find_finished(plan, journal, RESIDENT_NAME) is None:
             needs[RESIDENT_NAME] = plan.resident_shards
         plan.checkpoint.reader.begin(needs)
         jobs: Iterator[Callable[[], Encoded]] = (
             partial(encode_expert, plan, layer, expert) for layer in pending for expert in range(plan.shape.num_experts)
         )
-        if self.find_finished(RESIDENT_NAME) is None:
+        if find_finished(plan, journal, RESIDENT_NAME) is None:
             jobs = chain(jobs, self.residents.list_jobs())
         self.encoded = self.taken(map_in_order(pool, lambda job: job(), jobs, threads))
 
@@ -175,13 +175,6 @@ class _Conversion:
 
     def layer_file(self, layer: int) -> str:
         return expert_file_name(layer, self.plan.shape.num_hidden_layers)
-
-    def find_finished(self, file: str) -> dict[str, Any] | None:
-        """The journal's record of a file, if the file is still there in its size."""
-        record, path = self.journal.get(Path(file).stem), self.plan.out / file
-        if record is None or not path.exists() or path.stat().st_size != record["entry"]["size_bytes"]:
-            return None
-        return record
 
     def write_layer(self, layer: int) -> tuple[ExpertFile, dict[str, str]]:
         plan, file = self.plan, self.layer_file(layer)
@@ -221,7 +214,7 @@ class _Conversion:
 
     def resume(self, file: str, source_bytes: int) -> dict[str, Any] | None:
         """The record of a file that an earlier run finished, counted as dealt with."""
-        record = self.find_finished(file)
+        record = find_finished(self.plan, self.journal, file)
         if record is not None:
             self.report.rounding.add({kind: RoundingError(*error) for kind, error in record["rounding"].items()})
             self.on_bytes(source_bytes)
@@ -231,9 +224,8 @@ class _Conversion:
         """Note a file as finished, if what it was made from is still the same; the hashes of its tensors."""
         self.plan.check_source(shards)
         hashes = self.hashes.take()
-        rounding = {kind: list(vars(error).values()) for kind, error in self.rounding.items()}
+        self.journal.put(Path(file).stem, make_record(entry, hashes, self.rounding))
         self.rounding = Rounding()
-        self.journal.put(Path(file).stem, {"entry": entry, "source_sha256": hashes, "rounding": rounding})
         self.plan.checkpoint.reader.finished(file)
         return hashes
 
@@ -251,6 +243,20 @@ class _Conversion:
             self.report.rounding.add(encoded.rounding)
             with _timed(self.report, "hash and write files"):
                 yield encoded
+
+
+def find_finished(plan: ConversionPlan, journal: Journal, file: str) -> dict[str, Any] | None:
+    """The journal's record of a file, if the file is still there in its size."""
+    record, path = journal.get(Path(file).stem), plan.out / file
+    if record is None or not path.exists() or path.stat().st_size != record["entry"]["size_bytes"]:
+        return None
+    return record
+
+
+def make_record(entry: dict[str, Any], hashes: dict[str, str], rounding: Rounding) -> dict[str, Any]:
+    """What the journal keeps of a finished file: its entry in the manifest, and what went into it."""
+    errors = {kind: list(vars(error).values()) for kind, error in rounding.items()}
+    return {"entry": entry, "source_sha256": hashes, "rounding": errors}
 
 
 def complete_text_config(plan: ConversionPlan) -> dict[str, Any]:

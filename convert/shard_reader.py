@@ -62,6 +62,9 @@ class ShardReader:
         self._lock = threading.Lock()
         self._thread = threading.local()
 
+    def __reduce__(self) -> tuple[type[ShardReader], tuple[()]]:
+        return ShardReader, ()  # sent to another process it opens files of its own
+
     def read(self, path: Path, offset: int, size: int, tensor: str) -> np.ndarray:
         """uint8 [size], read-only; its memory is used again when nothing refers to it any more. Raises OSError."""
         record: Record | None = getattr(self._thread, "record", None)

@@ -22,7 +22,7 @@ from moepack.layout.reader import Pack
 from moepack.layout.tensor_file import layout_tensors
 from tiny_checkpoint import TinyModel, write_checkpoint
 
-GROUP = ("--group-size", 32)
+GROUP = ("--group-size", 32, "--quantizer", "minmax")
 MIB = 2**20
 
 
