@@ -341,6 +341,38 @@ def trace(
     print_lines(describe_trace_facts(describe_trace(recorded)))
 
 
+@app.command(name="map")
+def draw(
+    pack: Path = PACK,
+    out: Path = typer.Option(..., "-o", "--out", help="PNG file to write.", show_default=False),
+    trace: Path = typer.Option(None, "--trace", help="Recorded by moe-run --trace: for the other colours."),
+    colour: str = typer.Option(None, "--colour", help="bits, use, hits or read.  [default: bits; use with a trace]"),
+    as_json: bool = JSON,
+) -> None:
+    """Draw a pack as it lies on the disk: every file a row, every block coloured by bits, use, hits or read time."""
+    from moepack.layout.picture import KINDS, colours_of_bits, colours_of_trace, draw_map
+
+    kind = colour or ("use" if trace else "bits")
+    if kind not in KINDS:
+        raise UsageError(f"--colour {kind}: expected one of {', '.join(KINDS)}")
+    if kind != "bits" and not trace:
+        raise UsageError(f"--colour {kind} needs a recorded run: give --trace FILE")
+    with Pack.open(pack) as opened:
+        manifest = opened.manifest
+    recorded = read_trace(trace) if trace else None
+    if recorded and (recorded.num_hidden_layers, recorded.num_experts) != (
+        manifest.shape.num_hidden_layers,
+        manifest.shape.num_experts,
+    ):
+        raise UsageError(f"{trace}: is of another model than {pack}")
+    colours = colours_of_trace(manifest, recorded, kind) if recorded and kind != "bits" else colours_of_bits(manifest)
+    draw_map(manifest, colours, out)
+    if as_json:
+        print_json({"picture": str(out), "colour": kind, "files": len(manifest.expert_files)})
+    else:
+        print(f"{out}: {len(manifest.expert_files)} files, coloured by {colours.title}")
+
+
 def _list_replays(recorded: Trace, rows: list[tuple[int, dict[str, Replay]]]) -> dict[str, Any]:
     names = ("num_hidden_layers", "num_experts", "num_experts_per_tok", "facts")
     facts = {name: getattr(recorded, name) for name in names}

@@ -27,6 +27,7 @@ MAY_IMPORT = {
 }
 THIRD_PARTY = {"layout": {"numpy"}, "kernels": {"numpy", "torch", "cuda"}}  # the others are held by HOMES alone
 # Traces are compressed as they are written. Nothing that reads a pack imports this file but the store that fills it.
+PICTURE_FILE = "layout/picture.py"  # draws with the extra `plot`, imported when something is drawn
 COMPRESSION_FILE = "layout/trace_file.py"
 COMMAND_LINE = {"tqdm", "typer"}
 HOMES = {
@@ -108,6 +109,7 @@ def test_packages_import_in_one_direction(package: str) -> None:
 def test_third_party_imports_are_few(package: str) -> None:
     def is_wrong(file: str, name: str) -> bool:
         extra = COMMAND_LINE if is_command(file) or file == CONSOLE_FILE else set()
+        extra = extra | ({"matplotlib"} if file == PICTURE_FILE else set())
         extra = extra | ({"zstandard"} if file == COMPRESSION_FILE else set())
         allowed = THIRD_PARTY[package] | extra | ({"torch"} if is_command(file) else set())
         return is_third_party(name) and top_of(name) not in allowed
