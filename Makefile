@@ -9,7 +9,7 @@ PACKAGES := convert kernels layout runtime
 NATIVE := setup.py $(wildcard kernels/native/*)
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --constraint constraints.txt
 
-.PHONY: help demo test test-parity test-slow fuzz golden-check lint typecheck bench clean
+.PHONY: help demo test test-parity test-slow test-metal fuzz golden-check lint typecheck bench clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -28,6 +28,9 @@ test-parity: $(VENV)/.parity ## Against transformers and MLX.
 
 test-slow: $(VENV)/.slow ## Kills at random instants, full disks, memory limits.
 	$(BIN)/pytest -m slow --timeout 1200 $(PYTEST_FLAGS)
+
+test-metal: $(VENV)/.test ## On a Mac: every kernel against its reference, the demo's tokens, a report to post.
+	$(BIN)/python tests/metal_report.py
 
 fuzz: $(VENV)/.test ## Damaged manifests and headers for a minute (MOEPACK_FUZZ_SECONDS).
 	$(BIN)/pytest -m fuzz --timeout 3600 $(PYTEST_FLAGS)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernel_devices import CHOSEN, Runner, default_runner
 from moepack.convert.pipeline import convert
 from moepack.convert.plan import plan_conversion
 from moepack.convert.recipe import Recipe
@@ -61,17 +62,20 @@ def tiny_copy(tiny_pack: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_pack, tmp_path / "pack"))
 
 
-@pytest.fixture(
-    params=[
-        pytest.param((Executor, 0), id="ascending"),
-        pytest.param((Executor, 1), id="descending"),
-        pytest.param((Executor, 7), id="shuffled"),
-        pytest.param((WatchedExecutor, "address"), id="address", marks=pytest.mark.slow),
-        pytest.param((WatchedExecutor, "thread"), id="thread", marks=pytest.mark.slow),
-    ]
-)
-def executor(request: pytest.FixtureRequest) -> Executor | WatchedExecutor:
-    """What runs a Metal kernel here: its lanes in three orders, and under two sanitizers."""
+RUNNERS = [
+    pytest.param((Executor, 0), id="ascending"),
+    pytest.param((Executor, 1), id="descending"),
+    pytest.param((Executor, 7), id="shuffled"),
+    pytest.param((WatchedExecutor, "address"), id="address", marks=pytest.mark.slow),
+    pytest.param((WatchedExecutor, "thread"), id="thread", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(params=[pytest.param(None, id=CHOSEN)] if CHOSEN else RUNNERS)
+def executor(request: pytest.FixtureRequest) -> Runner:
+    """What runs a Metal kernel: lanes in three orders, and two sanitizers; or the GPU that was chosen."""
+    if request.param is None:
+        return default_runner()
     kind, argument = request.param
     return kind(argument)
 

@@ -12,10 +12,11 @@ import itertools
 import pytest
 import torch
 
+from kernel_devices import Runner, default_runner
 from kernel_memory import bytes_tensor, lay_out
 from moepack.kernels import launches, reference
 from moepack.kernels.matrix import Expert, Matrix
-from moepack.kernels.simt import Executor, WatchedExecutor
+from moepack.kernels.simt import WatchedExecutor
 from moepack.layout.geometry import BlockGeometry, Scheme
 from moepack.layout.spec import PROJECTIONS
 from test_native_matrices import check_experts, check_linear, quantized, random_input
@@ -23,10 +24,10 @@ from test_native_matrices import check_experts, check_linear, quantized, random_
 PRODUCT, EXPERT = 5e-6, 3e-6
 SCHEMES = [*itertools.product((2, 3, 4, 8), (32, 64, 128))]
 PLAIN = [torch.bfloat16, torch.float16, torch.float32]
-ASCENDING = Executor(0)
+RUNNER = default_runner()
 
 
-def run_linears(executor: Executor, x: torch.Tensor, matrices: list[Matrix], **options: torch.Tensor) -> torch.Tensor:
+def run_linears(executor: Runner, x: torch.Tensor, matrices: list[Matrix], **options: torch.Tensor) -> torch.Tensor:
     base, matrices = lay_out(matrices)
     out = torch.full((len(x), sum(matrix.out_features for matrix in matrices)), 0.5)
     forms = bytes_tensor(launches.matrix_forms(matrices, base))
@@ -45,7 +46,7 @@ def test_linears_on_quantized_weights(bits: int, group_size: int) -> None:
         matrix = quantized(rows, columns, bits, group_size)
         for tokens in (1, 3):
             x = random_input(tokens, columns)
-            check_linear(run_linears(ASCENDING, x, [matrix]), x, matrix, PRODUCT)
+            check_linear(run_linears(RUNNER, x, [matrix]), x, matrix, PRODUCT)
 
 
 @pytest.mark.parametrize("dtype", PLAIN)
@@ -54,10 +55,10 @@ def test_linears_on_plain_weights(dtype: torch.dtype) -> None:
         matrix = plain(rows, columns, dtype)
         for tokens in (1, 2):
             x = random_input(tokens, columns)
-            check_linear(run_linears(ASCENDING, x, [matrix]), x, matrix, PRODUCT)
+            check_linear(run_linears(RUNNER, x, [matrix]), x, matrix, PRODUCT)
 
 
-def test_linears_of_several_matrices(executor: Executor) -> None:
+def test_linears_of_several_matrices(executor: Runner) -> None:
     """Side by side in one result, whatever their storages and sizes."""
     matrices = [quantized(70, 256, 4, 64), plain(3, 256, torch.bfloat16), quantized(1, 256, 8, 32)]
     matrices.append(quantized(129, 256, 2, 128))
@@ -67,7 +68,7 @@ def test_linears_of_several_matrices(executor: Executor) -> None:
         check_linear(part, x, matrix, PRODUCT)
 
 
-def test_linears_of_a_norm(executor: Executor) -> None:
+def test_linears_of_a_norm(executor: Runner) -> None:
     """The norm and the product in one dispatch, and the normed input kept beside."""
     matrices, x = [quantized(40, 320, 4, 64), plain(5, 320, torch.float32)], 3 * random_input(2, 320)
     norm, normed = random_input(1, 320)[0], torch.zeros(2, 320)
@@ -78,14 +79,14 @@ def test_linears_of_a_norm(executor: Executor) -> None:
         check_linear(part, expected, matrix, PRODUCT)
 
 
-def test_linears_add_to_what_is_there(executor: Executor) -> None:
+def test_linears_add_to_what_is_there(executor: Runner) -> None:
     matrix, x = quantized(40, 320, 8, 32), random_input(2, 320)
     check_linear(run_linears(executor, x, [matrix], accumulate=True) - 0.5, x, matrix, PRODUCT)
 
 
 def test_linears_read_the_front_of_longer_rows() -> None:
     matrix, wide = quantized(9, 64, 4, 32), random_input(3, 80)
-    check_linear(run_linears(ASCENDING, wide, [matrix]), wide[:, :64], matrix, PRODUCT)
+    check_linear(run_linears(RUNNER, wide, [matrix]), wide[:, :64], matrix, PRODUCT)
 
 
 @pytest.mark.parametrize(("bits", "group_size"), SCHEMES)
@@ -106,7 +107,7 @@ def test_half_precision_at_the_ends_of_its_range() -> None:
 def check_embed(matrix: Matrix) -> None:
     base, (matrix,) = lay_out([matrix])
     ids, out = torch.tensor([3, 49, 0, 3], dtype=torch.int32), torch.zeros(4, matrix.in_features)
-    ASCENDING.run(launches.embed(base, bytes_tensor(launches.matrix_form(matrix, base)), matrix, ids, out))
+    RUNNER.run(launches.embed(base, bytes_tensor(launches.matrix_form(matrix, base)), matrix, ids, out))
     assert torch.equal(out, reference.embed(matrix, ids.long()))
 
 
@@ -130,7 +131,7 @@ def random_blocks(geometries: list[BlockGeometry], slot_bytes: int) -> torch.Ten
 
 
 @pytest.mark.parametrize(("hidden", "width", "shared_width"), [(64, 32, 32), (256, 160, 96), (544, 64, 512)])
-def test_experts_of_a_token(executor: Executor, hidden: int, width: int, shared_width: int) -> None:
+def test_experts_of_a_token(executor: Runner, hidden: int, width: int, shared_width: int) -> None:
     """Blocks of all bits in two banks of slots and a shared expert among the resident weights; run in two parts."""
     if isinstance(executor, WatchedExecutor) and executor.sanitizer == "thread" and hidden > 512:
         pytest.skip("136 threadgroups of 224 lanes take ThreadSanitizer a minute; smaller ones show the same")

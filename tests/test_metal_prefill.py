@@ -9,16 +9,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernel_devices import Runner, default_runner
 from kernel_memory import bytes_tensor, lay_out
 from moepack.kernels import launches, reference
 from moepack.kernels.matrix import Expert, Matrix
-from moepack.kernels.simt import Executor, WatchedExecutor
 from test_metal_token import close
 from test_native_matrices import check_experts, check_linear, quantized, random_input
 
 PRODUCT, EXPERT, STEPS = 2e-6, 2e-6, 1e-5
-ASCENDING = Executor(0)
-Runner = Executor | WatchedExecutor
+RUNNER = default_runner()
 
 
 def run_matmul(executor: Runner, x: torch.Tensor, matrices: list[Matrix], accumulate: bool = False) -> torch.Tensor:
@@ -33,7 +32,7 @@ def run_matmul(executor: Runner, x: torch.Tensor, matrices: list[Matrix], accumu
 @pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 5, 32), (33, 37, 96), (7, 64, 160)])
 def test_matmul_on_quantized_weights(bits: int, tokens: int, rows: int, columns: int) -> None:
     matrix, x = quantized(rows, columns, bits, 32), random_input(tokens, columns)
-    check_linear(run_matmul(ASCENDING, x, [matrix]), x, matrix, PRODUCT)
+    check_linear(run_matmul(RUNNER, x, [matrix]), x, matrix, PRODUCT)
 
 
 def test_matmul_of_several_matrices(executor: Runner) -> None:

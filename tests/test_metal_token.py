@@ -9,12 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernel_devices import Runner, default_runner
 from kernel_memory import bytes_tensor
 from moepack.kernels import launches, reference
-from moepack.kernels.simt import Executor
 
 ROUNDING, SUMS = 1e-6, 3e-6
-ASCENDING = Executor(0)
+RUNNER = default_runner()
 SMALL_TO_LARGE = [(1, 3, 3), (2, 37, 5), (1, 48, 6), (2, 512, 10), (1, 1024, 16)]
 EPS = 1e-6
 
@@ -32,14 +32,14 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None
 
 
 @pytest.mark.parametrize(("rows", "width"), [(3, 4096), (2, 37), (1, 1), (5, 1056)])
-def test_rms_norm(executor: Executor, rows: int, width: int) -> None:
+def test_rms_norm(executor: Runner, rows: int, width: int) -> None:
     x, weight, out = 3 * torch.randn(rows, width), torch.randn(width), torch.zeros(rows, width)
     executor.run(launches.rms_norm(x, weight, out, EPS))
     close(out, reference.rms_norm(x.double(), weight.double(), EPS), SUMS)
 
 
 @pytest.mark.parametrize(("tokens", "heads", "width"), [(1, 4, 128), (3, 2, 37)])
-def test_gated_rms_norm_with_gates_inside_longer_rows(executor: Executor, tokens: int, heads: int, width: int) -> None:
+def test_gated_rms_norm_with_gates_inside_longer_rows(executor: Runner, tokens: int, heads: int, width: int) -> None:
     x, weight, out = torch.randn(tokens, heads, width), torch.randn(width), torch.zeros(tokens, heads, width)
     rows = torch.randn(tokens, heads * width + 12)
     gates = rows[:, 4 : 4 + heads * width].reshape(tokens, heads, width)
@@ -48,7 +48,7 @@ def test_gated_rms_norm_with_gates_inside_longer_rows(executor: Executor, tokens
 
 
 @pytest.mark.parametrize(("tokens", "channels", "taps"), [(1, 300, 4), (7, 513, 4), (2, 5, 2), (3, 40, 8)])
-def test_causal_conv(executor: Executor, tokens: int, channels: int, taps: int) -> None:
+def test_causal_conv(executor: Runner, tokens: int, channels: int, taps: int) -> None:
     x, weight = torch.randn(tokens, channels + 3), torch.randn(channels, taps)
     state, out = torch.randn(taps - 1, channels), torch.zeros(tokens, channels)
     expected_state = state.double()
@@ -62,7 +62,7 @@ def test_causal_conv(executor: Executor, tokens: int, channels: int, taps: int) 
     ("key_heads", "heads", "key_width", "value_width"),
     [(2, 4, 64, 64), (1, 3, 128, 128), (2, 2, 37, 45), (1, 2, 96, 33), (1, 1, 128, 256), (1, 1, 1, 1)],
 )
-def test_delta_step(executor: Executor, key_heads: int, heads: int, key_width: int, value_width: int) -> None:
+def test_delta_step(executor: Runner, key_heads: int, heads: int, key_width: int, value_width: int) -> None:
     keys, values = key_heads * key_width, heads * value_width
     mixed, projected = torch.randn(2 * keys + values), torch.randn(5 + values + 2 * heads)
     a_log, dt_bias, norm = torch.randn(heads), torch.randn(heads), torch.randn(value_width)
@@ -95,7 +95,7 @@ def test_rope_cache(tokens: int, heads: int, kv_heads: int, width: int, rotary: 
     frequencies = launches.rope_frequencies(10.0, rotary)
     q, caches = torch.zeros(tokens, heads, width), torch.full((2, kv_heads, position + tokens + 3, width), 7.0)
     at = torch.tensor([position], dtype=torch.int32)
-    ASCENDING.run(launches.rope_cache(projected, q_norm, k_norm, frequencies, at, q, *caches, EPS))
+    RUNNER.run(launches.rope_cache(projected, q_norm, k_norm, frequencies, at, q, *caches, EPS))
     close(q, reference.rope(reference.rms_norm(queries, q_norm, EPS), position, 10.0, rotary), SUMS)
     expected = reference.rope(reference.rms_norm(keys, k_norm, EPS), position, 10.0, rotary)
     written = slice(position, position + tokens)
@@ -106,7 +106,7 @@ def test_rope_cache(tokens: int, heads: int, kv_heads: int, width: int, rotary: 
 
 
 @pytest.mark.parametrize(("rows", "experts", "chosen"), SMALL_TO_LARGE)
-def test_choose_experts(executor: Executor, rows: int, experts: int, chosen: int) -> None:
+def test_choose_experts(executor: Runner, rows: int, experts: int, chosen: int) -> None:
     logits = torch.randn(rows, experts + 1)
     logits[0, [1, 2, experts - 1]] = 5.0  # equal ones: the lower id first
     ids, weights = torch.zeros(rows, chosen, dtype=torch.int32), torch.zeros(rows, chosen + 1)
@@ -125,7 +125,7 @@ def test_choose_experts(executor: Executor, rows: int, experts: int, chosen: int
 def choose(logits: torch.Tensor, chosen: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The ids of one token's experts, and places that were not wanted."""
     ids, places = torch.full((1, chosen), -1, dtype=torch.int32), torch.full((16,), 9, dtype=torch.uint8)
-    ASCENDING.run(launches.choose_experts(logits, ids, torch.zeros(1, chosen + 1), places, places, places_wanted=False))
+    RUNNER.run(launches.choose_experts(logits, ids, torch.zeros(1, chosen + 1), places, places, places_wanted=False))
     return ids, places
 
 
@@ -147,7 +147,7 @@ def test_ids_are_experts_whatever_the_logits(fill: float) -> None:
     ("heads", "kv_heads", "width", "context", "splits"),
     [(4, 2, 256, 70, 3), (16, 1, 64, 1, 4), (6, 2, 37, 33, 1), (4, 2, 64, 5, 8), (32, 1, 16, 40, 5)],
 )
-def test_attention_step(executor: Executor, heads: int, kv_heads: int, width: int, context: int, splits: int) -> None:
+def test_attention_step(executor: Runner, heads: int, kv_heads: int, width: int, context: int, splits: int) -> None:
     """Beyond the context lie NaN, which nothing may read; some splits may be empty."""
     q, projected = torch.randn(heads, width), torch.randn(heads, 2 * width)
     keys, values = torch.full((2, kv_heads, context + 5, width), torch.nan)
@@ -162,7 +162,7 @@ def test_attention_step(executor: Executor, heads: int, kv_heads: int, width: in
 
 
 @pytest.mark.parametrize("width", [1, 37, 1024, 2500])
-def test_argmax(executor: Executor, width: int) -> None:
+def test_argmax(executor: Runner, width: int) -> None:
     """The lowest of equal ones, also where one thread or two hold them; NaN is seen."""
     logits = torch.randn(4, width).round(decimals=1)
     logits[1, [width // 2, width - 1]] = 9.0
