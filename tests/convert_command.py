@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import multiprocessing
+import multiprocessing.process
 import os
 import shutil
 import subprocess
@@ -64,6 +66,21 @@ def start_convert(*arguments: object, prelude: str = "") -> subprocess.Popen[str
     program = [PROGRAM] if PROGRAM and not prelude else [sys.executable, "-c", f"{prelude}\n{CALL}"]
     pipe = subprocess.PIPE
     return subprocess.Popen([*program, *map(str, arguments)], stdout=pipe, stderr=pipe, text=True)
+
+
+def convert_in_fork(*arguments: object) -> multiprocessing.process.BaseProcess:
+    """Start moe-convert as a process of its own without the price of its imports: forked off a server that has them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["moepack.convert.cli"])
+    process = context.Process(target=_run_silently, args=tuple(map(str, arguments)), daemon=True)
+    process.start()
+    return process
+
+
+def _run_silently(*arguments: str) -> None:
+    sys.argv = ["moe-convert", *arguments]
+    with open(os.devnull, "w") as silence, redirect_stdout(silence), redirect_stderr(silence):
+        main()
 
 
 def finish(process: subprocess.Popen[str]) -> Result:

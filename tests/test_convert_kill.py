@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import pytest
 
-from convert_command import SMALL, Result, files_of, finish, problems_of, run_convert, start_convert
+from convert_command import SMALL, Result, convert_in_fork, files_of, finish, problems_of, run_convert, start_convert
 from moepack.convert.pipeline import convert
 from moepack.convert.plan import plan_conversion
 from moepack.convert.recipe import Recipe
@@ -282,32 +282,33 @@ def json_total(source: Path, out: Path) -> int:
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_instants(large, large_whole, tmp_path):
-    """Spread over the time from the first file to the last; a second kill follows the first in half of the runs."""
+def test_killed_at_a_hundred_random_instants(large, large_whole, tmp_path):
+    """kill -9, spread over the time from the first change of the disk to the last; every second run is killed twice."""
     generator = random.Random(20)
-    process, out = start_convert(large, tmp_path / "timed", *GROUP), tmp_path / "timed"
-    while not out.exists():
+    timed = tmp_path / "timed"
+    process = convert_in_fork(large, timed, *GROUP)
+    while not timed.exists():
         time.sleep(0.001)
     started = time.monotonic()
-    assert finish(process).code == 0
+    process.join()
+    assert process.exitcode == 0
     seconds, unfinished = time.monotonic() - started, 0
-    for number in range(20):
+    for number in range(100):
         out = tmp_path / str(number)
         for _ in range(1 + number % 2):
-            process = start_convert(large, out, *GROUP)
-            instant = (number + generator.random()) / 20 * seconds
-            while not out.exists() and process.poll() is None:
+            process = convert_in_fork(large, out, *GROUP)
+            while not out.exists() and process.is_alive():
                 time.sleep(0.001)
-            time.sleep(instant)
+            time.sleep((number + generator.random()) / 100 * seconds)
             process.kill()
-            finish(process)
+            process.join()
             unfinished += not (out / MANIFEST_NAME).exists()
             assert_no_half_pack(out)
-        result = finish(start_convert(large, out, *GROUP))
+        result = run_convert(large, out, *GROUP)
         assert (result.code, result.errors) == (0, [])
         assert files_of(out) == large_whole
         shutil.rmtree(out)
-    assert unfinished >= 10, "the kills fell after the end: nothing was tested"
+    assert unfinished >= 50, "the kills fell after the end: nothing was tested"
 
 
 def test_ctrl_c_says_so_in_one_line_and_the_same_command_goes_on(large, large_whole, tmp_path):
