@@ -4,6 +4,7 @@ The source is read here by the safetensors library and the names are undone by h
 reading of checkpoints is trusted.
 """
 
+import hashlib
 import json
 import re
 import time
@@ -240,6 +241,27 @@ def test_a_pack_holds_what_it_lists_and_the_sources_own_files(tmp_path):
     tensors = {name for path in source.glob("*.safetensors") for name in load_file(path)}
     expected = {re.sub(r"experts\.\d+\..*", "experts.*", name) for name in tensors if ".visual." not in name}
     assert names == expected
+
+
+@pytest.mark.parametrize("layout", ["qwen3.6", "per_expert"])
+def test_hashes_of_the_source_are_those_of_its_pieces(tmp_path, layout):
+    """sha256 over the sha256 of each expert's matrix, or of a resident tensor's one piece, made here by hand."""
+    source, out = write_source(tmp_path / "source", layout), tmp_path / "pack"
+    assert run_convert(source, out, "--group-size", 32, "--workers", 3).code == 0
+    with Pack.open(out) as pack:
+        found = pack.manifest.provenance["source_sha256"]
+    residents, experts = read_source(source, SMALL.layers)
+    digest = {place: hashlib.sha256(raw(matrix)).digest() for place, matrix in experts.items()}
+    stem = "model.language_model.layers.1.mlp.experts"
+    order = [(1, expert, projection) for expert in range(SMALL.experts) for projection in PROJECTIONS]
+    parts = {f"{stem}.*": order}
+    if layout == "qwen3.6":
+        down = [place for place in order if place[2] == "down_proj"]
+        parts = {f"{stem}.gate_up_proj": [place for place in order if place not in down], f"{stem}.down_proj": down}
+    for name, places in parts.items():
+        assert found[name] == hashlib.sha256(b"".join(digest[place] for place in places)).hexdigest()
+    name = "lm_head.weight"
+    assert found[name] == hashlib.sha256(hashlib.sha256(raw(residents[name])).digest()).hexdigest()
 
 
 def test_progress_ends_at_its_total_fresh_and_resumed(tmp_path):
