@@ -1,6 +1,6 @@
 """NVIDIA's GPUs: the .metal text, translated by msl.py, compiled by NVRTC for the GPU at hand; a simdgroup is a warp.
 
-Experts lie in the GPU's memory. A reading thread fills pinned huge pages of its own from the disk and lets the GPU's
+Experts lie in the GPU's memory. A reading thread fills pinned memory of its own from the disk and lets the GPU's
 copy engine bring them into the slot, on a stream of its own: other reads, copies and the kernels go on meanwhile.
 What a token does between two waits is recorded once as a CUDA graph (capture).
 
@@ -132,7 +132,7 @@ class _Range:
 
 
 class _CudaSlots(DeviceSlots):
-    """Slots in the GPU's memory, filled by way of pinned huge pages: one run of them for each reading thread."""
+    """Slots in the GPU's memory, filled by way of pinned memory: a piece of it for each reading thread."""
 
     def __init__(self, device: CudaDevice, num_slots: int, slot_bytes: int):
         bank = torch.empty(num_slots * slot_bytes, dtype=torch.uint8, device=device.place)
@@ -167,13 +167,12 @@ class _CudaSlots(DeviceSlots):
         return read_and_copy
 
     def _staging(self, size_bytes: int) -> tuple[torch.Tensor, torch.cuda.Stream]:
-        """This thread's pinned pages, at least so large, and its stream."""
+        """This thread's pinned memory, at least so large, and its stream."""
         if getattr(self._own, "size_bytes", 0) < size_bytes:
-            pages = Pages(size_bytes)
-            staging = view_host_pages(pages)
-            pinned = torch.cuda.cudart().cudaHostRegister(staging.data_ptr(), pages.size_bytes, 0)
-            _check(pinned, "memory for reads cannot be pinned")
-            self._own.staging, self._own.size_bytes = staging, pages.size_bytes
+            self._own.staging, self._own.size_bytes = (
+                torch.empty(size_bytes, dtype=torch.uint8).pin_memory(),
+                size_bytes,
+            )
             self._own.stream = torch.cuda.Stream()
         return self._own.staging, self._own.stream
 

@@ -39,6 +39,9 @@ class Device(ABC):
     name: str
     place: torch.device
     can_capture = False  # whether capture works
+    widens_weights = (
+        True  # whether a kernel that widens a matrix for torch's product is faster than torch's own operations
+    )
 
     def __init__(self) -> None:
         self.epoch, self.done = 1, 0

@@ -20,6 +20,14 @@ from moepack.kernels.gpu_token import TokenOps, memory_of
 from moepack.kernels.matrix import Expert, Matrix
 from moepack.layout.pages import Pages
 
+WIDENED_WEIGHTS = 2**25  # at a time: 128 MiB of float32
+
+
+def row_tiles(matrix: Matrix) -> list[tuple[int, int]]:
+    """(first row, rows) of the parts in which a matrix is widened."""
+    step = max(1, WIDENED_WEIGHTS // matrix.in_features)
+    return [(first, min(step, matrix.out_features - first)) for first in range(0, matrix.out_features, step)]
+
 
 class GpuOps(TokenOps):
     """One backend over one device."""
@@ -31,6 +39,7 @@ class GpuOps(TokenOps):
         super().__init__()
         self._stream: torch.Tensor | None = None  # the hidden state of the token under way
         self._products: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor, Step, Sequence[Matrix]]] = {}
+        self._rows = torch.zeros(0, dtype=torch.int32)
         self._embeddings: dict[int, tuple[torch.Tensor, torch.Tensor, Matrix]] = {}
         self._token = torch.zeros(1, dtype=torch.int32, device=device.place)
 
@@ -81,7 +90,7 @@ class GpuOps(TokenOps):
 
     def linears(self, x: torch.Tensor, matrices: Sequence[Matrix]) -> list[torch.Tensor]:
         if len(x) > 1:
-            return self._on_device(reference.linears, x, matrices)
+            return [self._product(x, matrix) for matrix in matrices]
         key = tuple(map(id, matrices))
         if key not in self._products:
             x_row = self.device.empty(1, matrices[0].in_features)
@@ -138,12 +147,38 @@ class GpuOps(TokenOps):
         return self._on_device(reference.choose_experts, logits, num_chosen)
 
     def run_expert(self, x: torch.Tensor, expert: Expert) -> torch.Tensor:
-        return self._on_device(reference.run_expert, x, expert)
+        hidden = self.silu_mul(self._product(x, expert.gate_proj), self._product(x, expert.up_proj))
+        return self._product(hidden, expert.down_proj)
 
     def add_expert(
         self, out: torch.Tensor, x: torch.Tensor, expert: Expert, tokens: torch.Tensor, weights: torch.Tensor
     ) -> None:
         out.index_add_(0, tokens, self.run_expert(x[tokens], expert) * weights.unsqueeze(-1))
+
+    def _product(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        """x [T, K] times a matrix transposed, by torch: on weights that a kernel has widened, some rows at a time."""
+        if not self.device.widens_weights:
+            return self._on_device(reference.linear, x, matrix)
+        parts = [x @ self._widen(matrix, first, count).T for first, count in row_tiles(matrix)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _widen(self, matrix: Matrix, first: int, count: int) -> torch.Tensor:
+        """Rows of a matrix as float32 [count, K], until the next call."""
+        steps = matrix.__dict__.setdefault("_widen_steps", {})  # a frozen dataclass: this only remembers what it is
+        if (first, count) not in steps:
+            wide = self.scratch("wide", count * matrix.in_features).view(count, -1)
+            memory = memory_of(matrix.data)
+            form = self.upload_bytes(launches.matrix_form(matrix, memory))
+            rows = self._row_numbers(first + count)[first:]
+            steps[first, count] = (self.device.bind(launches.embed(memory, form, matrix, rows, wide)), wide)
+        step, wide = steps[first, count]
+        step()
+        return wide
+
+    def _row_numbers(self, count: int) -> torch.Tensor:
+        if len(self._rows) < count:
+            self._rows = self.device.upload(torch.arange(count, dtype=torch.int32))
+        return self._rows[:count]
 
     def _on_device(self, operation: Any, *arguments: Any) -> Any:
         """An operation by its definition; what it makes on the way is on the device too."""

@@ -124,7 +124,15 @@ def _build(source: msl.Source, sanitizer: str | None = None) -> Path:
     include = ["-I", str(msl.SHIM), str(executor)]
     if sanitizer is None:
         return _kept(source.name, text, lambda name: [*NATIVE_FLAGS, "-shared", *include, f"{name}.cpp", "-o", name])
-    watched = [f"-fsanitize={sanitizer}", "-O1", "-rdynamic", str(msl.SHIM / "run_case.cpp"), "-ldl"]
+    # Not for a lane's own variables after their scope: g++ 12 crashes on large kernels when it looks for those.
+    watched = [
+        f"-fsanitize={sanitizer}",
+        "-fno-sanitize-address-use-after-scope",
+        "-O1",
+        "-rdynamic",
+        str(msl.SHIM / "run_case.cpp"),
+        "-ldl",
+    ]
     return _kept(f"{source.name}-{sanitizer}", text, lambda name: [*include, f"{name}.cpp", *watched, "-o", name])
 
 

@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from conftest import make_pack
-from moepack.kernels import launches, metal_device
+from kernel_memory import lay_out
+from moepack.kernels import gpu_ops, launches, metal_device, reference
 from moepack.kernels.device import DeviceSlots
 from moepack.kernels.emulated_device import EmulatedDevice, EmulatedTensor
 from moepack.kernels.gpu_ops import GpuOps
@@ -30,6 +31,7 @@ from moepack.layout.errors import UsageError
 from moepack.layout.reader import Pack
 from moepack.runtime import Engine, SamplingParams
 from moepack.runtime.expert_store import ExpertStore
+from test_native_matrices import quantized
 from tiny_checkpoint import TinyModel, write_checkpoint
 
 pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
@@ -256,3 +258,15 @@ def test_more_slots_than_two_buffers_hold_are_refused_with_the_numbers(fake_mps:
     ops = GpuOps(metal_device.MetalDevice())
     with pytest.raises(UsageError, match=r"buffers hold .* GiB of experts"):
         ops.new_slots(100, 2**16)
+
+
+def test_a_widened_matrix_gives_the_product_of_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a prompt is computed on GPUs: a kernel widens some rows at a time, torch multiplies."""
+    monkeypatch.setattr(EmulatedDevice, "widens_weights", True)
+    monkeypatch.setattr(gpu_ops, "WIDENED_WEIGHTS", 2000)
+    ops, x = GpuOps(EmulatedDevice()), torch.randn(3, 128)
+    for bits in (2, 3, 4, 8):
+        _, (matrix,) = lay_out([quantized(70, 128, bits, 32)])
+        expected = reference.linear(x, matrix)
+        found = ops.linear(ops.upload(x), matrix).as_subclass(torch.Tensor)
+        assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()

@@ -1,7 +1,7 @@
 """Metal kernels that read weights, run on the CPU executor, against reference.py: storages, odd sizes, lane orders.
 
-Tolerances, as shares of what a result of random signs would be, |x| |w| / sqrt(K): 5e-6. A product is float32
-throughout; the integer in the mantissa costs five roundings of a term instead of one, sixteen at 2 bits
+Tolerances, as shares of what a result of random signs would be, |x| |w| / sqrt(K): 1e-5. A product is float32
+throughout; the integer in the mantissa costs five roundings of a term instead of one, sixteen at 2 bits, thirty at 4
 (metal/matrix.h). Experts are compared by the norm of their results: 3e-6, two products after each other.
 """
 
@@ -21,7 +21,7 @@ from moepack.layout.geometry import BlockGeometry, Scheme
 from moepack.layout.spec import PROJECTIONS
 from test_native_matrices import check_experts, check_linear, quantized, random_input
 
-PRODUCT, EXPERT = 5e-6, 3e-6
+PRODUCT, EXPERT = 1e-5, 3e-6
 SCHEMES = [*itertools.product((2, 3, 4, 8), (32, 64, 128))]
 PLAIN = [torch.bfloat16, torch.float16, torch.float32]
 RUNNER = default_runner()

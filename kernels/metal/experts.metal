@@ -48,15 +48,17 @@ struct DownShape {
   device const uchar* expert = expert_at(bank0, bank1, bank2, form.bank, places[group.y].offset);
   const uint lanes = shape.lanes;
   const uint row = group.x * (SIMDGROUPS * 32 / lanes * ROWS) + team_row(simdgroup, lane, lanes);
-  float gates[ROWS];
-  float ups[ROWS];
-  const Weights gate_proj = weights_at(expert, form.gate);
-  const Weights up_proj = weights_at(expert, form.up);
-  row_products(gate_proj, row, lane, lanes, x, gates);
-  row_products(up_proj, row, lane, lanes, x, ups);
+  const Weights projections[2] = {weights_at(expert, form.gate), weights_at(expert, form.up)};
+  float sums[2 * ROWS];
+  Norm none = {x, false, 0.0f};
+  if (form.gate.storage == form.up.storage) {
+    row_products<2>(projections, row, lane, lanes, x, none, sums);
+  } else {
+    for (uint m = 0; m < 2; m++) row_products<1>(projections + m, row, lane, lanes, x, none, sums + m * ROWS);
+  }
   for (uint r = 0; r < ROWS; r++) {
-    const float gate = team_sum(gates[r], lanes);
-    const float up = team_sum(ups[r], lanes);
+    const float gate = team_sum(sums[r], lanes);
+    const float up = team_sum(sums[ROWS + r], lanes);
     if (lane % lanes == 0 && row + r < form.gate.rows) {
       hidden[places[group.y].rank * shape.hidden_stride + row + r] = gate / (1.0f + exp(-gate)) * up;
     }
@@ -76,7 +78,9 @@ struct DownShape {
   constant ExpertForm& form = forms[place.form];
   const Weights w = weights_at(expert_at(bank0, bank1, bank2, form.bank, place.offset), form.down);
   float sums[ROWS];
-  row_products(w, first + team_row(0, lane, lanes), lane, lanes, hidden + place.rank * shape.hidden_stride, sums);
+  Norm none = {hidden, false, 0.0f};
+  const uint row = first + team_row(0, lane, lanes);
+  row_products<1>(&w, row, lane, lanes, hidden + place.rank * shape.hidden_stride, none, sums);
   for (uint r = 0; r < ROWS; r++) {
     const float sum = team_sum(sums[r], lanes);
     if (lane % lanes == 0) results[simdgroup][lane / lanes * ROWS + r] = sum;

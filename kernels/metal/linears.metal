@@ -29,16 +29,6 @@ struct LinearsShape {
   float eps;
 };
 
-inline void load_normed(device const float* x, device const float* norm, uint column, uint columns, thread Inputs& in,
-    thread float& squares) {
-  Inputs weight;
-  load_inputs(norm, column, columns, weight);
-  for (uint j = 0; j < UNIT; j++) {
-    squares = fma(in.x[j], in.x[j], squares);
-    in.x[j] *= 1.0f + weight.x[j];
-  }
-}
-
 [[kernel, max_total_threads_per_threadgroup(128)]] void linears(device const uchar* weights [[buffer(0)]],
     constant MatrixForm* matrices [[buffer(1)]], device const float* x [[buffer(2)]],
     device const float* norm [[buffer(3)]], device float* normed [[buffer(4)]], device float* out [[buffer(5)]],
@@ -51,16 +41,10 @@ inline void load_normed(device const float* x, device const float* norm, uint co
   const uint in_group = SIMDGROUPS * 32 / lanes * ROWS;
   const uint row = (group.x - matrices[which].first_group) * in_group + team_row(simdgroup, lane, lanes);
   device const float* input = x + ulong(group.y) * shape.x_stride;
-  float sums[ROWS] = {0.0f, 0.0f, 0.0f, 0.0f};
-  float squares = 0.0f;
-  for (uint column = lane % lanes * UNIT; column < columns; column += lanes * UNIT) {
-    Inputs in;
-    load_inputs(input, column, columns, in);
-    if (shape.is_normed) load_normed(input, norm, column, columns, in, squares);
-    sum_inputs(in);
-    if (row < w.rows) add_products(w, row, column, in, sums);
-  }
-  const float factor = shape.is_normed ? rsqrt(team_sum(squares, lanes) / float(columns) + shape.eps) : 1.0f;
+  float sums[ROWS];
+  Norm normer = {norm, shape.is_normed != 0, 0.0f};
+  row_products<1>(&w, row, lane, lanes, input, normer, sums);
+  const float factor = shape.is_normed ? rsqrt(team_sum(normer.squares, lanes) / float(columns) + shape.eps) : 1.0f;
   for (uint r = 0; r < ROWS; r++) {
     const float sum = team_sum(sums[r], lanes) * factor;
     if (lane % lanes == 0 && row + r < w.rows) {

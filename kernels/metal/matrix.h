@@ -6,7 +6,8 @@
 //
 // A weight is q * scale + bias. The integer goes straight into the mantissa of a float between 1 and 2, which saves its
 // conversion: sum (q * scale + bias) x = scale * 2^bits * (sum (1 + q / 2^bits) x - sum x) + bias * sum x. The first
-// sum is some five times the result, so float32 keeps five times its rounding: 3e-7 of a term.
+// sum is some five times the result, so float32 keeps five times its rounding: 3e-7 of a term. At 2 and 4 bits one shift
+// serves two integers, one of which is then smaller beside the 1: sixteen and thirty times.
 
 constant constexpr uint UNIT = 16;
 constant constexpr uint ROWS = 4;
@@ -93,15 +94,15 @@ inline float mantissa_dot(uint word, thread const float* x) {
   return sum;
 }
 
-// The same for 16 integers of 2 bits, as 4 sum (1 + q / 4) x - 4 sum x: two of them come with one shift.
-inline float dot_of_crumbs(uint word, thread const Inputs& in) {
-  float low = 0.0f, high = 0.0f;
-  for (int j = 0; j < 8; j++) {
-    const int left = 19 - 4 * j;
-    low = fma(mantissa(word, left, 3u << 19), in.x[2 * j], low);        // 1 + q / 16
-    high = fma(mantissa(word, left, 3u << 21), in.x[2 * j + 1], high);  // 1 + q / 4
+// The same for all integers of a word of 2 or 4 bits, two of which come with one shift: the sums of (1 + q / 4^BITS) x over
+// the even places, and of (1 + q / 2^BITS) x over the odd ones.
+template <int BITS>
+inline void add_pairs(uint word, thread const float* x, thread float& low, thread float& high) {
+  for (int j = 0; j < 16 / BITS; j++) {
+    const int left = 23 - 2 * BITS - 2 * BITS * j;
+    low = fma(mantissa(word, left, ((1u << BITS) - 1u) << (23 - 2 * BITS)), x[2 * j], low);
+    high = fma(mantissa(word, left, ((1u << BITS) - 1u) << (23 - BITS)), x[2 * j + 1], high);
   }
-  return fma(16.0f, low - in.even, 4.0f * (high - in.odd));
 }
 
 // UNIT packed integers: as many words as they fill, for 3 bits two words of eight integers.
@@ -127,7 +128,12 @@ inline uint4 load_packed(device const uchar* unit) {
 // The sum of q x over a unit.
 template <int BITS>
 inline float packed_dot(uint4 words, thread const Inputs& in) {
-  if (BITS == 2) return dot_of_crumbs(words.x, in);
+  if (BITS == 2 || BITS == 4) {
+    float low = 0.0f, high = 0.0f;
+    add_pairs<BITS>(words.x, in.x, low, high);
+    if (BITS == 4) add_pairs<BITS>(words.y, in.x + 8, low, high);
+    return fma(float(1 << 2 * BITS), low - in.even, float(1 << BITS) * (high - in.odd));
+  }
   float sum;
   if (BITS == 8) {
     sum = mantissa_dot<BITS, 4>(words.x, in.x) + mantissa_dot<BITS, 4>(words.y, in.x + 4);
@@ -136,25 +142,6 @@ inline float packed_dot(uint4 words, thread const Inputs& in) {
     sum = mantissa_dot<BITS, 8>(words.x, in.x) + mantissa_dot<BITS, 8>(words.y, in.x + 8);
   }
   return float(1 << BITS) * (sum - (in.even + in.odd));
-}
-
-// sums[r] += row + r times the inputs at `column`, for packed rows.
-template <int BITS>
-inline void add_packed(thread const Weights& w, uint row, uint column, thread const Inputs& in, thread float* sums) {
-  const uint row_bytes = w.columns / 8 * BITS, groups = w.columns >> w.shift;
-  uint4 words[ROWS];
-  uint scales[ROWS], biases[ROWS];
-  for (uint r = 0; r < ROWS; r++) {
-    const ulong at = min(row + r, w.rows - 1);
-    const ulong group = at * groups + (column >> w.shift);
-    words[r] = load_packed<BITS>(w.data + at * row_bytes + column / 8 * BITS);
-    scales[r] = w.scales[group];
-    biases[r] = w.biases[group];
-  }
-  const float total = in.even + in.odd;
-  for (uint r = 0; r < ROWS; r++) {
-    sums[r] = fma(widen_bf16(scales[r]), packed_dot<BITS>(words[r], in), fma(widen_bf16(biases[r]), total, sums[r]));
-  }
 }
 
 inline float load_plain(thread const Weights& w, ulong index) {
@@ -188,8 +175,9 @@ inline void add_bf16(thread const Weights& w, uint row, uint column, thread cons
 }
 
 // Inputs from x at `column`: zero beyond `columns`. x is read four at a time where a row is whole units.
+template <bool WHOLE>
 inline void load_inputs(device const float* x, uint column, uint columns, thread Inputs& in) {
-  if (columns % UNIT == 0) {
+  if (WHOLE || columns % UNIT == 0) {
     for (uint j = 0; j < UNIT / 4; j++) {
       const float4 four = *(device const float4*)(x + column + 4 * j);
       in.x[4 * j] = four.x;
@@ -210,18 +198,6 @@ inline void sum_inputs(thread Inputs& in) {
   }
 }
 
-inline void add_products(thread const Weights& w, uint row, uint column, thread const Inputs& in, thread float* sums) {
-  switch (w.storage) {
-    case 2: return add_packed<2>(w, row, column, in, sums);
-    case 3: return add_packed<3>(w, row, column, in, sums);
-    case 4: return add_packed<4>(w, row, column, in, sums);
-    case 8: return add_packed<8>(w, row, column, in, sums);
-    case BF16:
-      if (w.columns % UNIT == 0) return add_bf16(w, row, column, in, sums);
-  }
-  add_plain(w, row, column, in, sums);
-}
-
 // The first row of a lane's team, counted from the threadgroup's first.
 inline uint team_row(uint simdgroup, uint lane, uint lanes) { return (simdgroup * 32 + lane) / lanes * ROWS; }
 
@@ -231,15 +207,91 @@ inline float team_sum(float value, uint lanes) {
   return value;
 }
 
-// sums[r] = row + r times x, the part of this lane: to be added up over the team.
-inline void row_products(
-    thread const Weights& w, uint row, uint lane, uint lanes, device const float* x, thread float* sums) {
-  for (uint r = 0; r < ROWS; r++) sums[r] = 0.0f;
-  if (row >= w.rows) return;
-  for (uint column = lane % lanes * UNIT; column < w.columns; column += lanes * UNIT) {
-    Inputs in;
-    load_inputs(x, column, w.columns, in);
-    sum_inputs(in);
-    add_products(w, row, column, in, sums);
+// What the inputs are multiplied by before anything else, 1 + norm, and their sum of squares so far: of linears.
+struct Norm {
+  device const float* weight;
+  bool is_wanted;
+  float squares;
+};
+
+template <bool WHOLE>
+inline void take_inputs(device const float* x, uint column, uint columns, thread Norm& norm, thread Inputs& in) {
+  load_inputs<WHOLE>(x, column, columns, in);
+  if (norm.is_wanted) {
+    Inputs weight;
+    load_inputs<WHOLE>(norm.weight, column, columns, weight);
+    for (uint j = 0; j < UNIT; j++) {
+      norm.squares = fma(in.x[j], in.x[j], norm.squares);
+      in.x[j] *= 1.0f + weight.x[j];
+    }
   }
+  sum_inputs(in);
+}
+
+// For packed rows, whose columns are whole units. The weights of all rows are requested before any is used. Rows are found
+// by 32-bit offsets: a matrix has less than 4 GiB.
+template <int BITS, int COUNT>
+inline void packed_products(thread const Weights* w, uint row, uint lane, uint lanes, device const float* x,
+    thread Norm& norm, thread float* sums) {
+  const uint columns = w[0].columns, row_bytes = columns / 8 * BITS;
+  uint data_at[COUNT * ROWS], group_at[COUNT * ROWS];
+  for (uint m = 0; m < COUNT; m++) {
+    for (uint r = 0; r < ROWS; r++) {
+      const uint at = min(row + r, w[m].rows - 1);
+      data_at[m * ROWS + r] = at * row_bytes;
+      group_at[m * ROWS + r] = at * (columns >> w[m].shift);
+    }
+  }
+  for (uint column = lane % lanes * UNIT; column < columns; column += lanes * UNIT) {
+    uint4 words[COUNT * ROWS];
+    uint scales[COUNT * ROWS], biases[COUNT * ROWS];
+    for (uint m = 0; m < COUNT; m++) {
+      for (uint r = 0; r < ROWS; r++) {
+        const uint group = group_at[m * ROWS + r] + (column >> w[m].shift);
+        words[m * ROWS + r] = load_packed<BITS>(w[m].data + (data_at[m * ROWS + r] + column / 8 * BITS));
+        scales[m * ROWS + r] = w[m].scales[group];
+        biases[m * ROWS + r] = w[m].biases[group];
+      }
+    }
+    Inputs in;
+    take_inputs<true>(x, column, columns, norm, in);
+    const float total = in.even + in.odd;
+    for (uint r = 0; r < COUNT * ROWS; r++) {
+      const float sum = fma(widen_bf16(biases[r]), total, sums[r]);
+      sums[r] = fma(widen_bf16(scales[r]), packed_dot<BITS>(words[r], in), sum);
+    }
+  }
+}
+
+template <int COUNT>
+inline void plain_products(thread const Weights* w, uint row, uint lane, uint lanes, device const float* x,
+    thread Norm& norm, thread float* sums) {
+  const uint columns = w[0].columns;
+  for (uint column = lane % lanes * UNIT; column < columns; column += lanes * UNIT) {
+    Inputs in;
+    take_inputs<false>(x, column, columns, norm, in);
+    for (uint m = 0; m < COUNT; m++) {
+      if (w[m].storage == BF16 && columns % UNIT == 0) {
+        add_bf16(w[m], row, column, in, sums + m * ROWS);
+      } else {
+        add_plain(w[m], row, column, in, sums + m * ROWS);
+      }
+    }
+  }
+}
+
+// sums[m * ROWS + r] = row + r of matrix m times x, the part of this lane: to be added up over the team. The matrices have
+// one storage and one number of columns.
+template <int COUNT>
+inline void row_products(thread const Weights* w, uint row, uint lane, uint lanes, device const float* x,
+    thread Norm& norm, thread float* sums) {
+  for (uint r = 0; r < COUNT * ROWS; r++) sums[r] = 0.0f;
+  if (row >= w[0].rows) return;
+  switch (w[0].storage) {
+    case 2: return packed_products<2, COUNT>(w, row, lane, lanes, x, norm, sums);
+    case 3: return packed_products<3, COUNT>(w, row, lane, lanes, x, norm, sums);
+    case 4: return packed_products<4, COUNT>(w, row, lane, lanes, x, norm, sums);
+    case 8: return packed_products<8, COUNT>(w, row, lane, lanes, x, norm, sums);
+  }
+  plain_products<COUNT>(w, row, lane, lanes, x, norm, sums);
 }
