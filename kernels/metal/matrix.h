@@ -286,7 +286,7 @@ template <int COUNT>
 inline void row_products(thread const Weights* w, uint row, uint lane, uint lanes, device const float* x,
     thread Norm& norm, thread float* sums) {
   for (uint r = 0; r < COUNT * ROWS; r++) sums[r] = 0.0f;
-  if (row >= w[0].rows) return;
+  if (row >= w[0].rows && !norm.is_wanted) return;  // every lane of a simdgroup needs the sum of squares
   switch (w[0].storage) {
     case 2: return packed_products<2, COUNT>(w, row, lane, lanes, x, norm, sums);
     case 3: return packed_products<3, COUNT>(w, row, lane, lanes, x, norm, sums);
