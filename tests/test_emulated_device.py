@@ -55,7 +55,7 @@ def logits_by_token(engine: Engine, ids: list[int]) -> torch.Tensor:
 
 def open_with(slots: int, pack: Path, **options: Any) -> Engine:
     """An engine on the emulated device whose budget is for so many slots."""
-    plan = Engine.open(pack, max_context=CONTEXT).memory_plan
+    plan = Engine.open(pack, exact=True, max_context=CONTEXT).memory_plan
     budget = plan.total_bytes - (plan.num_slots - slots) * plan.slot_bytes
     options = {"device": "metal-emulated", **options}
     engine = Engine.open(
