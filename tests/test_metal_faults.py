@@ -130,7 +130,7 @@ def test_threadgroup_memory_starts_as_nan() -> None:
     [
         # The bound of a write, of a read of weights, of threadgroup memory.
         (linears_launch, "address", ("linears", "row + r < w.rows)", "row + r < w.rows + 8)"), "heap-buffer-overflow"),
-        (linears_launch, "address", ("linears", "min(row + r, w.rows - 1)", "(row + r)"), "heap-buffer-overflow"),
+        (linears_launch, "address", ("linears", "min(row + r, w[m].rows - 1)", "(row + r)"), "heap-buffer-overflow"),
         (
             embed_launch,
             "address",
