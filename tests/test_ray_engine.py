@@ -13,6 +13,7 @@ from moepack.convert.plan import plan_conversion
 from moepack.convert.ray_engine import convert_layers, join_layer, split_layer, write_range
 from moepack.convert.recipe import Recipe
 from moepack.layout.errors import CheckpointError
+from served import wait_until
 from tiny_checkpoint import TinyModel, write_checkpoint
 
 GROUP = ("--group-size", 32, "--quantizer", "minmax")
@@ -109,7 +110,7 @@ def test_a_node_that_dies_in_the_middle_changes_nothing(source, whole, tmp_path,
             assert not list((plan.out / JOURNAL_NAME).glob("mtp*")), "it was over already"
 
     counted = convert_layers(plan, 2, kill_a_node)
-    assert len([node for node in ray.nodes() if node["Alive"]]) == 2, "the head and one of two nodes"
+    wait_until(lambda: len([node for node in ray.nodes() if node["Alive"]]) == 2)  # the head and one of two nodes
     assert counted == sum(dealt_with) == sum(plan.layer_source_bytes)
     convert(plan, 1, lambda size_bytes: None)
     assert files_of(plan.out) == whole

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ RSS_TOLERANCE = 4 * 2**20  # arenas of the allocator; 1700 leaks of 2.5 KB would
 def process(pack: Path, *options: object) -> Iterator[str]:
     """moe-run serve in a process of its own; gives its address."""
     command = [*RUN, str(pack), "--port", "0", "--threads", "1", *map(str, options)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as server:
         assert server.stderr
         try:
             for line in server.stderr:
@@ -38,10 +39,12 @@ def process(pack: Path, *options: object) -> Iterator[str]:
                     break
             else:
                 pytest.fail("the server ended before it served")
+            # It writes a line about each request: unread, they would fill the pipe and stop it.
+            threading.Thread(target=server.stderr.read, daemon=True).start()
             yield found[2]
         finally:
             server.send_signal(signal.SIGINT)
-            server.communicate(timeout=60)
+            server.wait(timeout=60)
             assert server.returncode in (0, 130, -signal.SIGINT)
 
 

@@ -270,6 +270,7 @@ def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_ends(demo_pack: Callab
         wait_for(READY)
         os.write(parent, b"Hello.\r")
         wait_for(b" prompt")  # the statistics: the session goes on
+        wait_for(READY)
         os.write(parent, b"\x04")
         assert process.wait(30) == 0
     finally:
