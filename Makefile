@@ -49,7 +49,7 @@ bench: $(VENV)/.installed ## Quality of the demo model at 16, 8, 4, 3 and 2 bits
 	$(BIN)/python benchmarks/quality.py $(BENCH_FLAGS)
 
 clean: ## Remove what make made, the environment included.
-	rm -rf $(VENV) $(PACK) build *.egg-info
+	rm -rf $(VENV) $(PACK) $(PACK).plan.json build *.egg-info
 
 # One environment; each stamp is newer than what it was made from.
 $(BIN)/pip:
