@@ -247,6 +247,7 @@ def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_ends(demo_pack: Callab
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     command = [str(Path(sys.executable).with_name("moe-run")), "chat", str(demo_pack(4)), "--temperature", "0"]
+    command += ["--device", "reference"]  # slow enough that the answer is still being written when it is stopped
     terminal_environment = os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
     process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, env=terminal_environment)
     os.close(child)
