@@ -5,7 +5,7 @@ moe-inspect diff PACK OTHER
 moe-inspect verify PACK --quick
 moe-inspect doctor PACK
 moe-inspect plan config.json --bits 4,2 --memory 48GiB
-moe-inspect trace RUN.trace --slots 500,40%
+moe-inspect trace RUN.trace --slots 500,40% --token 17 -o token.png
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from moepack.layout.difference import compare_packs
 from moepack.layout.doctor import Finding, examine_disk, examine_machine
 from moepack.layout.errors import EXIT_DAMAGED, EXIT_FAILED, MoepackError, UsageError
 from moepack.layout.geometry import BlockGeometry
-from moepack.layout.machine import known_machine, save_settings
+from moepack.layout.machine import MAX_GB_S, Limits, known_machine, save_settings
 from moepack.layout.process import resident_set_bytes
 from moepack.layout.reader import Pack
 from moepack.layout.report import (
@@ -44,12 +44,14 @@ from moepack.layout.report import (
     describe_errors,
     describe_pack,
     describe_plan,
+    describe_timeline,
     describe_trace_facts,
 )
 from moepack.layout.sizes import format_size, parse_size
 from moepack.layout.spec import MANIFEST_NAME
 from moepack.layout.summary import summarize
 from moepack.layout.tensor_file import parse_json_object
+from moepack.layout.timeline import list_times, trace_token
 from moepack.layout.trace import Replay, Trace, compare_policies
 from moepack.layout.trace_file import read_trace
 from moepack.layout.trace_report import describe_trace
@@ -60,7 +62,6 @@ if TYPE_CHECKING:  # imported where it is used: looking into a pack needs neithe
     from moepack.runtime.forecast import Candidate, Row, Workload
 
 LONGEST_CHUNK = 512  # of a prompt, to be timed: longer ones cost the same per token, but for attention
-MOST_GBPS = 10_000
 
 app = create_app("moe-inspect")
 PACK = typer.Argument(metavar="PACK", help="Directory that moe-convert wrote.", show_default=False)
@@ -195,8 +196,8 @@ def plan(
     work = Workload(prompt_tokens, context, share, None if trace is None else read_trace(trace))
     budgets = _list_budgets(memory)
     architecture, candidates, pack = _open_model(model, bits, group_size, resident_bits)
-    check_budgets(architecture, candidates, budgets, resident_set_bytes(), context)
     ops, _ = choose_backend("auto", threads=choose_threads(threads))
+    check_budgets(architecture, candidates, budgets, resident_set_bytes(), context, ops.cache_dtype)
     with open_progress(count_steps(len(candidates)), "measure", "step") as progress:
         measured = measure_machine(
             architecture,
@@ -214,8 +215,11 @@ def plan(
     advice = _advise(best)
     if pack and save and best and not (ssd_gb_s or memory_gb_s):
         settings = replace(measured.machine.settings, prefetch=best.reads_ahead)
-        speeds = [vars(speed) for speed in measured.speeds]
-        advice.append(f"moe-run reads so here from now on: {save_settings(model, settings, {'disk': speeds})}")
+        limits = Limits(
+            measured.machine.memory_gb_s, max(speed.gb_s for speed in measured.speeds if not speed.in_order)
+        )
+        found = {**vars(limits), "disk": [vars(speed) for speed in measured.speeds]}
+        advice.append(f"moe-run reads so here from now on: {save_settings(model, settings, found)}")
     report = {
         "model": str(model),
         "machine": measured.facts,
@@ -243,8 +247,14 @@ def _other_machine(
     for option, value in (("--ssd-gbps", ssd_gbps), ("--mem-gbps", mem_gbps)):
         if name and value is None:
             raise UsageError(f"--machine {name}: no source says this of it: give {option}")
-        if value is not None and not 0 < value < MOST_GBPS:
-            raise UsageError(f"{option} {value:g}: expected GB/s, above 0 and below {MOST_GBPS}")
+    return _check_speeds(ssd_gbps, mem_gbps)
+
+
+def _check_speeds(ssd_gbps: float | None, mem_gbps: float | None) -> tuple[float | None, float | None]:
+    """The speeds as they were given. Raises UsageError for impossible ones."""
+    for option, value in (("--ssd-gbps", ssd_gbps), ("--mem-gbps", mem_gbps)):
+        if value is not None and not 0 < value < MAX_GB_S:
+            raise UsageError(f"{option} {value:g}: expected GB/s, above 0 and below {MAX_GB_S}")
     return ssd_gbps, mem_gbps
 
 
@@ -319,17 +329,29 @@ def trace(
     slots: str = typer.Option(
         "10%,20%,40%,60%,80%", "--slots", help="Experts in memory: numbers, or shares of all, separated by commas."
     ),
+    token: int = typer.Option(None, "--token", help="A decoded token, layer by layer; 1 is the first."),
+    out: Path = typer.Option(None, "-o", "--out", help="PNG file for a picture of it.  [default token: a median one]"),
+    ssd_gbps: float = typer.Option(None, "--ssd-gbps", help="The disk's limit, GB/s.  [default: as the run knew it]"),
+    mem_gbps: float = typer.Option(None, "--mem-gbps", help="The memory's limit, GB/s of reading it."),
     as_json: bool = JSON,
 ) -> None:
     """Replay a routing trace: which share of the experts would have been in memory, by policy and size of memory.
 
-    lru, lfu and lrfu decide as moe-run can; belady knows the future: nothing hits more.
+    lru, lfu and lrfu decide as moe-run can; belady knows the future: nothing hits more. Then who is popular, how good
+    guesses are, and where a token's time went beside the limits of the machine.
     """
+    limits = Limits(*_check_speeds(ssd_gbps, mem_gbps)[::-1])
     recorded = read_trace(file)
     sizes = [_parse_slots(text.strip(), recorded) for text in slots.split(",")]
+    timeline = trace_token(recorded, token) if token is not None or out else None
+    if timeline and out:
+        from moepack.layout.picture import draw_timeline
+
+        draw_timeline(timeline, out)
     rows = [(num_slots, compare_policies(recorded, num_slots)) for num_slots in sizes]
+    facts = describe_trace(recorded, limits)
     if as_json:
-        print_json(_list_replays(recorded, rows) | describe_trace(recorded))
+        print_json(_list_replays(recorded, rows) | facts | ({"timeline": list_times(timeline)} if timeline else {}))
         return
     print(f"{file}: {recorded.num_tokens} tokens decoded; hits in decode:\n")
     table: list[tuple[str, ...]] = [("slots", "of all", *rows[0][1])]
@@ -338,7 +360,9 @@ def trace(
         table.append((str(num_slots), f"{num_slots / recorded.num_blocks:.0%}", *rates))
     print_table(table)
     print()
-    print_lines(describe_trace_facts(describe_trace(recorded)))
+    print_lines(describe_trace_facts(facts))
+    if timeline:
+        print_lines(["", *describe_timeline(timeline), *([f"{out}: drawn"] if out else [])])
 
 
 @app.command(name="map")

@@ -22,6 +22,7 @@ SETTINGS_SUFFIX = ".plan.json"
 KIND, VERSION = "moepack settings", 1
 MAX_SETTINGS_BYTES = 2**20
 MAX_QUEUE_DEPTH = 64
+MAX_GB_S = 10_000
 MACHINES = Path(__file__).with_name("machines.json")
 
 
@@ -37,6 +38,28 @@ class ReadSettings:
     direct: bool
     queue_depth: int
     prefetch: bool
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a machine can do at most, in GB/s; None is not known.
+
+    memory_gb_s   reading memory with all threads
+    disk_gb_s     reading blocks at random
+    """
+
+    memory_gb_s: float | None = None
+    disk_gb_s: float | None = None
+
+    @classmethod
+    def of_facts(cls, facts: Any) -> Limits:
+        """From an object of a file; what is no speed is left out."""
+        found: list[Any] = [facts.get(name) for name in ("memory_gb_s", "disk_gb_s")] if isinstance(facts, dict) else []
+        return cls(*(float(one) if type(one) in (int, float) and 0 < one < MAX_GB_S else None for one in found))
+
+    def or_else(self, other: Limits) -> Limits:
+        """These, and the other's where nothing is known."""
+        return Limits(self.memory_gb_s or other.memory_gb_s, self.disk_gb_s or other.disk_gb_s)
 
 
 @dataclass(frozen=True)
@@ -92,6 +115,12 @@ def load_settings(pack: Path) -> tuple[ReadSettings | None, str | None]:
     if not is_ours:
         return None, f"{path}: not used, it is of another machine: run moe-inspect plan here"
     return settings, None
+
+
+def load_limits(pack: Path) -> Limits:
+    """The limits of this machine that planning for a pack found; nothing is known where it has not been planned."""
+    settings, _ = load_settings(pack)
+    return Limits.of_facts(json.loads(settings_path(pack).read_bytes()).get("measured")) if settings else Limits()
 
 
 def describe_machine() -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Pictures of a pack: every file a row, every block where it lies in it, coloured by bits, use, hits or read time.
+"""Pictures: a pack as it lies on the disk, every file a row, and a token's way through the layers, every layer a row.
 
 Needs matplotlib (the extra `plot`), which nothing else here does. Rows share the picture's height, so that a pack of 60
 layers with 512 experts each stays one page; blocks are drawn without borders.
 
     draw_map(pack.manifest, colours_of_bits(pack.manifest), Path("layout.png"))
+    draw_timeline(trace_token(trace, 17), Path("token.png"))
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from typing import Any
 
 from moepack.layout.errors import UsageError
 from moepack.layout.manifest import Manifest
+from moepack.layout.timeline import LayerTime, Timeline, assign_lanes, subtract_spans
 from moepack.layout.trace import Trace
 
 WIDTH_INCHES, ROW_INCHES, DPI = 14, 0.13, 150
+TIME_ROW_INCHES = 0.2  # one for the layer's own time and, below it, one for its reads
+TIME_COLOURS = {"computing": "#31688e", "waiting": "#d1495b", "read": "#5a5a5a", "read ahead": "#a8c686"}
 KINDS = ("bits", "use", "hits", "read")
 
 
@@ -90,6 +94,51 @@ def draw_map(manifest: Manifest, colours: Colours, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=DPI, format="png")
     pyplot.close(figure)
+
+
+def draw_timeline(timeline: Timeline, path: Path) -> None:
+    """Draw a token into a PNG file: what each layer did with its time and, below it, when its blocks were read.
+
+    Raises UsageError without matplotlib, OSError if the file cannot be written.
+    """
+    pyplot, *_ = _load_matplotlib()
+    count, start = len(timeline.layers), timeline.start_s
+    figure, axes = pyplot.subplots(figsize=(WIDTH_INCHES, max(2.5, 1.5 + TIME_ROW_INCHES * count)))
+    for row, layer in enumerate(timeline.layers):
+        for kind, spans in list_bars(layer).items():
+            axes.broken_barh(
+                [(1e3 * (first - start), 1e3 * (last - first)) for first, last in spans],
+                (row + 0.05, 0.4),
+                color=TIME_COLOURS[kind],
+            )
+        lanes = assign_lanes((read.start_s, read.end_s) for read in layer.reads)
+        height = 0.5 / (max(lanes, default=0) + 1)
+        for lane, read in zip(lanes, layer.reads):
+            place = (1e3 * (read.start_s - start), 1e3 * (read.end_s - read.start_s))
+            kind = "read ahead" if read.is_ahead else "read"
+            axes.broken_barh([place], (row + 0.45 + lane * height, 0.85 * height), color=TIME_COLOURS[kind])
+    total_ms = 1e3 * (timeline.end_s - start)
+    axes.set(xlim=(0, total_ms), ylim=(count, 0), xlabel="ms since the first layer asked for its experts")
+    waiting = sum(one.waiting_ms for one in timeline.layers)
+    size = sum(one.read_bytes for one in timeline.layers) / 1e6
+    parts = f"computing {total_ms - waiting:.1f}, waiting {waiting:.1f}, {size:.1f} MB read"
+    axes.set_title(f"token {timeline.token}: {total_ms:.1f} ms, {parts}")
+    step = max(1, count // 30)
+    named = list(range(0, count, step))
+    axes.set_yticks([row + 0.5 for row in named], [f"layer {timeline.layers[row].layer}" for row in named])
+    axes.tick_params(axis="y", labelsize=7)
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in TIME_COLOURS.values()]
+    figure.legend(handles, TIME_COLOURS, loc="lower right", ncols=len(TIME_COLOURS), fontsize=8, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=DPI, format="png")
+    pyplot.close(figure)
+
+
+def list_bars(layer: LayerTime) -> dict[str, Sequence[tuple[float, float]]]:
+    """A layer's own time, in parts."""
+    return {"computing": subtract_spans(layer.start_s, layer.end_s, layer.waits), "waiting": layer.waits}
 
 
 def _load_matplotlib() -> Sequence[Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from moepack.layout.difference import Difference
 from moepack.layout.sizes import format_size
+from moepack.layout.timeline import Timeline
 
 Rows = list[tuple[str, ...]]
 
@@ -127,17 +128,46 @@ def describe_trace_facts(facts: dict[str, Any]) -> list[str]:
         )
     lines.append(
         f"recall of guesses one layer before: {percent(recall['next_layer_guess'])}; "
-        f"of the token before: {percent(recall['token_before'])}"
+        f"of the token before: {percent(recall['token_before'])}; "
+        f"asked for of what was read ahead: {percent(recall['read_ahead'])}"
     )
-    if spent:
-        rate = "-" if spent["disk_gb_s"] is None else f"{spent['disk_gb_s']:.2f} GB/s"
-        lines.append(
-            f"a token: {spent['token_ms']:.1f} ms = computing {spent['computing_ms']:.1f} + waiting for reads "
-            f"{spent['waiting_ms']:.1f}; disk busy {spent['disk_busy_ms']:.1f} ms with "
-            f"{spent['read_bytes'] / 1e6:.1f} MB at {rate}, {percent(spent['read_ahead_share'])} of it read ahead; "
-            f"at least {spent['least_ms']:.1f} ms if the two overlapped wholly"
-        )
-    return lines
+    return [*lines, "", *describe_times(spent)] if spent else lines
+
+
+def describe_times(spent: dict[str, Any]) -> list[str]:
+    """Where a token's time went, beside what the machine could do at most."""
+    rate = "" if spent["disk_gb_s"] is None else f" at {spent['disk_gb_s']:.2f} GB/s"
+    ahead = "" if spent["read_ahead_share"] is None else f", {spent['read_ahead_share']:.0%} of it read ahead"
+    lines = [
+        f"a token: {spent['token_ms']:.1f} ms = computing {spent['computing_ms']:.1f} + waiting for reads "
+        f"{spent['waiting_ms']:.1f}; disk busy {spent['disk_busy_ms']:.1f} ms with "
+        f"{spent['read_bytes'] / 1e6:.1f} MB{rate}{ahead}; "
+        f"at least {spent['least_ms']:.1f} ms if the two overlapped wholly"
+    ]
+    limits = spent["limits"]
+    if not limits["least_ms"]:
+        return [
+            *lines,
+            "the machine's limits are unknown: run moe-inspect plan PACK first, or give --ssd-gbps, --mem-gbps",
+        ]
+    rows: Rows = [("of it, in ms", "limit", "bytes", "at the limit", "beyond it", "not at work")]
+    for title, name in (("disk", "disk"), ("cores and memory", "memory")):
+        if part := limits[name]:
+            times = (f"{part[key]:.1f}" for key in ("at_limit_ms", "beyond_ms", "idle_ms"))
+            rows.append((title, f"{part['gb_s']:.2f} GB/s", f"{part['bytes'] / 1e6:,.1f} MB", *times))
+    least, share = limits["least_ms"], limits["share"]
+    return [*lines, *format_table(rows), f"no token can take less than {least:.1f} ms here: {share:.0%} of that speed"]
+
+
+def describe_timeline(timeline: Timeline) -> list[str]:
+    """A token layer by layer."""
+    rows: Rows = [("layer", "from", "computing", "waiting", "read", "of it ahead")]
+    for one in timeline.layers:
+        ahead = sum(read.size_bytes for read in one.reads if read.is_ahead)
+        times = (1e3 * (one.start_s - timeline.start_s), one.computing_ms, one.waiting_ms)
+        sizes = (f"{size / 1e6:.1f} MB" for size in (one.read_bytes, ahead))
+        rows.append((str(one.layer), *(f"{value:.2f} ms" for value in times), *sizes))
+    return [f"token {timeline.token}: {1e3 * (timeline.end_s - timeline.start_s):.1f} ms", *format_table(rows)]
 
 
 def _object(value: Any) -> dict[str, Any]:

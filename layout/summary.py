@@ -62,6 +62,18 @@ def summarize(pack: Pack) -> dict[str, Any]:
     }
 
 
+def count_token_bytes(pack: Pack, experts_per_token: int) -> int:
+    """Bytes of the weights that one decoded token is computed with: its experts, and the resident ones but for the
+    embedding, of which it takes a row, and the MTP head."""
+    resident = pack.manifest.resident
+    is_tied = not any(name.startswith("lm_head.") for name in resident.tensors)
+    unused = ("mtp.",) if is_tied else ("mtp.", "model.embed_tokens.")
+    layers = [_expert_layer(pack, layer) for layer in range(pack.manifest.shape.num_hidden_layers)]
+    experts = sum(layer.payload_bytes.total() for layer in layers) / pack.manifest.shape.num_experts
+    kept = sum(tensor.size_bytes for name, tensor in resident.tensors.items() if not name.startswith(unused))
+    return kept + round(experts * experts_per_token)
+
+
 def _expert_layer(pack: Pack, layer: int) -> _ExpertFigures:
     geometry, entry = pack.geometry(layer), pack.manifest.expert_files[layer]
     figures = _ExpertFigures()

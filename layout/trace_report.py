@@ -1,7 +1,8 @@
 """What a trace tells beside hits: who is popular, how soon experts come back, how good guesses are, where time went.
 
-Decode alone is looked at: a prompt asks for nearly everything. Reading at the speed that the disk reached while it was
-busy, with all computing beside it, is the least that a token could have taken; what it took more is lost to waiting.
+Decode alone is looked at: a prompt asks for nearly everything. A token's time is taken apart twice: what the disk, and
+what memory and cores, would have needed at their limits; what they needed beyond that; and the rest, in which they had
+nothing to do. The limits are what `moe-inspect plan` measured and kept beside the pack, where a recording finds them.
 
     facts = describe_trace(read_trace(Path("run.trace")))
 """
@@ -9,25 +10,29 @@ busy, with all computing beside it, is the least that a token could have taken; 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from moepack.layout.trace import Guess, Request, Trace
+from moepack.layout.machine import Limits
+from moepack.layout.timeline import cut_spans, merge_spans
+from moepack.layout.trace import Guess, ReadTime, Request, Trace
 
 SHARES = (0.01, 0.05, 0.1, 0.25, 0.5)
 PERCENTILES = (10, 50, 90)
 
 
-def describe_trace(trace: Trace) -> dict[str, Any]:
-    """All facts, JSON-ready; None where the trace has nothing to say."""
+def describe_trace(trace: Trace, limits: Limits = Limits()) -> dict[str, Any]:
+    """All facts, JSON-ready; None where the trace has nothing to say.
+
+    limits   of the machine that it was recorded on; what they leave open is taken from the trace
+    """
     decode = [request for request in trace.requests if not request.is_prefill]
     return {
         "popularity": measure_popularity(trace, decode),
         "reuse_distance": measure_reuse(decode),
         "recall": measure_recall(trace),
-        "time": measure_time(trace),
+        "time": measure_time(trace, limits),
     }
 
 
@@ -82,30 +87,36 @@ class _PrefixSums:
 
 
 def measure_recall(trace: Trace) -> dict[str, float | None]:
-    """Share of a layer's experts that were guessed one layer before, and that the token before used."""
-    events: list[Guess | Request] = sorted(
-        [*trace.guesses, *(request for request in trace.requests if not request.is_prefill)],
-        key=lambda event: event.at_s,
-    )
+    """Share of a layer's experts that were guessed one layer before, and that the token before used; and the share of
+    what was read ahead that the layer then asked for."""
+    events: list[tuple[float, Guess | Request | ReadTime]] = [
+        *((guess.at_s, guess) for guess in trace.guesses),
+        *((request.at_s, request) for request in trace.requests if not request.is_prefill),
+        *((read.start_s, read) for read in trace.reads if read.is_ahead),
+    ]
     guessed: dict[int, set[int]] = {}
+    read_ahead: dict[int, set[int]] = {}
     before: dict[int, set[int]] = {}
-    found: dict[str, list[float]] = {"next_layer_guess": [], "token_before": []}
-    for event in events:
-        if not isinstance(event, Request):
+    found: dict[str, list[float]] = {"next_layer_guess": [], "token_before": [], "read_ahead": []}
+    for _, event in sorted(events, key=lambda one: one[0]):
+        if isinstance(event, Guess):
             guessed[event.layer] = set(event.expert_ids)
-            continue
-        asked = set(event.expert_ids)
-        for name, known in (
-            ("next_layer_guess", guessed.pop(event.layer, None)),
-            ("token_before", before.get(event.layer)),
-        ):
-            if known is not None:
-                found[name].append(len(asked & known) / len(asked))
-        before[event.layer] = asked
+        elif isinstance(event, ReadTime):
+            read_ahead.setdefault(event.layer, set()).update(event.expert_ids)
+        else:
+            asked = set(event.expert_ids)
+            for name, known in (
+                ("next_layer_guess", guessed.pop(event.layer, None)),
+                ("token_before", before.get(event.layer)),
+            ):
+                if known is not None:
+                    found[name].append(len(asked & known) / len(asked))
+            found["read_ahead"] += [float(expert in asked) for expert in read_ahead.pop(event.layer, ())]
+            before[event.layer] = asked
     return {name: float(np.mean(values)) if values else None for name, values in found.items()}
 
 
-def measure_time(trace: Trace) -> dict[str, float | int | None] | None:
+def measure_time(trace: Trace, limits: Limits = Limits()) -> dict[str, Any] | None:
     """Where a decoded token's time went, in ms, on average; None where fewer than two tokens were decoded.
 
     From the first decoded token's first layer to the last one's: embedding, head and choice of a token in between are
@@ -115,13 +126,14 @@ def measure_time(trace: Trace) -> dict[str, float | int | None] | None:
     if len(starts) < 2 or starts[-1] <= starts[0]:
         return None
     tokens, start, end = len(starts) - 1, starts[0], starts[-1]
-    waited = sum(_overlap([(wait.start_s, wait.end_s) for wait in trace.waits], start, end))
+    waited = sum(last - first for first, last in cut_spans(((w.start_s, w.end_s) for w in trace.waits), start, end))
     reads = [read for read in trace.reads if start <= read.end_s <= end]
-    busy = sum(_overlap(_merge((read.start_s, read.end_s) for read in trace.reads), start, end))
+    spans = merge_spans((read.start_s, read.end_s) for read in trace.reads)
+    busy = sum(last - first for first, last in cut_spans(spans, start, end))
     size_bytes = sum(read.size_bytes for read in reads)
     ahead = sum(read.size_bytes for read in reads if read.is_ahead)
     total = end - start
-    return {
+    times = {
         "tokens": tokens,
         "token_ms": total / tokens * 1e3,
         "computing_ms": (total - waited) / tokens * 1e3,
@@ -132,19 +144,29 @@ def measure_time(trace: Trace) -> dict[str, float | int | None] | None:
         "disk_gb_s": size_bytes / busy / 1e9 if busy else None,
         "least_ms": max(total - waited, busy) / tokens * 1e3,
     }
+    return times | {"limits": _compare_with_limits(times, limits.or_else(Limits.of_facts(trace.facts)), trace)}
 
 
-def _merge(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Spans of time that do not overlap, covering the same time."""
-    merged: list[tuple[float, float]] = []
-    for start, end in sorted(spans):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return merged
+def _compare_with_limits(times: dict[str, Any], limits: Limits, trace: Trace) -> dict[str, Any]:
+    """What a token takes at the machine's limits, and how what it took is made up; None where no limit is known."""
+    facts: dict[str, Any] = {"disk": None, "memory": None, "least_ms": None, "share": None}
+    token_bytes = trace.facts.get("token_bytes")
+    if limits.disk_gb_s:
+        least = times["read_bytes"] / limits.disk_gb_s / 1e6
+        idle = times["token_ms"] - times["disk_busy_ms"]
+        facts["disk"] = _split(limits.disk_gb_s, times["read_bytes"], least, times["disk_busy_ms"] - least, idle)
+    if limits.memory_gb_s and type(token_bytes) is int:
+        least = token_bytes / limits.memory_gb_s / 1e6
+        facts["memory"] = _split(
+            limits.memory_gb_s, token_bytes, least, times["computing_ms"] - least, times["waiting_ms"]
+        )
+    known = [facts[name]["at_limit_ms"] for name in ("disk", "memory") if facts[name]]
+    if known:
+        facts |= {"least_ms": max(known), "share": max(known) / times["token_ms"]}
+    return facts
 
 
-def _overlap(spans: Iterable[tuple[float, float]], start: float, end: float) -> list[float]:
-    """How much of each span lies between two times."""
-    return [max(0.0, min(end, last) - max(start, first)) for first, last in spans]
+def _split(gb_s: float, size_bytes: float, at_limit_ms: float, beyond_ms: float, idle_ms: float) -> dict[str, float]:
+    """A token's time in three parts that add up to it."""
+    times = {"at_limit_ms": at_limit_ms, "beyond_ms": beyond_ms, "idle_ms": idle_ms}
+    return {"gb_s": gb_s, "bytes": size_bytes, **times}

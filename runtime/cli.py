@@ -396,13 +396,16 @@ def _run_generation(engine: Engine, generation: Generation, progress: tqdm, as_j
 @contextlib.contextmanager
 def _record_trace(engine: Engine, path: Path | None) -> Iterator[None]:
     """Record what the engine's store does, if a file is given. Raises UsageError if it cannot be opened."""
+    from moepack.layout.machine import load_limits
+    from moepack.layout.summary import count_token_bytes
     from moepack.layout.trace_file import TraceWriter
 
     if path is None:
         yield
         return
-    plan = engine.memory_plan
-    facts = {"num_slots": plan.num_slots, "block_bytes": plan.slot_bytes, **engine.describe()}
+    plan, limits = engine.memory_plan, load_limits(engine.pack.directory)
+    facts = {"num_slots": plan.num_slots, "block_bytes": plan.slot_bytes, **vars(limits), **engine.describe()}
+    facts["token_bytes"] = count_token_bytes(engine.pack, engine.architecture.num_experts_per_tok)
     with TraceWriter.open(path, engine.pack.manifest.model["text_config"], facts) as recorder:
         engine.store.recorder = recorder
         try:

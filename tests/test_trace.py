@@ -281,9 +281,11 @@ def test_reuse_distance_is_the_hits_of_an_lru_of_that_size() -> None:
 
 
 def test_popularity_and_recall() -> None:
-    trace = Trace(1, 4, 2, [Request(0, (0, 1), False, 1.0), Request(0, (0, 2), False, 3.0)], [Guess(0, (2, 3), 2.0)])
+    requests, guesses = [Request(0, (0, 1), False, 1.0), Request(0, (0, 2), False, 3.0)], [Guess(0, (2, 3), 2.0)]
+    reads = [ReadTime(0, (expert,), 10, 2.1, 2.5, is_ahead) for expert, is_ahead in ((2, True), (3, True), (0, False))]
+    trace = Trace(1, 4, 2, requests, guesses, reads)
     assert measure_popularity(trace, list(trace.requests))["25%"] == 0.5
-    assert measure_recall(trace) == {"next_layer_guess": 0.5, "token_before": 0.5}
+    assert measure_recall(trace) == {"next_layer_guess": 0.5, "token_before": 0.5, "read_ahead": 0.5}
 
 
 def test_a_tokens_time_is_computing_and_waiting() -> None:
