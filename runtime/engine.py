@@ -34,7 +34,7 @@ from moepack.runtime.chat import ChatTemplate
 from moepack.runtime.expert_io import ReadOptions
 from moepack.runtime.expert_store import ExpertStore
 from moepack.runtime.generate import Constraint, Generation
-from moepack.runtime.memory import MemoryPlan, default_budget_bytes, logit_rows, plan_memory
+from moepack.runtime.memory import MemoryPlan, default_budget_bytes, is_rounded, logit_rows, plan_memory
 from moepack.runtime.qwen35 import Qwen35
 from moepack.runtime.resident import ResidentWeights
 from moepack.runtime.sampling import SamplingParams
@@ -319,9 +319,7 @@ def choose_threads(threads: int | None) -> int:
 
 def _choose_cache_dtype(pack: Pack, ops: Any) -> torch.dtype:
     """The backend's for keys and values, but float32 where no weight is rounded: such a pack is run exactly."""
-    tiers = [tier for layer in range(len(pack.manifest.expert_files)) for tier in pack.geometry(layer).tiers]
-    is_quantized = any(matrix.scheme.is_quantized for tier in tiers for _, matrix in tier.matrices)
-    return ops.cache_dtype if is_quantized or pack.manifest.resident.quantized else torch.float32
+    return ops.cache_dtype if is_rounded(pack) else torch.float32
 
 
 def _choose_context(architecture: Architecture, max_context: int | None) -> int:

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from moepack.layout.architecture import Architecture, resident_shapes
 from moepack.layout.errors import MemoryBudgetError, UsageError
 from moepack.layout.eviction import LeastRecentlyUsed
@@ -22,8 +24,9 @@ from moepack.layout.plan import LOOKAHEAD_RECALL, Arithmetic, Disk, ModelSizes, 
 from moepack.layout.reader import Pack
 from moepack.layout.spec import SECTION_ALIGNMENT, UNQUANTIZED_BITS
 from moepack.layout.trace import Trace, replay
+from moepack.layout.trace_report import measure_recall
 from moepack.runtime.expert_store import MAX_HINTS
-from moepack.runtime.memory import MemoryPlan, split_budget
+from moepack.runtime.memory import MemoryPlan, is_rounded, split_budget
 from moepack.runtime.rehearsal import SchemeOf, pack_schemes
 from moepack.runtime.resident import ResidentWeights
 
@@ -38,6 +41,7 @@ class Candidate:
     block           how an expert is stored, the most frequent kind
     slot_bytes      of the largest block; block_bytes of the average one
     resident_bytes  memory of everything that is not a routed expert
+    is_rounded      whether any weight is quantized
     """
 
     title: str
@@ -46,6 +50,7 @@ class Candidate:
     block_bytes: int
     resident_bytes: int
     scheme_of: SchemeOf
+    is_rounded: bool
 
     @classmethod
     def of_pack(cls, pack: Pack) -> Candidate:
@@ -63,18 +68,25 @@ class Candidate:
             block_bytes=sum(block.block_stride * count for block, count in kinds.items()) // len(blocks),
             resident_bytes=ResidentWeights.size_bytes(pack),
             scheme_of=pack_schemes(pack),
+            is_rounded=is_rounded(pack),
         )
 
     @classmethod
     def of_schemes(cls, title: str, a: Architecture, block: BlockGeometry, scheme_of: SchemeOf) -> Candidate:
         """As it would be stored."""
-        resident = 0
+        resident, schemes = 0, [matrix.scheme for _, matrix in block.matrices]
         for name, shape in resident_shapes(a, mtp_layers=0).items():
             scheme = scheme_of(name.removesuffix(".weight")) if name.endswith(".weight") and len(shape) == 2 else None
             rows, columns = (1, *shape)[-2:] if len(shape) < 3 else (shape[0] * shape[1], shape[2])
-            matrix = MatrixGeometry(rows, columns, scheme or Scheme(UNQUANTIZED_BITS, None))
+            schemes.append(scheme or Scheme(UNQUANTIZED_BITS, None))
+            matrix = MatrixGeometry(rows, columns, schemes[-1])
             resident += align_up(matrix.payload_bytes, SECTION_ALIGNMENT)
-        return cls(title, block, block.block_stride, block.block_stride, resident, scheme_of)
+        rounded = any(scheme.is_quantized for scheme in schemes)
+        return cls(title, block, block.block_stride, block.block_stride, resident, scheme_of, rounded)
+
+    def cache_dtype(self, usual: torch.dtype) -> torch.dtype:
+        """Of keys and values, where they are usually of some type: what is not rounded anywhere is run exactly."""
+        return usual if self.is_rounded else torch.float32
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,7 @@ class Machine:
     disk            of the chosen method and queue depth, without reading ahead
     settings        how to read
     process_bytes   memory of the process before anything is loaded
+    cache_dtype     of keys and values, where weights are rounded
     """
 
     memory_gb_s: float
@@ -93,6 +106,7 @@ class Machine:
     disk: Disk
     settings: ReadSettings
     process_bytes: int
+    cache_dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -134,20 +148,24 @@ def forecast(
 
 
 def check_budgets(
-    a: Architecture, candidates: Sequence[Candidate], budgets: Sequence[int], process_bytes: int, context: int
+    a: Architecture,
+    candidates: Sequence[Candidate],
+    budgets: Sequence[int],
+    process_bytes: int,
+    context: int,
+    cache_dtype: torch.dtype,
 ) -> None:
     """Raise MemoryBudgetError with the numbers if no candidate fits any budget: known before anything is measured."""
     least = min(candidates, key=lambda one: (one.slot_bytes, one.resident_bytes))
     try:
-        split_budget(a, max(budgets), context, process_bytes, least.resident_bytes, least.slot_bytes)
+        _split(a, least, max(budgets), context, process_bytes, cache_dtype)
     except MemoryBudgetError as error:
         raise MemoryBudgetError(f"{least.title}: {error}") from None
 
 
 def _forecast_one(a: Architecture, candidate: Candidate, budget: int, machine: Machine, work: Workload) -> Row:
-    sizes = (machine.process_bytes, candidate.resident_bytes, candidate.slot_bytes)
     try:
-        memory = split_budget(a, budget, work.context, *sizes)
+        memory = _split(a, candidate, budget, work.context, machine.process_bytes, machine.cache_dtype)
     except MemoryBudgetError as error:
         return Row(candidate.title, budget, refusal=str(error))
     model = ModelSizes(a.num_hidden_layers, a.num_experts, a.num_experts_per_tok, candidate.block_bytes)
@@ -161,12 +179,19 @@ def _forecast_one(a: Architecture, candidate: Candidate, budget: int, machine: M
             num_slots=memory.num_slots,
             prefill_chunk=memory.prefill_chunk,
             prompt_tokens=work.prompt_tokens,
-            recall=LOOKAHEAD_RECALL,
+            recall=_recall(work),
         )
         for hints in (0, MAX_HINTS)
     }
     best = max(predictions, key=lambda hints: predictions[hints].decode_tok_s)  # of equals the first: none
     return Row(candidate.title, budget, memory, predictions[best], model.num_blocks, reads_ahead=best > 0)
+
+
+def _split(
+    a: Architecture, one: Candidate, budget: int, context: int, process_bytes: int, cache_dtype: torch.dtype
+) -> MemoryPlan:
+    sizes = (process_bytes, one.resident_bytes, one.slot_bytes)
+    return split_budget(a, budget, context, *sizes, cache_dtype=one.cache_dtype(cache_dtype))
 
 
 def _hit_rate(model: ModelSizes, num_slots: int, work: Workload) -> float:
@@ -177,6 +202,12 @@ def _hit_rate(model: ModelSizes, num_slots: int, work: Workload) -> float:
         if found is not None:
             return found
     return uniform_hit_rate(model, num_slots)
+
+
+def _recall(work: Workload) -> float:
+    """Share of what is read ahead that is then asked for: the trace's own, else that of its guesses, else the usual."""
+    found = measure_recall(work.trace) if work.trace else {}
+    return found.get("read_ahead") or found.get("next_layer_guess") or LOOKAHEAD_RECALL
 
 
 def recommend(rows: Sequence[Row]) -> Row | None:

@@ -77,9 +77,12 @@ def measure_machine(
     on_step(1)
     factor = here_gb_s / memory_gb_s if memory_gb_s else 1.0
     arithmetic = {
-        one.title: rehearse(a, ops, one.scheme_of, one.block, chunk_tokens, on_step).scale(factor) for one in candidates
+        one.title: rehearse(
+            a, ops, one.scheme_of, one.block, chunk_tokens, on_step, one.cache_dtype(ops.cache_dtype)
+        ).scale(factor)
+        for one in candidates
     }
-    machine = Machine(memory_gb_s or here_gb_s, arithmetic, disk, settings, process_bytes)
+    machine = Machine(memory_gb_s or here_gb_s, arithmetic, disk, settings, process_bytes, ops.cache_dtype)
     facts = {
         "disk": f"{ssd_gb_s:g} GB/s, as stated" if ssd_gb_s else _describe_disk(speeds, settings),
         "memory": f"{here_gb_s:.1f} GB/s read by all threads, {available_bytes() / 2**30:.1f} GiB available",

@@ -121,6 +121,13 @@ def split_budget(
     return MemoryPlan(budget_bytes, process_bytes, resident, state, snapshot_bytes, scratch, slot, num_slots, chunk)
 
 
+def is_rounded(pack: Pack) -> bool:
+    """Whether any weight of a pack is quantized."""
+    tiers = [tier for layer in range(len(pack.manifest.expert_files)) for tier in pack.geometry(layer).tiers]
+    is_quantized = any(matrix.scheme.is_quantized for tier in tiers for _, matrix in tier.matrices)
+    return is_quantized or bool(pack.manifest.resident.quantized)
+
+
 def _choose_chunk(a: Architecture, spare_bytes: int, max_positions: int) -> int:
     """The longest chunk that takes little of what is to spare. What a token computes does not depend on it."""
     for chunk in PREFILL_CHUNKS:

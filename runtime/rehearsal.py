@@ -51,6 +51,7 @@ def rehearse(
     block: BlockGeometry,
     chunk_tokens: int,
     on_step: Callable[[int], object] = lambda steps: None,
+    cache_dtype: torch.dtype = torch.float32,
 ) -> Arithmetic:
     """Time the parts of a token and of a chunk of a prompt, in rounds.
 
@@ -58,6 +59,7 @@ def rehearse(
     block          how an expert is stored
     chunk_tokens   prompt tokens run together
     on_step        called with 1 after each of NUM_STEPS
+    cache_dtype    of keys and values
     """
     generator = torch.Generator().manual_seed(SEED)
     store: Any = _AllInMemory(a, ops, block, generator)
@@ -66,10 +68,11 @@ def rehearse(
     cuts = {kind: dataclasses.replace(a, layer_types=(kind,) * LAYERS, vocab_size=FEW_ROWS) for kind in kinds}
     weights: dict[str, Any] = {kind: RandomWeights(cut, ops, scheme_of, generator) for kind, cut in cuts.items()}
     few = dataclasses.replace(cuts[kinds[0]], num_experts_per_tok=FEWEST_EXPERTS)
-    tokens = {f"{kind}, resident": _Token(cut, weights[kind], store, ops, prefetch=False) for kind, cut in cuts.items()}
-    tokens |= {f"{kind}, together": _Token(cut, weights[kind], store, ops, prefetch=True) for kind, cut in cuts.items()}
+    how: Any = (store, ops, cache_dtype)
+    tokens = {f"{kind}, resident": _Token(cut, weights[kind], *how, prefetch=False) for kind, cut in cuts.items()}
+    tokens |= {f"{kind}, together": _Token(cut, weights[kind], *how, prefetch=True) for kind, cut in cuts.items()}
     tokens["one by one"] = tokens[f"{kinds[0]}, together"]
-    tokens["few"] = _Token(few, weights[kinds[0]], store, ops, prefetch=True)
+    tokens["few"] = _Token(few, weights[kinds[0]], *how, prefetch=True)
     head, head_share = _make_head(a, ops, scheme_of, generator)
     x = ops.upload(torch.randn(1, a.hidden_size, generator=generator))
     flush = ops.view_pages(ops.new_pages(FLUSH_BYTES))
@@ -87,7 +90,7 @@ def rehearse(
         on_step(1)
         chunk = ops.upload(torch.randn(chunk_tokens, a.hidden_size, generator=generator))
         layers = {kind: tokens[f"{kind}, together"].model.layers[0] for kind in kinds}
-        mixers, experts = _time_chunk(layers, a, ops, chunk)
+        mixers, experts = _time_chunk(layers, a, ops, chunk, cache_dtype)
         on_step(1)
     # What disturbs a measurement makes it longer, never shorter: of the rounds, one of the better ones.
     typical = {name: sorted(values)[ROUNDS // 4] for name, values in times.items()}
@@ -111,9 +114,11 @@ def rehearse(
 class _Token:
     """A model of a few layers of one kind that decodes the same token again and again."""
 
-    def __init__(self, a: Architecture, weights: Any, store: Any, ops: Any, prefetch: bool):
+    def __init__(
+        self, a: Architecture, weights: Any, store: Any, ops: Any, cache_dtype: torch.dtype, *, prefetch: bool
+    ):
         self.model = Qwen35(a, weights, store, ops, prefetch)
-        self.state = SequenceState(a, 2 * ROUNDS + 1, ops.zeros)
+        self.state = SequenceState(a, 2 * ROUNDS + 1, ops.zeros, cache_dtype)
         self.token_ids = torch.tensor([1])
 
     def run(self) -> None:
@@ -203,12 +208,12 @@ class _AllInMemory:
 
 
 def _time_chunk(
-    layers: dict[str, DecoderLayer], a: Architecture, ops: Any, chunk: torch.Tensor
+    layers: dict[str, DecoderLayer], a: Architecture, ops: Any, chunk: torch.Tensor, cache_dtype: torch.dtype
 ) -> tuple[dict[str, float], float]:
     """Seconds of each kind of mixer for a chunk, from an empty state, and of one layer's experts."""
     mixers = {}
     for kind, layer in layers.items():
-        state = SequenceState(a, len(chunk), ops.zeros).layers[a.layer_types.index(kind)]
+        state = SequenceState(a, len(chunk), ops.zeros, cache_dtype).layers[a.layer_types.index(kind)]
         normed = ops.rms_norm(chunk, layer.norm, a.rms_norm_eps)
         mixers[kind] = _seconds(lambda layer=layer, normed=normed, state=state: layer.mixer(normed, state))  # type: ignore[misc]
     experts = next(iter(layers.values())).experts
