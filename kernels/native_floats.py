@@ -166,8 +166,12 @@ def _in_place(state: torch.Tensor) -> int:
 @functools.lru_cache(maxsize=1)  # a token's queries and keys, in every layer, turn by the same angles
 def angles(first_position: int, tokens: int, theta: float, rotary_dim: int) -> torch.Tensor:
     """Cosines and sines [T, 2, rotary_dim/2], computed in double: in float32 position 262144 is 0.01 radians off."""
-    half = rotary_dim // 2
-    frequencies = theta ** -(torch.arange(half, dtype=torch.float64) / half)
     positions = torch.arange(first_position, first_position + tokens, dtype=torch.float64)
-    turns = positions[:, None, None] * frequencies  # [T, 1, half]
+    turns = positions[:, None, None] * _frequencies(theta, rotary_dim)  # [T, 1, half]
     return torch.cat([turns.cos(), turns.sin()], dim=1).float()
+
+
+@functools.lru_cache(maxsize=1)
+def _frequencies(theta: float, rotary_dim: int) -> torch.Tensor:
+    half = rotary_dim // 2
+    return theta ** -(torch.arange(half, dtype=torch.float64) / half)

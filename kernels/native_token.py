@@ -128,6 +128,7 @@ class FusedLayers:
             weights=ctypes.addressof(self._weights),
         )
         self._kept: Any = None  # what the native description of a token points to
+        self._described: Any = None  # the states that the native ones are of
 
     def start(
         self,
@@ -140,21 +141,27 @@ class FusedLayers:
         """Describe a token; run() then changes x and the states in place.
 
         x         [1, D]
-        states    of each layer: conv_state and recurrent_state, or keys and values [Hkv, max_positions, Dh]
+        states    of each layer: conv_state and recurrent_state, or keys and values [Hkv, max_positions, Dh]; the
+                  same list for every token of a sequence is described once
         experts   int64 [layers, E]: address of the description of each expert that is in memory, 0 for others
         position  of the token; the caches get it there
         pauses    stop after each layer's router, so that the caller sees what was chosen as early as can be
         """
         turn = angles(position, 1, *self._rope) if self._rope else None
+        if states is not self._described:
+            self._describe(states)
+        run, self._kept = self._run, (x, experts, turn)
+        run.experts, run.angles = experts.data_ptr(), turn.data_ptr() if turn is not None else None
+        run.position, run.pauses = position, pauses
+
+    def _describe(self, states: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         for native, layer, (first, second) in zip(self._states, self._layers, states):
             if layer.attention:
                 native.keys, native.values = first.data_ptr(), second.data_ptr()
                 native.head_stride, native.is_bf16 = first.stride(0), first.dtype == torch.bfloat16
             else:
                 native.conv, native.recurrent = first.data_ptr(), second.data_ptr()
-        run, self._kept = self._run, (x, states, experts, turn)
-        run.experts, run.angles = experts.data_ptr(), turn.data_ptr() if turn is not None else None
-        run.position, run.pauses = position, pauses
+        self._described = states
 
     def run(self, first: int) -> int:
         """Go on with layer `first`. Returns the layer whose experts are chosen but not run; their number if all are."""

@@ -217,8 +217,7 @@ class Qwen35:
 
         Where experts are read ahead it pauses at each layer instead, so that reads start as early as can be.
         """
-        tensors = [layer_state.tensors for layer_state in state.layers]
-        self.fused.start(x, tensors, self.store.places, state.next_position(), self.prefetches)
+        self.fused.start(x, state.tensors, self.store.places, state.next_position(), self.prefetches)
         done = 0
         while (reached := self.fused.run(done)) < len(self.layers):
             self._note_fused(done, reached)

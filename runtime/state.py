@@ -78,6 +78,7 @@ class SequenceState:
             else _new_cache(architecture, max_positions, zeros, cache_dtype)
             for kind in architecture.layer_types
         ]
+        self.tensors = [layer.tensors for layer in self.layers]  # filled in place, never exchanged
 
     def pieces(self, position: int | None = None) -> list[torch.Tensor]:
         """What the state consists of, each piece in one run of memory: views, not copies.

@@ -1,6 +1,5 @@
 // The operations on float32 activations and states: shapes and threads. One exported function per operation.
 #include <algorithm>
-#include <atomic>
 
 #include "float_ops.h"
 #include "kernels.h"
@@ -23,14 +22,6 @@ constexpr int64_t MOST_PARTIAL_FLOATS = 1 << 22;  // of attention, kept between 
 
 // Rows that make a share worth a thread.
 int64_t row_grain(int64_t width) { return width < SPLIT_FLOATS ? SPLIT_FLOATS / std::max(width, int64_t(1)) : 1; }
-
-// Run task(i) for i in [0, count), each by whichever thread is free.
-template <class Task> void share_tasks(int64_t count, const Task& task) {
-    std::atomic<int64_t> next{0};
-    Pool::get().run([&](int, int) {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
-    });
-}
 
 }  // namespace
 
@@ -124,7 +115,7 @@ API void moepack_attention(float* out, const float* q, const void* keys, int64_t
     const int64_t tiles = (a.context + KEY_TILE - 1) / KEY_TILE;
     const int64_t partial = floats.attend_partial(a, a.tokens);
     if (blocks > 1 || tiles == 1 || Pool::get().size() == 1 || a.kv_heads * tiles * partial > MOST_PARTIAL_FLOATS) {
-        share_tasks(blocks * a.kv_heads, [&](int64_t task) {
+        Pool::get().each(blocks * a.kv_heads, [&](int64_t task) {
             const int64_t first = (blocks - 1 - task / a.kv_heads) * step;
             const int64_t count = a.tokens - first < step ? a.tokens - first : step;
             floats.attend(a, {task % a.kv_heads, first, count}, thread_scratch(floats.attend_scratch(a, count)));
@@ -133,11 +124,11 @@ API void moepack_attention(float* out, const float* q, const void* keys, int64_t
     }
     static thread_local Scratch memory;
     float* partials = memory.get<float>(a.kv_heads * tiles * partial);
-    share_tasks(a.kv_heads * tiles, [&](int64_t task) {
+    Pool::get().each(a.kv_heads * tiles, [&](int64_t task) {
         floats.attend_tile(a, {task / tiles, 0, a.tokens}, task % tiles, partials + task * partial,
                            thread_scratch(floats.attend_scratch(a, a.tokens)));
     });
-    share_tasks(a.kv_heads, [&](int64_t kv_head) {
+    Pool::get().each(a.kv_heads, [&](int64_t kv_head) {
         floats.attend_fold(a, {kv_head, 0, a.tokens}, partials + kv_head * tiles * partial, tiles);
     });
 }

@@ -90,24 +90,31 @@ static void float_panel(const float* rows, int64_t row_stride, int64_t columns, 
     }
 }
 
-// One token and bf16 weights: widened in registers, each row read once.
-static void bf16_row_walk(const Matrix& m, const float* x, float* out, int64_t begin, int64_t end) {
-    const int64_t columns = m.columns;
-    for (int64_t row = begin; row < end; ++row) {
-        const uint16_t* weights = (const uint16_t*)m.data + row * columns;
-        f32x16 sums = {};
-        int64_t i = 0;
-        for (; i + LANES <= columns; i += LANES) {
-            __builtin_prefetch(weights + i + 2048);
-            sums += load_bf16(weights + i) * load(x + i);
+// One token and bf16 weights: widened in registers. Two rows, for one sum would wait for itself; a row's is in the order
+// of float_block's, so that a token in a short company gets the same bits.
+template <int ROWS> INLINE void bf16_rows(const uint16_t* weights, const float* x, int64_t columns, float* out) {
+    f32x16 sums[ROWS] = {};
+    int64_t i = 0;
+    for (; i + LANES <= columns; i += LANES)
+        for (int r = 0; r < ROWS; ++r) {
+            __builtin_prefetch(weights + r * columns + i + 2048);
+            sums[r] += load_bf16(weights + r * columns + i) * load(x + i);
         }
+    for (int r = 0; r < ROWS; ++r) {
         if (i < columns) {
             uint16_t tail[LANES] = {};
-            memcpy(tail, weights + i, size_t(columns - i) * sizeof *tail);
-            sums += load_bf16(tail) * load_first(x + i, columns - i);
+            memcpy(tail, weights + r * columns + i, size_t(columns - i) * sizeof *tail);
+            sums[r] += load_bf16(tail) * load_first(x + i, columns - i);
         }
-        out[row] = sum(sums);
+        out[r] = sum(sums[r]);
     }
+}
+
+static void bf16_row_walk(const Matrix& m, const float* x, float* out, int64_t begin, int64_t end) {
+    const uint16_t* weights = (const uint16_t*)m.data;
+    int64_t row = begin;
+    for (; row + 2 <= end; row += 2) bf16_rows<2>(weights + row * m.columns, x, m.columns, out + row);
+    if (row < end) bf16_rows<1>(weights + row * m.columns, x, m.columns, out + row);
 }
 
 static void float_rows(const Matrix& m, const float* x, const int64_t* index, int64_t tokens, float* out, int64_t out_stride, int64_t begin,

@@ -1,8 +1,11 @@
 // The operations with weight matrices: what is quantized when, and how the threads share it.
 //
-// `exact` asks for float32 arithmetic; without it, activations meet quantized weights as int8. Rows of a matrix are
-// split among the threads, so every thread reads its own run of memory and no sum depends on their number.
+// `exact` asks for float32 arithmetic; without it, activations meet quantized weights as int8. Threads take whole rows, in
+// runs, so memory is read in order and no sum depends on who computes it.
 #include <algorithm>
+#include <atomic>
+#include <deque>
+#include <vector>
 
 #include "matrix_ops.h"
 #include "kernels.h"
@@ -84,8 +87,6 @@ void gate_columns(float* gate, const float* up, int64_t tokens, int64_t width, i
         kernels().floats.silu_mul(gate + first, gate + first, 0, up + first, 0, end - begin, 0, 1);
 }
 
-int64_t share(const Matrix& m, int thread, int threads) { return Pool::share(m.rows, ROW_GRAIN, thread, threads); }
-
 }  // namespace
 
 // outs[i] [tokens, rows of i] = x [tokens, columns] times matrix i, for matrices of the same columns.
@@ -109,61 +110,113 @@ API void moepack_linear(float* const* outs, const float* x, int64_t tokens, cons
 
 namespace {
 
-// Rows [begin, end) of gate and up, their product into hidden.
-void run_gate_and_up(const Expert& expert, const float* x, const Prepared& prepared, float* hidden, float* up, int64_t begin, int64_t end, bool exact) {
-    const Matrix &g = *expert.gate, &u = *expert.up;
-    multiply_rows(g, x, 1, as_int8(g, exact) ? prepared.find(g) : nullptr, hidden, g.rows, begin, end);
-    multiply_rows(u, x, 1, as_int8(u, exact) ? prepared.find(u) : nullptr, up, u.rows, begin, end);
-    gate_columns(hidden, up, 1, g.rows, begin, end);
-}
+constexpr int64_t PIECE_BYTES = 128 << 10;  // of weights, where experts are shared
 
-void run_down(const Expert& expert, const float* hidden, float* out, int64_t begin, int64_t end, bool exact) {
-    static thread_local ActivationBuffer buffer;
-    const Matrix& m = *expert.down;
-    if (!as_int8(m, exact)) return multiply_rows(m, hidden, 1, nullptr, out, m.rows, begin, end);
-    Activations a = buffer.shape(1, m, true);
-    kernels().matrix.quantize(a, hidden, nullptr, 0, 1);
-    multiply_rows(m, hidden, 1, &a, out, m.rows, begin, end);
-}
+// One token's run of several experts, as pieces that the threads take in order: whole experts, which are read in the
+// longest runs, and at the end, so that all threads end together, experts by rows: first gate and up, then down. Whoever
+// ends an expert's gate and up quantizes the result for its down.
+class ExpertsRun {
+  public:
+    ExpertsRun(const float* x, const Expert* const* experts, int64_t count, bool exact) : x_(x), exact_(exact) {
+        static thread_local Scratch floats;
+        static thread_local std::deque<Progress> progress;  // keeps the buffers, and their places
+        static thread_local std::vector<Piece> pieces;
+        while (int64_t(progress.size()) < count) progress.emplace_back();
+        pieces.clear();
+        progress_ = &progress;
+        pieces_ = &pieces;
+        int64_t width = 0;
+        for (int64_t e = 0; e < count; ++e) width = std::max(width, experts[e]->gate->rows);
+        float* memory = floats.get<float>(2 * count * width);
+        for (int64_t e = 0; e < count; ++e) {
+            for (const Matrix* m : {experts[e]->gate, experts[e]->up})
+                if (as_int8(*m, exact)) prepared_.prepare(x, 1, *m);
+            progress[e].start(*experts[e], memory + 2 * e * width, memory + (2 * e + 1) * width, exact);
+        }
+        const int64_t threads = Pool::get().size(), whole = (count - 1) / threads * threads;
+        for (int64_t e = 0; e < whole; ++e) pieces.push_back({e, {0, experts[e]->gate->rows}, {0, experts[e]->down->rows}});
+        for (int64_t e = whole; e < count; ++e)
+            progress[e].unfinished = cut(*experts[e]->gate, 2, [&](Rows rows) { pieces.push_back({e, rows, {}}); });
+        for (int64_t e = whole; e < count; ++e) cut(*experts[e]->down, 1, [&](Rows rows) { pieces.push_back({e, {}, rows}); });
+    }
+
+    void run(float* const* outs) {
+        Pool::get().each(int64_t(pieces_->size()), [&](int64_t i) {
+            const Piece& piece = (*pieces_)[i];
+            Progress& p = (*progress_)[piece.expert];
+            if (piece.gate_and_up.count()) run_gate_and_up(p, piece.gate_and_up);
+            if (piece.down.count()) run_down(p, piece.down, outs[piece.expert]);
+        });
+    }
+
+  private:
+    static constexpr int64_t READY = -1;
+
+    struct Rows {
+        int64_t begin, end;
+        int64_t count() const { return end - begin; }
+    };
+
+    struct Piece {
+        int64_t expert;
+        Rows gate_and_up, down;
+    };
+
+    struct Progress {
+        const Expert* expert = nullptr;
+        float *hidden = nullptr, *up = nullptr;  // [width]
+        ActivationBuffer buffer;
+        Activations quantized = {};            // hidden as down needs it; no columns if as it is
+        std::atomic<int64_t> unfinished{READY};  // pieces of gate and up, then READY
+
+        void start(const Expert& of, float* hidden_memory, float* up_memory, bool exact) {
+            expert = &of;
+            hidden = hidden_memory;
+            up = up_memory;
+            quantized = as_int8(*of.down, exact) ? buffer.shape(1, *of.down, true) : Activations{};
+            unfinished = 1;
+        }
+    };
+
+    // A matrix as runs of rows, for a piece that reads `matrices` like it; returns how many.
+    template <class Take> static int64_t cut(const Matrix& m, int64_t matrices, const Take& take) {
+        const int64_t step = round_up(PIECE_BYTES / (matrices * m.row_bytes()) + 1, ROW_GRAIN);
+        for (int64_t begin = 0; begin < m.rows; begin += step) take({begin, std::min(begin + step, m.rows)});
+        return (m.rows + step - 1) / step;
+    }
+
+    void run_gate_and_up(Progress& p, Rows rows) {
+        const Matrix &gate = *p.expert->gate, &up = *p.expert->up;
+        multiply_rows(gate, x_, 1, as_int8(gate, exact_) ? prepared_.find(gate) : nullptr, p.hidden, 0, rows.begin, rows.end);
+        multiply_rows(up, x_, 1, as_int8(up, exact_) ? prepared_.find(up) : nullptr, p.up, 0, rows.begin, rows.end);
+        gate_columns(p.hidden, p.up, 1, gate.rows, rows.begin, rows.end);
+        if (p.unfinished.fetch_sub(1) > 1) return;
+        if (p.quantized.columns) kernels().matrix.quantize(p.quantized, p.hidden, nullptr, 0, 1);
+        p.unfinished.store(READY);
+    }
+
+    static void run_down(Progress& p, Rows rows, float* out) {
+        spin_until([&] { return p.unfinished.load() == READY; });  // the last of its gate and up is at work, if not done
+        multiply_rows(*p.expert->down, p.hidden, 1, p.quantized.columns ? &p.quantized : nullptr, out, 0, rows.begin, rows.end);
+    }
+
+    const float* x_;
+    bool exact_;
+    Prepared prepared_;
+    std::deque<Progress>* progress_;
+    std::vector<Piece>* pieces_;
+};
 
 }  // namespace
 
-// outs[e] [D] = expert e of one token x [D], not weighted. Each thread runs as many whole experts as the others, which
-// reads memory in the longest runs; those left over are shared by rows.
+// outs[e] [D] = expert e of one token x [D], not weighted.
 API void moepack_run_experts(float* const* outs, const float* x, const Expert* const* experts, int64_t count, int exact) {
-    static thread_local Scratch hidden_memory, up_memory;
-    Prepared prepared;
-    int64_t width = 0;
-    for (int64_t e = 0; e < count; ++e) {
-        for (const Matrix* m : {experts[e]->gate, experts[e]->up})
-            if (as_int8(*m, exact)) prepared.prepare(x, 1, *m);
-        width = std::max(width, experts[e]->gate->rows);
-    }
-    float *hidden = hidden_memory.get<float>(count * width), *up = up_memory.get<float>(count * width);
-    Pool& pool = Pool::get();
-    pool.run([&](int thread, int threads) {
-        const int64_t whole = count - count % threads;
-        for (int64_t e = thread; e < whole; e += threads) {
-            const Expert& expert = *experts[e];
-            run_gate_and_up(expert, x, prepared, hidden + e * width, up + e * width, 0, expert.gate->rows, exact);
-            run_down(expert, hidden + e * width, outs[e], 0, expert.down->rows, exact);
-        }
-        if (whole == count) return;
-        for (int64_t e = whole; e < count; ++e) {
-            const int64_t begin = share(*experts[e]->gate, thread, threads), end = share(*experts[e]->gate, thread + 1, threads);
-            if (begin < end) run_gate_and_up(*experts[e], x, prepared, hidden + e * width, up + e * width, begin, end, exact);
-        }
-        pool.barrier();
-        for (int64_t e = whole; e < count; ++e) {
-            const int64_t begin = share(*experts[e]->down, thread, threads), end = share(*experts[e]->down, thread + 1, threads);
-            if (begin < end) run_down(*experts[e], hidden + e * width, outs[e], begin, end, exact);
-        }
-    });
+    ExpertsRun(x, experts, count, exact).run(outs);
 }
 
 namespace {
 
-// out[tokens[i]] += weights[i] * expert(x[tokens[i]]) for at most TOKENS_AT_ONCE tokens, in four phases.
+// out[tokens[i]] += weights[i] * expert(x[tokens[i]]) for at most TOKENS_AT_ONCE tokens.
 void add_expert_part(float* out, const float* x, const int64_t* tokens, const float* weights, int64_t count, const Expert& expert, bool exact) {
     static thread_local Scratch gates, ups, results;
     static thread_local ActivationBuffer input_buffers[2], hidden_buffer;
@@ -172,36 +225,35 @@ void add_expert_part(float* out, const float* x, const int64_t* tokens, const fl
     const int64_t width = expert.gate->rows;
     float *gate = gates.get<float>(count * width), *up = ups.get<float>(count * width), *y = results.get<float>(count * down.rows);
     float* const halves[] = {gate, up};
-    Activations in[2] = {}, hidden = {};
-    const bool shared = expert.gate->bits == expert.up->bits && expert.gate->group_size == expert.up->group_size;
-    for (int i = 0; i < 2; ++i)
-        if (as_int8(*inputs[i], exact)) in[i] = i == 1 && shared && as_int8(*inputs[0], exact) ? in[0] : input_buffers[i].shape(count, *inputs[i], false);
-    const bool int8_down = as_int8(down, exact);
-    if (int8_down) hidden = hidden_buffer.shape(count, down, false);
-
     const MatrixKernels& k = kernels().matrix;
     Pool& pool = Pool::get();
-    pool.run([&](int thread, int threads) {
-        const int64_t first = Pool::share(count, 1, thread, threads), last = Pool::share(count, 1, thread + 1, threads);
-        for (int i = 0; i < 2; ++i)
-            if (as_int8(*inputs[i], exact) && (i == 0 || in[1].q != in[0].q)) k.quantize(in[i], x, tokens, first, last);
-        pool.barrier();
-        const int64_t begin = share(*expert.gate, thread, threads), end = share(*expert.gate, thread + 1, threads);
-        for (int i = 0; i < 2 && begin < end; ++i) {
-            if (as_int8(*inputs[i], exact)) k.dot_tile(*inputs[i], in[i], halves[i], width, begin, end);
+
+    Activations in[2] = {};
+    for (int i = 0; i < 2; ++i) {
+        if (!as_int8(*inputs[i], exact)) continue;
+        if (i == 1 && in[0].columns && in[0].bits == inputs[1]->bits && in[0].group_size == inputs[1]->group_size) {
+            in[1] = in[0];
+            continue;
+        }
+        in[i] = input_buffers[i].shape(count, *inputs[i], false);
+        pool.split(count, 1, [&](int64_t begin, int64_t end) { k.quantize(in[i], x, tokens, begin, end); });
+    }
+    pool.split(width, ROW_GRAIN, [&](int64_t begin, int64_t end) {
+        for (int i = 0; i < 2; ++i) {
+            if (in[i].columns) k.dot_tile(*inputs[i], in[i], halves[i], width, begin, end);
             else k.float_rows(*inputs[i], x, tokens, count, halves[i], width, begin, end);
         }
-        if (begin < end) gate_columns(gate, up, count, width, begin, end);
-        pool.barrier();
-        if (int8_down) {
-            k.quantize(hidden, gate, nullptr, first, last);
-            pool.barrier();
-        }
-        const int64_t left = share(down, thread, threads), right = share(down, thread + 1, threads);
-        if (left == right) return;
-        if (int8_down) k.dot_tile(down, hidden, y, down.rows, left, right);
-        else k.float_rows(down, gate, nullptr, count, y, down.rows, left, right);
-        k.add_weighted(out, y, tokens, weights, count, down.rows, left, right);
+        gate_columns(gate, up, count, width, begin, end);
+    });
+    Activations hidden = {};
+    if (as_int8(down, exact)) {
+        hidden = hidden_buffer.shape(count, down, false);
+        pool.split(count, 1, [&](int64_t begin, int64_t end) { k.quantize(hidden, gate, nullptr, begin, end); });
+    }
+    pool.split(down.rows, ROW_GRAIN, [&](int64_t begin, int64_t end) {
+        if (hidden.columns) k.dot_tile(down, hidden, y, down.rows, begin, end);
+        else k.float_rows(down, gate, nullptr, count, y, down.rows, begin, end);
+        k.add_weighted(out, y, tokens, weights, count, down.rows, begin, end);
     });
 }
 

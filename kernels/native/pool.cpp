@@ -9,23 +9,10 @@ namespace moepack {
 namespace {
 
 constexpr int SPINS_BEFORE_SLEEP = 20000;  // about 0.3 ms: the longest pause between two operations of a token
-constexpr int SPINS_BEFORE_YIELD = 2000;
 
-inline void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("isb");
-#endif
-}
+constexpr uint64_t ROUND = uint64_t(1) << 32, OPEN = uint64_t(1) << 31;  // of the gate; below: the workers inside
 
-// Spin until ready() holds, letting others run when it takes long.
-template <class Ready> void spin_until(const Ready& ready) {
-    for (int spins = 0; !ready(); ++spins) {
-        if (spins < SPINS_BEFORE_YIELD) pause();
-        else std::this_thread::yield();
-    }
-}
+uint64_t round_of(uint64_t gate) { return gate / ROUND; }
 
 Pool* instance = nullptr;
 
@@ -51,7 +38,7 @@ void Pool::resize(int threads) {
 
 void Pool::start() {
     try {
-        for (int thread = 1; thread < threads_; ++thread) workers_.emplace_back(&Pool::work_loop, this, thread, round_.load());
+        for (int worker = 1; worker < threads_; ++worker) workers_.emplace_back(&Pool::work_loop, this, round_of(gate_.load()));
     } catch (const std::system_error&) {  // the system gives no more: go on with those that there are
         threads_ = int(workers_.size()) + 1;
     }
@@ -61,7 +48,7 @@ void Pool::stop() {
     stopping_ = true;
     {
         std::lock_guard<std::mutex> lock(sleeping_);
-        round_.fetch_add(1);
+        gate_.fetch_add(ROUND);
         wake_.notify_all();
     }
     for (std::thread& worker : workers_) worker.join();
@@ -71,50 +58,40 @@ void Pool::stop() {
 
 void Pool::run_erased(Erased work, const void* context) {
     std::lock_guard<std::mutex> lock(callers_);
-    if (threads_ == 1) {
-        work(context, 0, 1);
-        return;
-    }
+    if (threads_ == 1) return work(context);
     work_ = work;
     context_ = context;
-    unfinished_.store(threads_ - 1);
-    round_.fetch_add(1);
+    gate_.fetch_add(ROUND | OPEN);
     if (sleepers_.load() > 0) {
         std::lock_guard<std::mutex> sleeping(sleeping_);
         wake_.notify_all();
     }
-    work(context, 0, threads_);
-    spin_until([this] { return unfinished_.load(std::memory_order_acquire) == 0; });
+    work(context);
+    gate_.fetch_sub(OPEN);
+    spin_until([this] { return gate_.load() % OPEN == 0; });
 }
 
-void Pool::work_loop(int thread, uint32_t seen) {
+void Pool::work_loop(uint64_t seen) {
     for (;;) {
-        for (int spins = 0; round_.load(std::memory_order_acquire) == seen; ++spins) {
+        for (int spins = 0; round_of(gate_.load()) == seen; ++spins) {
             if (spins < SPINS_BEFORE_SLEEP) {
-                pause();
+                spin_once();
                 continue;
             }
             std::unique_lock<std::mutex> lock(sleeping_);
             sleepers_.fetch_add(1);
-            wake_.wait(lock, [&] { return round_.load() != seen; });
+            wake_.wait(lock, [&] { return round_of(gate_.load()) != seen; });
             sleepers_.fetch_sub(1);
         }
-        ++seen;
-        if (stopping_.load()) return;
-        work_(context_, thread, threads_);
-        unfinished_.fetch_sub(1, std::memory_order_release);
+        uint64_t gate = gate_.load();
+        seen = round_of(gate);
+        if (stopping_) return;
+        bool entered = false;
+        while (!entered && (gate & OPEN) && round_of(gate) == seen) entered = gate_.compare_exchange_weak(gate, gate + 1);
+        if (!entered) continue;
+        work_(context_);
+        gate_.fetch_sub(1);
     }
-}
-
-void Pool::barrier() {
-    if (threads_ == 1) return;
-    const uint32_t round = barrier_round_.load();
-    if (arrived_.fetch_add(1) + 1 == threads_) {
-        arrived_.store(0);
-        barrier_round_.fetch_add(1);
-        return;
-    }
-    spin_until([&] { return barrier_round_.load(std::memory_order_acquire) != round; });
 }
 
 }  // namespace moepack
