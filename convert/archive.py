@@ -36,7 +36,7 @@ from moepack.layout.geometry import align_up
 from moepack.layout.manifest import Manifest
 from moepack.layout.reader import Pack
 from moepack.layout.spec import MANIFEST_NAME, PARTIAL_SUFFIX, RESIDENT_NAME
-from moepack.layout.writer import NO_SPACE_ERRNOS, atomic_file, finish_partial, partial_file, sync_directory
+from moepack.layout.writer import atomic_file, finish_partial, naming_failures, partial_file, sync_directory
 
 FRAME_BYTES = 8 * 2**20
 LEVEL = 3
@@ -126,7 +126,12 @@ def pack_archive(source: Path, out: Path, workers: int, on_bytes: Callable[[int,
     frames = range(len(sizes), layout.num_frames)
     reader, check = ShardReader(), _Hashes(source, layout, hashes, len(sizes) * FRAME_BYTES)
     try:
-        with open(unfinished, "ab") as file, open(index, "ab") as noted, ThreadPoolExecutor(workers) as pool:
+        with (
+            naming_failures(out),
+            open(unfinished, "ab") as file,
+            open(index, "ab") as noted,
+            ThreadPoolExecutor(workers) as pool,
+        ):
             try:
                 pending: list[int] = []
                 for plain, packed in map_in_order(pool, partial(_make_frame, reader, source, layout), frames, workers):
@@ -142,11 +147,6 @@ def pack_archive(source: Path, out: Path, workers: int, on_bytes: Callable[[int,
             file.write(_make_table(sizes, layout.size_bytes))
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
-        if error.errno in NO_SPACE_ERRNOS:
-            text = f"{out}: {error.strerror}: make space, then run the same command again to go on from here"
-            raise NotEnoughSpace(text) from None
-        raise
     finally:
         reader.close()
     size = unfinished.stat().st_size

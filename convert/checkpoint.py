@@ -139,7 +139,10 @@ class Checkpoint:
         try:
             return self.reader.read(path, offset, size, name)
         except OSError as error:
-            raise CheckpointError(f"{path}: {name} at byte {offset} cannot be read: {error.strerror}") from None
+            raise CheckpointError(
+                f"{path}: {name} at byte {offset} cannot be read: {error.strerror}: check the disk, "
+                "then run the same command again to go on from here"
+            ) from None
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moepack.layout.errors import CheckpointError, NotEnoughSpace, UsageError
+from moepack.layout.errors import CheckpointError, UsageError
 from moepack.layout.spec import PARTIAL_SUFFIX
-from moepack.layout.writer import NO_SPACE_ERRNOS, sync_directory
+from moepack.layout.writer import naming_failures, sync_directory
 
 SCHEME = "hf://"
 MAX_FAILURES = 8  # in a row, without a single byte in between
@@ -139,16 +139,10 @@ class Repository:
                 target.write(piece)
                 digest.update(piece)
 
-            try:
+            with naming_failures(partial):
                 self._stream(file, target.tell(), self.files[file].size_bytes, sink, stopped)
                 target.flush()
                 os.fsync(target.fileno())
-            except OSError as error:
-                if error.errno in NO_SPACE_ERRNOS:
-                    raise NotEnoughSpace(
-                        f"{partial}: {error.strerror}: make space, then run the same command again to go on from here"
-                    ) from None
-                raise
         return digest.hexdigest()
 
     def _stream(

@@ -359,7 +359,15 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     """Size and hash of a small file; of a shard the hash of its header and of samples spread over its data.
 
     Enough to tell a source from another, a fine-tune of the same shapes included, without reading all of it.
+    Raises CheckpointError if it cannot be read.
     """
+    try:
+        return _sample(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _sample(path: Path) -> dict[str, Any]:
     size_bytes, digest = path.stat().st_size, hashlib.sha256()
     with open(path, "rb") as file:
         if path.suffix != ".safetensors":

@@ -19,6 +19,7 @@ from moepack.convert.plan import ConversionPlan
 from moepack.convert.recipe import Recipe
 from moepack.layout.errors import CheckpointError, UsageError
 from moepack.layout.manifest import Manifest
+from moepack.layout.writer import naming_failures
 
 
 def parse_places(texts: Sequence[str]) -> list[tuple[int, int]]:
@@ -45,7 +46,7 @@ def repair_blocks(plan: ConversionPlan, places: Sequence[tuple[int, int]]) -> No
     """Write these blocks (layer, expert) of the pack at the plan's output again.
 
     Raises UsageError if the pack has no such block, was made from another source or with other settings, or its file
-    is not of its size; CheckpointError if the source no longer gives the block that the manifest describes.
+    is not of its size; CheckpointError if the source no longer gives the block that the manifest describes; WriteError.
     """
     out = plan.out
     with locked(out):
@@ -71,7 +72,7 @@ def repair_blocks(plan: ConversionPlan, places: Sequence[tuple[int, int]]) -> No
                     f"{plan.source_name}: layer {layer} expert {expert} becomes a block with sha256 "
                     f"{encoded.sha256[:12]}…, the manifest says {entry.block_sha256[expert][:12]}…: nothing is written"
                 )
-            with open(path, "r+b") as file:
+            with naming_failures(path), open(path, "r+b") as file:
                 file.seek(manifest.layer_geometry(layer).offsets[expert])
                 file.write(encoded.arrays["block"])
                 file.flush()

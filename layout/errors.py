@@ -47,6 +47,10 @@ class NotEnoughSpace(MoepackError):
     """The disk cannot hold what is to be written."""
 
 
+class WriteError(MoepackError):
+    """The disk refuses what is to be written, and not for want of space."""
+
+
 class MemoryBudgetError(MoepackError):
     """The memory budget cannot hold what must be in memory."""
 

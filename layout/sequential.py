@@ -26,14 +26,14 @@ class SequentialFile:
     """A new file, to be written once. `flush` ends it: what comes after goes through the cache."""
 
     def __init__(self, path: Path):
-        self._buffer, self._filled = Pages(BUFFER_BYTES).buffer, 0
+        self._path, self._buffer, self._filled, self._written = path, Pages(BUFFER_BYTES).buffer, 0, 0
         self._is_direct = hasattr(os, "O_DIRECT")
         self._file = open(path, "wb", buffering=0, opener=self._open)  # noqa: SIM115 (closed by close)
         if sys.platform == "darwin":
             fcntl.fcntl(self._file.fileno(), fcntl.F_NOCACHE, 1)
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Append all of it; returns its size. Raises OSError."""
+        """Append all of it; returns its size. Raises OSError that names the file and the byte."""
         view = memoryview(data).cast("B")
         size_bytes = len(view)
         while view:
@@ -76,10 +76,15 @@ class SequentialFile:
         return os.open(path, flags, 0o666)
 
     def _write_out(self, size_bytes: int) -> None:
-        """Write the first bytes of the buffer and move the rest to its start."""
+        """Write the first bytes of the buffer and move the rest to its start. Raises OSError with the place."""
         done = 0
-        while done < size_bytes:
-            done += self._write_some(self._buffer[done:size_bytes])
+        try:
+            while done < size_bytes:
+                done += self._write_some(self._buffer[done:size_bytes])
+        except OSError as error:
+            place = f"{error.strerror} at byte {self._written + done}"
+            raise OSError(error.errno, place, str(self._path)) from None
+        self._written += size_bytes
         rest = self._filled - size_bytes
         self._buffer[:rest] = bytes(self._buffer[size_bytes : self._filled])
         self._filled = rest

@@ -13,11 +13,11 @@ import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from moepack.layout.errors import NotEnoughSpace
+from moepack.layout.errors import CheckpointError, NotEnoughSpace, WriteError
 from moepack.layout.geometry import BlockGeometry, LayerGeometry, Scheme
 from moepack.layout.manifest import (
     BlockSchemes,
@@ -50,7 +50,7 @@ def partial_file(path: Path, large: bool = False) -> Iterator[BinaryIO | Sequent
 
     large   whether to write past the page cache
 
-    Raises NotEnoughSpace where the disk, the quota or the file size limit ends.
+    Raises NotEnoughSpace where the disk, the quota or the file size limit ends, WriteError where the disk fails.
     """
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
@@ -58,15 +58,33 @@ def partial_file(path: Path, large: bool = False) -> Iterator[BinaryIO | Sequent
         with SequentialFile(partial) if large else open(partial, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            with naming_failures(path):
+                os.fsync(file.fileno())
     except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in NO_SPACE_ERRNOS:
-            raise NotEnoughSpace(
-                f"{path}: {error.strerror}: make space (or raise the limit), then run the same command again "
-                "to go on from here"
-            ) from None
+        with suppress(OSError):  # of a disk that fails: what is left is written over by the next run
+            partial.unlink(missing_ok=True)
+        # A large file's own errors name it; others may come from whatever gives the data.
+        is_ours = isinstance(error, OSError) and error.filename in ((str(partial),) if large else (str(partial), None))
+        if is_ours or (isinstance(error, OSError) and error.errno in NO_SPACE_ERRNOS):
+            raise explain_failure(path, error) from None  # type: ignore[arg-type]
         raise
+
+
+@contextmanager
+def naming_failures(path: Path) -> Iterator[None]:
+    """Turn what the system says while a file is written into an error that names it: see explain_failure."""
+    try:
+        yield
+    except OSError as error:
+        raise explain_failure(path, error) from None
+
+
+def explain_failure(path: Path, error: OSError) -> NotEnoughSpace | WriteError:
+    """The error for a file that could not be written."""
+    again = "then run the same command again to go on from here"
+    if error.errno in NO_SPACE_ERRNOS:
+        return NotEnoughSpace(f"{path}: {error.strerror}: make space (or raise the limit), {again}")
+    return WriteError(f"{path}: cannot be written: {error.strerror}: check the disk, {again}")
 
 
 @contextmanager
@@ -176,10 +194,20 @@ def write_resident_file(
 
 
 def copy_file(source: Path, directory: Path) -> CopiedFile:
-    """Copy a file of the source into the pack byte for byte and return the manifest's entry for it."""
+    """Copy a file of the source into the pack byte for byte and return the manifest's entry for it.
+
+    Raises CheckpointError if the source cannot be read, NotEnoughSpace, WriteError.
+    """
     digest, size_bytes = hashlib.sha256(), 0
+
+    def read(origin: BinaryIO) -> bytes:
+        try:
+            return origin.read(COPY_CHUNK_BYTES)
+        except OSError as error:
+            raise CheckpointError(f"{source}: cannot be read at byte {size_bytes}: {error.strerror}") from None
+
     with open(source, "rb") as origin, atomic_file(directory / source.name) as file:
-        while piece := origin.read(COPY_CHUNK_BYTES):
+        while piece := read(origin):
             file.write(piece)
             digest.update(piece)
             size_bytes += len(piece)

@@ -92,5 +92,6 @@ def test_errors_come_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "write", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left on device at byte 0") as found:
         write(tmp_path / "file", pieces())
+    assert found.value.filename == str(tmp_path / "file")
