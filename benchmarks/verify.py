@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("pack", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=8, help="expert files to read in each measurement, at most")
-    parser.add_argument("--workers", type=int, nargs="+", default=[os.cpu_count() or 1, 2 * (os.cpu_count() or 1)])
+    parser.add_argument("--workers", type=int, nargs="+", default=[os.cpu_count() or 1])
     arguments = parser.parse_args()
     with Pack.open(arguments.pack) as pack:
         layers = min(arguments.layers, len(pack.manifest.expert_files))

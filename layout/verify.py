@@ -10,14 +10,18 @@ checked: whether the weights are any good (that is a comparison with the source)
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from queue import SimpleQueue
+from typing import NamedTuple
 
 from moepack.layout.errors import DamagedPack
 from moepack.layout.geometry import align_up
@@ -28,6 +32,7 @@ from moepack.layout.spec import MANIFEST_NAME, RESIDENT_NAME
 from moepack.layout.storage import DIRECT_ALIGNMENT
 
 PIECE_BYTES = 4 * 2**20  # large enough for the disk, small enough that many workers stay within tens of MiB
+READERS = 2  # reads in flight: with pieces of that size, more bring nothing
 REPAIR = "restore the file from a copy, or convert again: moe-convert SRC PACK --overwrite"
 REDO = "moe-convert SRC PACK --redo"
 REREAD = "verify again; if other places fail next time, it is not the file but what lies between it and you"
@@ -131,22 +136,27 @@ def verify_contents(
     """Read regions on all cores and compare them with their checksums; problems in the order of the regions.
 
     on_read   called with the bytes of neighbouring regions when they have been read, from the calling thread
-    workers   threads; by default two for each core: while one waits for the disk, another one hashes
+    workers   threads that hash; by default one for each core
 
-    Reads go past the page cache where the file system lets them: what is checked is on the disk, not in memory.
+    Reads go past the page cache where the file system lets them: what is checked is on the disk, not in memory. They
+    run in threads of their own, a piece ahead of each worker: a thread that has just hashed is put aside by the system
+    when its read is done, and the disk would wait for it.
     """
-    workers = workers or 2 * (os.cpu_count() or 1)
-    memories: SimpleQueue[Pages] = SimpleQueue()
-    for _ in range(workers):
-        memories.put(Pages(PIECE_BYTES))
+    workers = workers or os.cpu_count() or 1
     runs = _join_neighbours(regions)
-    with ThreadPoolExecutor(workers) as pool:
+    results: list[Future[list[Problem]]] = [Future() for _ in runs]
+    stopped = threading.Event()
+    todo = iter([*zip(runs, results)])  # a list's iterator hands out each item once, whoever asks
+    with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(workers) as pool:
         try:
-            for run, problems in zip(runs, pool.map(lambda run: _check_run(pack, run, memories), runs)):
+            for _ in range(workers):
+                pool.submit(_check_runs, pack, todo, readers, stopped)
+            for run, result in zip(runs, results):
+                problems = result.result()
                 on_read(sum(region.size_bytes for region in run))
                 yield from problems
         finally:
-            pool.shutdown(cancel_futures=True)
+            stopped.set()
 
 
 def _join_neighbours(regions: list[Region]) -> list[list[Region]]:
@@ -165,18 +175,58 @@ def _join_neighbours(regions: list[Region]) -> list[list[Region]]:
     return runs
 
 
-def _check_run(pack: Pack, run: list[Region], memories: SimpleQueue[Pages]) -> list[Problem]:
-    memory = memories.get()
-    try:
-        findings: Sequence[_Finding | None] = _read_run(pack, run, memory)
-    except OSError:
-        findings = [None] * len(run)  # one by one, so that an error is of one region
-    try:
-        return [
-            problem for region, found in zip(run, findings) for problem in _judge_region(pack, region, found, memory)
-        ]
-    finally:
-        memories.put(memory)
+def _check_runs(
+    pack: Pack,
+    todo: Iterator[tuple[list[Region], Future[list[Problem]]]],
+    readers: ThreadPoolExecutor,
+    stopped: threading.Event,
+) -> None:
+    """Take runs until none is left, hashing a piece while the next one is read."""
+    memories, spare = [Pages(PIECE_BYTES), Pages(PIECE_BYTES)], Pages(PIECE_BYTES)
+    pieces = ((run, result, piece) for run, result in todo if not stopped.is_set() for piece in _cut(run))
+    coming: deque[tuple[list[Region], Future[list[Problem]], Piece, memoryview, Future[None]]] = deque()
+    findings: list[_Finding] = []
+    error: OSError | None = None
+    for number, piece in enumerate(chain(pieces, [None])):
+        if piece is not None:
+            memory = memories[number % 2].buffer
+            coming.append((*piece, memory, readers.submit(_read_piece, pack, piece[0][0].file, piece[2], memory)))
+        if len(coming) > (piece is not None):
+            run, result, place, memory, reading = coming.popleft()
+            if place.is_first:
+                findings, error = [_Finding() for _ in run], None
+            try:
+                reading.result()
+                _add_piece(findings, run, place, memory)
+            except OSError as failure:
+                error = failure
+            except BaseException as bug:
+                result.set_exception(bug)
+                raise
+            if place.is_last:
+                try:
+                    result.set_result(_judge_run(pack, run, None if error else findings, spare))
+                except BaseException as bug:
+                    result.set_exception(bug)
+
+
+def _judge_run(pack: Pack, run: list[Region], findings: list[_Finding] | None, memory: Pages) -> list[Problem]:
+    """Problems of neighbouring regions by their findings; None, where a read failed."""
+    found = findings or _read_each(pack, run, memory)
+    return [problem for region, one in zip(run, found) for problem in _judge_region(pack, region, one, memory)]
+
+
+def _read_each(pack: Pack, run: list[Region], memory: Pages) -> list[_Finding | None]:
+    """What each of neighbouring regions holds, of which one read of all has failed; None where it cannot be read."""
+    if len(run) == 1:
+        return [None]
+    alone: list[_Finding | None] = []
+    for region in run:
+        try:
+            alone.append(_read_region(pack, region, memory))
+        except OSError:  # noqa: PERF203 (a disk that fails is slower)
+            alone.append(None)
+    return alone if None in alone else [None, *alone[1:]]  # it failed once: that is told of one of them
 
 
 def _judge_region(pack: Pack, region: Region, found: _Finding | None, memory: Pages) -> list[Problem]:
@@ -184,9 +234,10 @@ def _judge_region(pack: Pack, region: Region, found: _Finding | None, memory: Pa
     path = pack.directory / region.file
     if found is None or found.sha256 != region.sha256:
         try:
-            again = _read_run(pack, [region], memory, is_second=True)[0]
+            again = _read_region(pack, region, memory, is_second=True)
         except OSError as error:
-            return [_problem(path, region, f"cannot be read: {error.strerror or error}")]
+            repair = region.repair if error.errno == errno.EIO else REPAIR  # a bad sector is often cured by writing
+            return [_problem(path, region, f"cannot be read: {error.strerror or error}", repair)]
         if again.sha256 == region.sha256:
             text = "read twice, the second time well: suspect the cable, the disk's cache or the memory"
             return [_problem(path, region, text, REREAD)]
@@ -197,29 +248,53 @@ def _judge_region(pack: Pack, region: Region, found: _Finding | None, memory: Pa
     return [_problem(path, region, text.format(offset), region.repair) for offset in found.dirty]
 
 
-def _read_run(pack: Pack, run: list[Region], memory: Pages, is_second: bool = False) -> list[_Finding]:
-    """What the bytes of neighbouring regions are, read piece by piece. Raises OSError saying where."""
-    file = pack.open_file(run[0].file, direct=True)
+def _read_region(pack: Pack, region: Region, memory: Pages, is_second: bool = False) -> _Finding:
+    """What a region holds, read alone. Raises OSError saying where."""
+    file = pack.open_file(region.file, direct=True)
     if is_second and not file.is_direct:
         file.drop_cache()
-    findings = [_Finding() for _ in run]
+    finding = _Finding()
+    for piece in _cut([region]):
+        _read_piece(pack, region.file, piece, memory.buffer)
+        _add_piece([finding], [region], piece, memory.buffer)
+    return finding
+
+
+class Piece(NamedTuple):
+    """A part of neighbouring regions that is read at once, from a sector's start on."""
+
+    offset_bytes: int
+    size_bytes: int
+    is_first: bool
+    is_last: bool
+
+
+def _cut(run: list[Region]) -> Iterator[Piece]:
     end = run[-1].offset_bytes + run[-1].size_bytes
-    piece_start = run[0].offset_bytes // DIRECT_ALIGNMENT * DIRECT_ALIGNMENT
-    while piece_start < end:
-        size = min(PIECE_BYTES, end - piece_start)
-        piece = memory.buffer[: align_up(size, DIRECT_ALIGNMENT)]
-        try:
-            file.read_into([piece], piece_start, needed_bytes=size)
-        except OSError as error:
-            text = f"{size} bytes at byte {piece_start}: {error.strerror}"
-            raise OSError(error.errno, text) from None
-        for region, finding in zip(run, findings):
-            first = max(piece_start, region.offset_bytes)
-            last = min(piece_start + size, region.offset_bytes + region.size_bytes)
-            if first < last:
-                finding.add(piece[first - piece_start : last - piece_start], first - region.offset_bytes, region)
-        piece_start += size
-    return findings
+    first = run[0].offset_bytes // DIRECT_ALIGNMENT * DIRECT_ALIGNMENT
+    for start in range(first, max(end, first + 1), PIECE_BYTES):
+        yield Piece(start, min(PIECE_BYTES, end - start), start == first, start + PIECE_BYTES >= end)
+
+
+def _read_piece(pack: Pack, file: str, piece: Piece, memory: memoryview) -> None:
+    buffer = memory[: align_up(piece.size_bytes, DIRECT_ALIGNMENT)]
+    try:
+        pack.open_file(file, direct=True).read_into([buffer], piece.offset_bytes, needed_bytes=piece.size_bytes)
+    except OSError as error:
+        if error.filename:  # it cannot be opened
+            raise
+        text = f"{piece.size_bytes} bytes at byte {piece.offset_bytes}: {error.strerror}"
+        raise OSError(error.errno, text) from None
+
+
+def _add_piece(findings: list[_Finding], run: list[Region], piece: Piece, memory: memoryview) -> None:
+    end = piece.offset_bytes + piece.size_bytes
+    for region, finding in zip(run, findings):
+        first = max(piece.offset_bytes, region.offset_bytes)
+        last = min(end, region.offset_bytes + region.size_bytes)
+        if first < last:
+            part = memory[first - piece.offset_bytes : last - piece.offset_bytes]
+            finding.add(part, first - region.offset_bytes, region)
 
 
 class _Finding:
