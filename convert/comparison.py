@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from typing import Any
 import numpy as np
 
 from moepack.convert.checkpoint import Checkpoint
+from moepack.convert.hub import Mirror, is_hub_address
 from moepack.convert.names import SourceMap, map_tensors
+from moepack.convert.shard_reader import ShardReader
 from moepack.convert.sources import Quantization
 from moepack.layout.architecture import Architecture
 from moepack.layout.errors import CheckpointError
@@ -61,9 +64,13 @@ class Original:
     source: SourceMap
 
     @classmethod
-    def open(cls, directory: Path, pack: Pack) -> Original:
-        """Open a checkpoint and see that it is of the pack's shape. Raises CheckpointError if not."""
+    def open(cls, directory: Path, pack: Pack, reader: ShardReader | None = None) -> Original:
+        """Open a checkpoint and see that it is of the pack's shape. Raises CheckpointError if not.
+
+        reader   what reads its shards, if they are elsewhere
+        """
         checkpoint = Checkpoint.open(directory)
+        checkpoint.reader = reader or checkpoint.reader
         try:
             architecture = Architecture.from_config(checkpoint.config)
         except ValueError as error:
@@ -76,6 +83,16 @@ class Original:
             return cls(checkpoint, map_tensors(checkpoint.tensors, architecture, Quantization.of(checkpoint.config)))
         except (CheckpointError, ValueError) as error:
             raise CheckpointError(f"{directory}: {error}") from None
+
+    @classmethod
+    @contextmanager
+    def find(cls, source: str, pack: Pack) -> Iterator[Original]:
+        """The same from a directory's name, or from hf://org/repo, of which only what is asked for is fetched."""
+        if not is_hub_address(source):
+            yield cls.open(Path(source), pack)
+            return
+        with Mirror.open(source, pack.directory) as mirror:
+            yield cls.open(mirror.directory, pack, mirror.reader)
 
     def read_matrix(self, layer: int, expert: int, projection: str, rows: int) -> np.ndarray:
         """One matrix as float32. Raises CheckpointError."""

@@ -116,8 +116,8 @@ def verify(
     pack: Path = PACK,
     quick: bool = typer.Option(False, "--quick", help="Structure only: manifest, sizes, strays, headers."),
     sample: str = typer.Option(None, "--sample", help="Read a random share of the blocks, as in 5%."),
-    source: Path = typer.Option(
-        None, "--source", help="Compare with the original checkpoint: the error of each expert's weights."
+    source: str = typer.Option(
+        None, "--source", help="Compare with the original, a directory or hf://org/repo: the error of each expert."
     ),
     as_json: bool = JSON,
 ) -> None:
@@ -411,6 +411,7 @@ def _parse_slots(text: str, recorded: Trace) -> int:
     share = text.endswith("%")
     try:
         number = float(text.removesuffix("%")) / 100 * recorded.num_blocks if share else int(text)
+        number = max(1, number) if share and number > 0 else number  # of a tiny model, a share may be less than one
     except ValueError:
         number = 0
     if not 1 <= number <= recorded.num_blocks:
@@ -496,11 +497,14 @@ def _examine_arithmetic() -> list[Finding]:
     return [*findings, Finding("instruction set", name, name, advice)]
 
 
-def _measure_errors(pack: Pack, source: Path, blocks: Sequence[tuple[Any, Any]]) -> list[ExpertError]:
+def _measure_errors(pack: Pack, source: str, blocks: Sequence[tuple[Any, Any]]) -> list[ExpertError]:
     from moepack.convert.comparison import Original, measure_errors
 
-    with pack, open_progress(len(blocks), "compare", "expert") as progress:
-        original = Original.open(source, pack)
+    with (
+        pack,
+        Original.find(source, pack) as original,
+        open_progress(len(blocks), "compare", "expert") as progress,
+    ):
         errors = []
         for error in measure_errors(original, pack, blocks):
             errors.append(error)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from convert_command import SMALL, files_of, finish, problems_of, run_convert, start_convert
+from golden_packs import moe_inspect
 from hub_server import Fault, TinyHub
 from moepack.convert import hub as hub_module
 from moepack.convert import hub_transfer
@@ -104,6 +105,28 @@ def test_each_shard_is_downloaded_once_and_space_is_bounded(hub, source, tmp_pat
     assert 0 < most[0] < sum(sizes.values())
     facts = json.loads(result.out)
     assert facts["source"].startswith(f"{ADDRESS}@")
+
+
+def test_a_block_is_mended_and_compared_by_ranges(hub, source, local, tmp_path):
+    """No shard is downloaded: what one block, and a sample of them, are made from is asked for by range."""
+    hub.publish("org/tiny", source)
+    out = tmp_path / "pack"
+    assert run_convert(ADDRESS, out, *GROUP).code == 0
+    hub.publish("org/tiny", source)  # another commit on main: the pack's own is gone back to
+    with open(out / "experts" / "layer_01.bin", "r+b") as file:
+        file.write(b"damage")
+    sizes = {path.name: path.stat().st_size for path in source.glob("*.safetensors")}
+    hub.sent.clear()
+    result = run_convert(ADDRESS, out, "--redo", "1:0")
+    assert result.code == 0, result.err
+    assert weights_of(out) == local
+    assert problems_of(out) == []
+    compared = moe_inspect("verify", out, "--source", ADDRESS, "--sample", "25%", "--json")
+    assert compared.returncode == 0, compared.stderr
+    facts = json.loads(compared.stdout)["source"]
+    assert facts["experts"] == 3
+    assert all(0.01 < part["worst"]["error"] < 0.2 for part in facts["projections"].values())
+    assert not [sent for sent in hub.sent if sent.size == sizes.get(sent.name)]
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert_command import SMALL, problems_of, run_convert
+from golden_packs import moe_inspect
 from moepack.layout.quantized import bf16_to_float32, dequantize, unpack_integers
 from moepack.layout.reader import Pack
 from tiny_checkpoint import TinyModel, write_checkpoint
@@ -80,6 +81,28 @@ def read_blocks(pack: Path) -> dict[tuple[int, int, str], np.ndarray]:
                     values = np.frombuffer(block, dtype, section.shape[0] * section.shape[1], section.offset_bytes)
                     result[layer, expert, section.name] = values.reshape(section.shape)
         return result
+
+
+EXACT = {"gptq": 0.004, "mlx": 0.0, "mlx, 3 bits": 0.0}  # integers are kept: only GPTQ's scales are rounded
+ROUNDED = ("fp8", "fp8, odd edges", "gptq, order of activations", "mlx, 6 bits")
+
+
+@pytest.mark.parametrize("name", [*EXACT, *ROUNDED])
+def test_verify_compares_with_what_a_release_means(name, tmp_path):
+    """The error against the release is that against the floats which it stands for."""
+    source = RELEASES[name](tmp_path / "source")
+    bits = ("--bits", 3) if "3 bits" in name else ()
+    convert(source, tmp_path / "pack", *bits, "--group-size", 32)
+    twin = write_plain(tmp_path / "twin", source, torch.float32)
+    found, expected = (
+        json.loads(moe_inspect("verify", tmp_path / "pack", "--source", original, "--json").stdout)["source"]
+        for original in (source, twin)
+    )
+    assert found["experts"] == len(found["errors"]) == expected["experts"] > 0
+    for one, other in zip(found["errors"], expected["errors"]):
+        assert one == pytest.approx(other, abs=1e-6)
+    usual = max(part["median"] for part in found["projections"].values())  # GPTQ's MTP head is bf16, and rounded
+    assert usual <= EXACT[name] if name in EXACT else 0.01 < usual < 0.2
 
 
 @pytest.mark.parametrize("name", RELEASES)
