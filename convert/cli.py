@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,10 +33,11 @@ from moepack.convert.plan import (
     remove_output,
 )
 from moepack.convert.quantizers import AUTO_QUANTIZER, QUANTIZERS
-from moepack.convert.ray_engine import convert_layers
+from moepack.convert.ray_engine import SharedDirectory, convert_layers
 from moepack.convert.recipe import AUTO_GROUP_SIZE, Recipe
 from moepack.convert.repair import parse_places, recipe_of, repair_blocks
 from moepack.convert.report import Report
+from moepack.convert.url_output import UrlOutput, is_url
 from moepack.layout.calibration import Calibration
 from moepack.layout.console import (
     EXIT_CODES,
@@ -69,7 +71,9 @@ def convert_checkpoint(
     source: str = typer.Argument(
         metavar="SRC", help="Directory of the original checkpoint, or hf://org/repo[@revision].", show_default=False
     ),
-    out: Path = typer.Argument(metavar="OUT", help="Directory to write the pack into.", show_default=False),
+    out: str = typer.Argument(
+        metavar="OUT", help="Directory to write the pack into; with --engine ray also a URL.", show_default=False
+    ),
     to: str = typer.Option("pack", help="pack; or from a pack: mlx or hf (a checkpoint), archive (one file)."),
     bits: int = typer.Option(4, help="Bits of the routed experts: 2, 3, 4, 8, or 16 for bf16 as it is."),
     group_size: int = typer.Option(
@@ -102,8 +106,10 @@ def convert_checkpoint(
     Safe to stop at any time: the same command goes on where it ended, and writes the same bytes.
     """
     workers = workers or os.cpu_count() or 1
+    if is_url(out) and (engine != "ray" or redo or to != "pack"):
+        raise UsageError(f"{out}: only a conversion with --engine ray writes to a URL: give a directory")
     if not is_hub_address(source) and (to != "pack" or is_archive(Path(source))):
-        _ship(Path(source), out, to, workers, as_json)
+        _ship(Path(source), Path(out), to, workers, as_json)
         return
     if to != "pack":
         raise UsageError(f"--to {to} needs a pack, {source} is a checkpoint: convert it to a pack first")
@@ -116,30 +122,35 @@ def convert_checkpoint(
     scratch_bytes = parse_size(scratch) if scratch else None
     if redo:
         places = parse_places(redo)
-        with _planned(source, out, recipe_of(out), known, scratch_bytes, overwrite=False) as plan:
+        with _planned(source, out, recipe_of(Path(out)), known, scratch_bytes, overwrite=False) as (plan, _):
             repair_blocks(plan, places)
         print(f"{out}: {len(places)} block{'s' * (len(places) != 1)} written again, with the checksum they had")
         return
-    with _planned(source, out, recipe, known, scratch_bytes, overwrite) as plan:
-        _convert(plan, engine, overwrite, dry_run, workers, memory_bytes, as_json)
+    with _planned(source, out, recipe, known, scratch_bytes, overwrite) as (plan, remote):
+        _convert(plan, remote, engine, overwrite, dry_run, workers, memory_bytes, as_json)
 
 
 @contextmanager
 def _planned(
-    source: str, out: Path, recipe: Recipe, known: Calibration | None, scratch_bytes: int | None, overwrite: bool
-) -> Iterator[ConversionPlan]:
-    """The plan of a conversion from a directory or from the hub, usable until the end of the block."""
-    if not is_hub_address(source):
-        yield plan_conversion(Path(source), out, recipe, known)
-        return
-    with Mirror.open(source, None if overwrite else out) as mirror:
-        plan = plan_conversion(mirror.directory, out, recipe, known, mirror.origin)
-        mirror.reader.prepare(plan, scratch_bytes)
-        yield plan
+    source: str, out: str, recipe: Recipe, known: Calibration | None, scratch_bytes: int | None, overwrite: bool
+) -> Iterator[tuple[ConversionPlan, UrlOutput | None]]:
+    """The plan of a conversion from a directory or from the hub, usable until the end of the block, and its URL."""
+    if is_url(out):
+        with tempfile.TemporaryDirectory(prefix="moepack-") as staging:
+            plan = plan_conversion(Path(source), Path(staging), recipe, known)
+            yield plan, UrlOutput(plan, out)
+    elif not is_hub_address(source):
+        yield plan_conversion(Path(source), Path(out), recipe, known), None
+    else:
+        with Mirror.open(source, None if overwrite else Path(out)) as mirror:
+            plan = plan_conversion(mirror.directory, Path(out), recipe, known, mirror.origin)
+            mirror.reader.prepare(plan, scratch_bytes)
+            yield plan, None
 
 
 def _convert(
     plan: ConversionPlan,
+    remote: UrlOutput | None,
     engine: str,
     overwrite: bool,
     dry_run: bool,
@@ -147,31 +158,40 @@ def _convert(
     memory_bytes: int,
     as_json: bool,
 ) -> None:
-    out = plan.out
+    out = remote.url if remote else str(plan.out)
     if not dry_run:
-        if overwrite:
-            check_free_space(plan)  # before anything is deleted for it
-            remove_output(plan)
-        else:
-            finish_interrupted_manifest(out)
-            finish_interrupted_removal(plan)
-    finished = None if overwrite else find_finished(plan)
+        _clear(plan, remote, overwrite)
+    finished = None if overwrite else remote.find_finished() if remote else find_finished(plan)
     for note in plan.notes:
         log(f"note: {note}")
     if dry_run:
-        _print_forecast(plan, estimate_seconds(plan, workers), as_json)
+        _print_forecast(plan, out, None if remote else partial(check_free_space, plan), workers, as_json)
         return
     if finished:
         log(f"{out}: converted already with these settings: nothing to do")
     report, started = Report(), time.perf_counter()
-    if not finished:
-        _run(plan, engine, workers, memory_bytes, report)
+    if finished and remote:
+        remote.tidy()
+    elif not finished:
+        _run(plan, remote, engine, workers, memory_bytes, report)
     seconds = time.perf_counter() - started
-    facts = {**_describe(plan), "seconds": round(seconds, 3), "already_converted": finished is not None}
+    facts = {**_describe(plan, out), "seconds": round(seconds, 3), "already_converted": finished is not None}
     if as_json:
         print_json(facts | {"peak_rss_bytes": peak_rss_bytes()} | report.describe())
     elif not finished:
-        _print_report(plan, report, seconds)
+        _print_report(plan, out, report, seconds)
+
+
+def _clear(plan: ConversionPlan, remote: UrlOutput | None, overwrite: bool) -> None:
+    """Delete what is to be replaced, or finish what was nearly done."""
+    if remote and overwrite:
+        remote.remove()
+    elif overwrite:
+        check_free_space(plan)  # before anything is deleted for it
+        remove_output(plan)
+    elif not remote:
+        finish_interrupted_manifest(plan.out)
+        finish_interrupted_removal(plan)
 
 
 def _ship(source: Path, out: Path, target: str, workers: int, as_json: bool) -> None:
@@ -227,7 +247,9 @@ def _choose_quantizer(quantizer: str, calibration: Calibration | None) -> str:
     return quantizer
 
 
-def _run(plan: ConversionPlan, engine: str, workers: int, memory_bytes: int, report: Report) -> None:
+def _run(
+    plan: ConversionPlan, remote: UrlOutput | None, engine: str, workers: int, memory_bytes: int, report: Report
+) -> None:
     with open_progress(plan.bytes_to_read, "convert") as progress:
 
         def show(size_bytes: int) -> None:
@@ -246,16 +268,20 @@ def _run(plan: ConversionPlan, engine: str, workers: int, memory_bytes: int, rep
             show(size_bytes - again)
 
         try:
-            report.bytes_in = shown = convert_layers(plan, workers, show) if engine == "ray" else 0
-            convert(plan, workers, show_rest, report, memory_bytes)
+            if engine == "ray":
+                report.bytes_in = shown = convert_layers(remote or SharedDirectory(plan), workers, show)
+            manifest = convert(remote.stage() if remote else plan, workers, show_rest, report, memory_bytes)
+            if remote:
+                remote.finish(manifest)
         except KeyboardInterrupt:
-            raise Interrupted(f"{plan.out}: stopped; the same command goes on from here") from None
+            out = remote.url if remote else plan.out
+            raise Interrupted(f"{out}: stopped; the same command goes on from here") from None
 
 
-def _print_report(plan: ConversionPlan, report: Report, seconds: float) -> None:
+def _print_report(plan: ConversionPlan, out: str, report: Report, seconds: float) -> None:
     size, bpw = format_size(plan.forecast.total_bytes), plan.forecast.bits_per_weight
     rate = report.bytes_in / seconds / 1e9
-    print(f"{plan.out}: {size}, {bpw:.2f} bits per weight, {seconds:.1f} s, {rate:.2f} GB/s of source")
+    print(f"{out}: {size}, {bpw:.2f} bits per weight, {seconds:.1f} s, {rate:.2f} GB/s of source")
     facts = report.describe()
     if facts["rounding"]:
         rows = [("rounding", "relative error", "largest error")]
@@ -267,11 +293,11 @@ def _print_report(plan: ConversionPlan, report: Report, seconds: float) -> None:
         log(f"slowest stage: {facts['slowest_stage']} (of all threads together: {stages})")
 
 
-def _describe(plan: ConversionPlan) -> dict[str, Any]:
+def _describe(plan: ConversionPlan, out: str) -> dict[str, Any]:
     forecast = plan.forecast
     return {
         "source": plan.source_name,
-        "pack": str(plan.out),
+        "pack": out,
         **vars(plan.recipe),
         "expert_files": forecast.num_expert_files,
         "expert_file_bytes": forecast.expert_file_bytes,
@@ -283,11 +309,14 @@ def _describe(plan: ConversionPlan) -> dict[str, Any]:
     }
 
 
-def _print_forecast(plan: ConversionPlan, seconds: float, as_json: bool) -> None:
-    facts = {**_describe(plan), "expected_seconds": round(seconds, 1)}
+def _print_forecast(
+    plan: ConversionPlan, out: str, check_space: Callable[[], tuple[int, int]] | None, workers: int, as_json: bool
+) -> None:
+    facts = {**_describe(plan, out), "expected_seconds": round(estimate_seconds(plan, workers), 1)}
+    shortage = None
     try:
-        facts["needed_bytes"], facts["free_bytes"] = check_free_space(plan)
-        shortage = None
+        if check_space:  # of a URL nobody knows
+            facts["needed_bytes"], facts["free_bytes"] = check_space()
     except NotEnoughSpace as error:
         shortage = error
     if as_json and not shortage:
@@ -296,8 +325,11 @@ def _print_forecast(plan: ConversionPlan, seconds: float, as_json: bool) -> None
         forecast = plan.forecast
         rows = [("", "size"), ("experts", f"{forecast.num_expert_files} x {format_size(forecast.expert_file_bytes)}")]
         rows += [("resident", format_size(forecast.resident_bytes)), ("in all", format_size(forecast.total_bytes))]
-        rows += [("bits per weight", f"{forecast.bits_per_weight:.3f}"), ("expected time", f"{seconds:.0f} s")]
-        rows += [] if shortage else [("free on the disk", format_size(facts["free_bytes"]))]
+        rows += [
+            ("bits per weight", f"{forecast.bits_per_weight:.3f}"),
+            ("expected time", f"{facts['expected_seconds']:.0f} s"),
+        ]
+        rows += [("free on the disk", format_size(facts["free_bytes"]))] if "free_bytes" in facts else []
         print_table(rows)
     if shortage:
         raise shortage

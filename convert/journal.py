@@ -65,13 +65,8 @@ class Journal:
             earlier = journal.get(SETTINGS)
             if earlier is None:
                 journal.put(SETTINGS, settings)
-            elif earlier != settings:
-                changed = sorted(key for key in {*earlier, *settings} if earlier.get(key) != settings.get(key))
-                raise UsageError(
-                    f"{out}: holds an unfinished conversion with another {', '.join(changed)}"
-                    f"{_name_differences(earlier, settings)}: "
-                    "repeat its command, or start over with --overwrite"
-                )
+            else:
+                check_settings(str(out), earlier, settings)
             yield journal
 
     def get(self, step: str) -> dict[str, Any] | None:
@@ -90,6 +85,16 @@ class Journal:
     def remove(self) -> None:
         """Delete the journal: the conversion is complete but for the manifest's rename."""
         shutil.rmtree(self.folder)
+
+
+def check_settings(out: str, earlier: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise UsageError naming what differs where an unfinished conversion had other settings."""
+    if earlier != settings:
+        changed = sorted(key for key in {*earlier, *settings} if earlier.get(key) != settings.get(key))
+        raise UsageError(
+            f"{out}: holds an unfinished conversion with another {', '.join(changed)}"
+            f"{_name_differences(earlier, settings)}: repeat its command, or start over with --overwrite"
+        )
 
 
 def _name_differences(earlier: dict[str, Any], settings: dict[str, Any]) -> str:

@@ -1,13 +1,14 @@
-"""Convert on several machines with Ray: ranges of experts as tasks, over directories that all of them see.
+"""Convert on several machines with Ray: ranges of experts as tasks, over a source that all of them see.
 
 Ray schedules, and runs again what was on a machine that went away: a task writes the same bytes at the same place
-whenever and wherever it runs. Each range of a layer writes its blocks straight to their places in the layer's file
-under its temporary name; when all are there, one task reads the file once, for its hash and to see that every block
-arrived, and gives it its own name. The journal gets the same record as from a conversion on one machine, which then
-does the rest (resident weights, copied files, manifest): so the pack is the same, byte for byte, and either engine goes
-on where the other was stopped.
+whenever and wherever it runs. Where a task writes is the output's business: here a directory that all machines share,
+in url_output.py a place that fsspec knows. Each range of a layer writes its blocks straight to their places in the
+layer's file under its temporary name; when all are there, one task reads the file once, for its hash and to see that
+every block arrived, and gives it its own name. The journal gets the same record as from a conversion on one machine,
+which then does the rest (resident weights, copied files, manifest): so the pack is the same, byte for byte, and either
+engine goes on where the other was stopped.
 
-    convert_layers(plan, workers=2, on_bytes=progress.update)     # then: convert(plan, ...)
+    convert_layers(SharedDirectory(plan), workers=2, on_bytes=progress.update)     # then: convert(plan, ...)
 
 A cluster is found as Ray finds it (RAY_ADDRESS, or one that runs here); without one, a local one is started.
 """
@@ -18,21 +19,22 @@ import contextlib
 import hashlib
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from moepack.convert.journal import Journal
 from moepack.convert.pipeline import Encoded, SourceHashes, encode_expert, find_finished, make_record
 from moepack.convert.plan import ConversionPlan, check_free_space
 from moepack.convert.report import Rounding
-from moepack.layout.errors import CheckpointError, MoepackError, NotEnoughSpace, UsageError
+from moepack.layout.errors import CheckpointError, MoepackError, UsageError
 from moepack.layout.geometry import LayerGeometry
 from moepack.layout.manifest import ExpertFile, block_geometry
 from moepack.layout.spec import PARTIAL_SUFFIX, expert_file_name
-from moepack.layout.writer import NO_SPACE_ERRNOS, finish_partial
+from moepack.layout.writer import finish_partial, naming_failures
 
 RANGES = 8  # tasks of a layer: enough for a few machines, and little is done again when one is lost
 READ_BYTES = 8 * 2**20
@@ -45,7 +47,31 @@ class WrittenRange:
     experts: tuple[Encoded, ...]
 
 
-def convert_layers(plan: ConversionPlan, workers: int, on_bytes: Callable[[int], object]) -> int:
+class Output(Protocol):
+    """Where tasks write. It is sent to them, and calls of it may be repeated anywhere."""
+
+    plan: ConversionPlan
+
+    def open(self) -> AbstractContextManager[Any]:
+        """Begin or go on with the conversion; the journal. Raises UsageError if something else is there."""
+
+    def is_finished(self, journal: Any, layer: int) -> bool:
+        """Whether a layer's file is there, and the journal's record of it."""
+
+    def write_range(self, layer: int, first: int, count: int) -> WrittenRange:
+        """Encode some experts of a layer and write their blocks. Raises CheckpointError, NotEnoughSpace, WriteError."""
+
+    def join_layer(self, layer: int, *ranges: WrittenRange) -> dict[str, Any]:
+        """Make the layer's file of its ranges and return its record for the journal.
+
+        Raises CheckpointError naming a block that is not what its task wrote.
+        """
+
+    def noted(self, layer: int) -> None:
+        """The journal has the layer's record."""
+
+
+def convert_layers(output: Output, workers: int, on_bytes: Callable[[int], object]) -> int:
     """Write every layer that the journal does not know as finished; returns the source bytes that were dealt with.
 
     workers    processors of a cluster that is started for this; one that is there has its own
@@ -53,22 +79,21 @@ def convert_layers(plan: ConversionPlan, workers: int, on_bytes: Callable[[int],
 
     Raises UsageError without Ray, and what a conversion on one machine raises.
     """
-    ray = _import_ray()
-    check_free_space(plan)
+    ray, plan = _import_ray(), output.plan
     started_here = not ray.is_initialized()
     if started_here:
         _connect(ray, workers)
     counted = 0
     try:
-        with Journal.open(plan.out, plan.settings) as journal:
-            encode = ray.remote(num_cpus=1, max_retries=-1)(write_range)
-            join = ray.remote(num_cpus=1, max_retries=-1)(join_layer)
-            shared = ray.put(plan)
+        with output.open() as journal:
+            kind = type(output)
+            encode = ray.remote(num_cpus=1, max_retries=-1)(kind.write_range)
+            join = ray.remote(num_cpus=1, max_retries=-1)(kind.join_layer)
+            shared = ray.put(output)
             ranges: dict[Any, tuple[int, int]] = {}
             layers: dict[Any, int] = {}
             for layer in range(len(plan.source.experts)):
-                if find_finished(plan, journal, layer_file(plan, layer)) is None:
-                    (plan.out / layer_file(plan, layer)).parent.mkdir(exist_ok=True)
+                if not output.is_finished(journal, layer):
                     parts = {encode.remote(shared, layer, *part): part for part in split_layer(plan)}
                     ranges |= {ref: (layer, count) for ref, (_, count) in parts.items()}
                     layers[join.remote(shared, layer, *parts)] = layer
@@ -79,6 +104,7 @@ def convert_layers(plan: ConversionPlan, workers: int, on_bytes: Callable[[int],
                 if ref in layers:
                     plan.check_source(plan.layer_shards(layers[ref]))
                     journal.put(Path(layer_file(plan, layers[ref])).stem, result)
+                    output.noted(layers[ref])
                 else:
                     layer, count = ranges[ref]
                     size = plan.layer_source_bytes[layer] * count // plan.shape.num_experts
@@ -97,56 +123,79 @@ def split_layer(plan: ConversionPlan) -> list[tuple[int, int]]:
     return [(first, end - first) for first, end in pairwise(bounds)]
 
 
-def write_range(plan: ConversionPlan, layer: int, first: int, count: int) -> WrittenRange:
-    """Encode some experts of a layer and write their blocks to their places. Runs on any machine, any number of times.
+class SharedDirectory:
+    """A plan's own output, which every machine sees under the same path."""
 
-    Raises CheckpointError, NotEnoughSpace.
-    """
-    path, geometry = partial_path(plan, layer), layer_geometry(plan)
-    written = []
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            for expert in range(first, first + count):
-                encoded = encode_expert(plan, layer, expert)
-                _write_at(descriptor, encoded.arrays.pop("block"), geometry.offsets[expert])
-                written.append(encoded)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        if error.errno in NO_SPACE_ERRNOS:
-            raise NotEnoughSpace(f"{path}: {error.strerror}: make space, then run the same command again") from None
-        raise
-    return WrittenRange(tuple(written))
+    def __init__(self, plan: ConversionPlan):
+        self.plan = plan
+
+    def open(self) -> AbstractContextManager[Journal]:
+        check_free_space(self.plan)
+        return Journal.open(self.plan.out, self.plan.settings)
+
+    def is_finished(self, journal: Journal, layer: int) -> bool:
+        return find_finished(self.plan, journal, layer_file(self.plan, layer)) is not None
+
+    def write_range(self, layer: int, first: int, count: int) -> WrittenRange:
+        plan = self.plan
+        path, geometry = partial_path(plan, layer), layer_geometry(plan)
+        written = []
+        with naming_failures(path):
+            path.parent.mkdir(exist_ok=True)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                for expert in range(first, first + count):
+                    encoded = encode_expert(plan, layer, expert)
+                    _write_at(descriptor, encoded.arrays.pop("block"), geometry.offsets[expert])
+                    written.append(encoded)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        return WrittenRange(tuple(written))
+
+    def join_layer(self, layer: int, *ranges: WrittenRange) -> dict[str, Any]:
+        path = partial_path(self.plan, layer)
+        finished = path.with_name(path.name.removesuffix(PARTIAL_SUFFIX))
+        # Run again after it did all but tell: the file has its name already.
+        with open(path if path.exists() else finished, "rb") as file:
+            pieces = iter(lambda: file.read(READ_BYTES), b"")
+            record = record_layer(self.plan, layer, ranges, pieces, str(path))
+        if path.exists():
+            finish_partial(finished)
+        return record
+
+    def noted(self, layer: int) -> None:
+        """Nothing is left to be tidied."""
 
 
-def join_layer(plan: ConversionPlan, layer: int, *ranges: WrittenRange) -> dict[str, Any]:
-    """Read a layer's file once for its hash, give it its name, and return its record for the journal.
+def record_layer(
+    plan: ConversionPlan, layer: int, ranges: Iterable[WrittenRange], pieces: Iterable[bytes], where: str
+) -> dict[str, Any]:
+    """A layer's record for the journal, from what its tasks tell and the bytes that its file is to have.
 
     Raises CheckpointError naming a block that is not what its task wrote.
     """
-    path, geometry = partial_path(plan, layer), layer_geometry(plan)
+    geometry = layer_geometry(plan)
     experts = [encoded for part in ranges for encoded in part.experts]
-    finished = path.with_name(path.name.removesuffix(PARTIAL_SUFFIX))
-    whole = hashlib.sha256()
-    # Run again after it did all but tell: the file has its name already.
-    with open(path if path.exists() else finished, "rb") as file:
-        for expert, encoded in enumerate(experts):
-            block = hashlib.sha256()
-            left = geometry.block(expert).block_stride
-            while left and (piece := file.read(min(READ_BYTES, left))):
-                block.update(piece)
-                whole.update(piece)
-                left -= len(piece)
-            if block.hexdigest() != encoded.sha256:
-                raise CheckpointError(
-                    f"{path}: the block of expert {expert} is not what was written: is it shared by all?"
-                )
-        if file.read(1):
-            raise CheckpointError(f"{path}: is longer than {geometry.size_bytes} bytes")
-    if path.exists():
-        finish_partial(finished)
+    strides = [geometry.block(expert).block_stride for expert in range(len(experts))]
+    whole, block, filled, expert = hashlib.sha256(), hashlib.sha256(), 0, 0
+    for piece in pieces:
+        rest = memoryview(piece)
+        while rest and expert < len(experts):
+            part = rest[: strides[expert] - filled]
+            whole.update(part)
+            block.update(part)
+            filled, rest = filled + len(part), rest[len(part) :]
+            if filled == strides[expert]:
+                if block.hexdigest() != experts[expert].sha256:
+                    raise CheckpointError(
+                        f"{where}: the block of expert {expert} is not what was written: is it shared by all?"
+                    )
+                block, filled, expert = hashlib.sha256(), 0, expert + 1
+        if rest:
+            raise CheckpointError(f"{where}: is longer than {geometry.size_bytes} bytes")
+    if expert < len(experts):
+        raise CheckpointError(f"{where}: the block of expert {expert} is not what was written: is it shared by all?")
     name, tiers = layer_file(plan, layer), (plan.recipe.expert_schemes,)
     digests = tuple(encoded.sha256 for encoded in experts)
     entry = ExpertFile(name, layer, geometry.size_bytes, whole.hexdigest(), tiers, (0,) * len(experts), digests)

@@ -10,7 +10,7 @@ from moepack.convert import ray_engine
 from moepack.convert.journal import JOURNAL_NAME
 from moepack.convert.pipeline import convert
 from moepack.convert.plan import plan_conversion
-from moepack.convert.ray_engine import convert_layers, join_layer, split_layer, write_range
+from moepack.convert.ray_engine import SharedDirectory, convert_layers, split_layer
 from moepack.convert.recipe import Recipe
 from moepack.layout.errors import CheckpointError
 from served import wait_until
@@ -46,12 +46,12 @@ def test_ranges_cover_every_expert_once(source, tmp_path):
 def test_tasks_in_any_order_and_again_write_the_same_file(source, whole, tmp_path):
     """What Ray may do with them when machines come and go, without Ray."""
     plan = make_plan(source, tmp_path / "pack")
-    (plan.out / "experts").mkdir(parents=True)
-    parts = split_layer(plan)
+    plan.out.mkdir()
+    parts, output = split_layer(plan), SharedDirectory(plan)
     for part in parts[::-1]:
-        write_range(plan, 1, *part)
-    ranges = [write_range(plan, 1, *part) for part in parts]
-    records = [join_layer(plan, 1, *ranges) for _ in range(2)]
+        output.write_range(1, *part)
+    ranges = [output.write_range(1, *part) for part in parts]
+    records = [output.join_layer(1, *ranges) for _ in range(2)]
     assert records[0] == records[1]
     assert files_of(plan.out)["experts/layer_01.bin"] == whole["experts/layer_01.bin"]
     assert records[0]["entry"]["sha256"] == whole["experts/layer_01.bin"]
@@ -60,13 +60,14 @@ def test_tasks_in_any_order_and_again_write_the_same_file(source, whole, tmp_pat
 def test_a_block_that_did_not_arrive_is_named(source, tmp_path):
     """As where the output is not the same directory on every machine."""
     plan = make_plan(source, tmp_path / "pack")
-    (plan.out / "experts").mkdir(parents=True)
-    ranges = [write_range(plan, 0, *part) for part in split_layer(plan)]
+    plan.out.mkdir()
+    output = SharedDirectory(plan)
+    ranges = [output.write_range(0, *part) for part in split_layer(plan)]
     with open(ray_engine.partial_path(plan, 0), "r+b") as file:
         file.seek(ray_engine.layer_geometry(plan).offsets[5] + 100)
         file.write(b"\x00" * 64)
     with pytest.raises(CheckpointError, match="block of expert 5 is not what was written"):
-        join_layer(plan, 0, *ranges)
+        output.join_layer(0, *ranges)
     assert not (plan.out / "experts" / "layer_00.bin").exists()
 
 
@@ -109,7 +110,7 @@ def test_a_node_that_dies_in_the_middle_changes_nothing(source, whole, tmp_path,
             cluster.remove_node(cluster.workers.pop(), allow_graceful=False)
             assert not list((plan.out / JOURNAL_NAME).glob("mtp*")), "it was over already"
 
-    counted = convert_layers(plan, 2, kill_a_node)
+    counted = convert_layers(SharedDirectory(plan), 2, kill_a_node)
     wait_until(lambda: len([node for node in ray.nodes() if node["Alive"]]) == 2)  # the head and one of two nodes
     assert counted == sum(dealt_with) == sum(plan.layer_source_bytes)
     convert(plan, 1, lambda size_bytes: None)
