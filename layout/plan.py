@@ -17,7 +17,7 @@ unless a trace says them. Costs come from measuring (kernels and disk) or from d
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -70,22 +70,30 @@ class Arithmetic:
 class Disk:
     """Bytes per second of whole blocks: at random by the number of reads in flight, and in order.
 
-    max_hints   reads ahead that a layer may start; 0 reads nothing ahead
+    busy_bytes_s   at random while all threads compute, which costs some; empty: it costs nothing
+    max_hints      reads ahead that a layer may start; 0 reads nothing ahead
     """
 
     random_bytes_s: dict[int, float]
     in_order_bytes_s: float
     queue_depth: int
     max_hints: int = 0
+    busy_bytes_s: dict[int, float] = field(default_factory=dict)
 
-    def read_s(self, num_blocks: int, block_bytes: int) -> float:
-        """Time until so many blocks asked for at once have come."""
+    def read_s(self, num_blocks: int, block_bytes: int, computing_s: float = 0.0) -> float:
+        """Time until so many blocks asked for at once have come, while at first so long something is computed."""
         if not num_blocks:
             return 0.0
-        known = sorted(self.random_bytes_s.items())
+        size_bytes, idle_bytes_s = num_blocks * block_bytes, self._speed(self.random_bytes_s, num_blocks)
+        busy_bytes_s = min(idle_bytes_s, self._speed(self.busy_bytes_s or self.random_bytes_s, num_blocks))
+        if size_bytes <= busy_bytes_s * computing_s:
+            return size_bytes / busy_bytes_s
+        return computing_s + (size_bytes - busy_bytes_s * computing_s) / idle_bytes_s
+
+    def _speed(self, bytes_s: dict[int, float], num_blocks: int) -> float:
+        known = sorted(bytes_s.items())
         in_flight = min(num_blocks, self.queue_depth)  # between two that are known: in proportion
-        speed = np.interp(in_flight, [depth for depth, _ in known], [bytes_s for _, bytes_s in known])
-        return num_blocks * block_bytes / float(speed)
+        return float(np.interp(in_flight, [depth for depth, _ in known], [speed for _, speed in known]))
 
 
 @dataclass(frozen=True)
@@ -175,9 +183,10 @@ def _layer_s(model: ModelSizes, arithmetic: Arithmetic, disk: Disk, misses: floa
     if misses <= 0:
         return computed_s, computed_s
     whole = math.ceil(misses)
-    read_s = disk.read_s(whole, model.block_bytes) * misses / whole
-    # All but the last to come are computed while others are read, as far as that is the slower.
-    last_s = min(1.0, misses) * arithmetic.miss_s
+    read_s = disk.read_s(whole, model.block_bytes, hits_s) * misses / whole
+    # All but the last to come are computed while others are read, as far as that is the slower: those that are read at
+    # the same time come nearly at the same time.
+    last_s = min(misses, disk.queue_depth) * arithmetic.miss_s
     return max(computed_s - last_s, read_s) + last_s, computed_s
 
 
@@ -190,7 +199,7 @@ def _read_ahead(
     read_s = disk.read_s(misses, model.block_bytes)
     layer_s, _ = _layer_s(model, arithmetic, disk, misses, model.num_experts_per_tok)
     idle_s = mixer_s + layer_s - read_s
-    fitting = idle_s / disk.read_s(1, model.block_bytes)
+    fitting = idle_s / disk.read_s(1, model.block_bytes, idle_s)  # what is idle for the disk is computed in
     return recall * max(0.0, min(fitting, disk.max_hints, misses))
 
 

@@ -112,14 +112,20 @@ class Replay:
         return self.hits / (self.hits + self.misses) if self.hits + self.misses else None
 
 
-def replay(trace: Trace, policy: EvictionPolicy, num_slots: int) -> Replay:
-    """What a store with these slots would have hit, starting empty."""
+def replay(trace: Trace, policy: EvictionPolicy, num_slots: int, uncounted_tokens: int = 0) -> Replay:
+    """What a store with these slots would have hit, starting empty.
+
+    uncounted_tokens   decoded ones in the beginning, which only fill the memory
+    """
     held: set[Key] = set()
-    counts = Replay()
+    counts, warm_up = Replay(), Replay()
+    decoded = 0
     for request in trace.requests:
+        decoded += request.layer == 0 and not request.is_prefill
         keys = [(request.layer, expert_id) for expert_id in request.expert_ids]
         hits = [key for key in keys if key in held]
-        counts.add(request, len(hits))
+        is_counted = request.is_prefill or max(1, decoded) > uncounted_tokens
+        (counts if is_counted else warm_up).add(request, len(hits))
         for key in hits:
             policy.use(key)
         # Prefill is done with an expert before the next; in decode all experts of a layer are in memory together.

@@ -198,7 +198,8 @@ def _hit_rate(model: ModelSizes, num_slots: int, work: Workload) -> float:
     if work.hit_rate is not None:
         return work.hit_rate if num_slots < model.num_blocks else 1.0
     if work.trace and num_slots < model.num_blocks:
-        found = replay(work.trace, LeastRecentlyUsed(), num_slots).hit_rate
+        # Of its second half: in the first, memory fills, and experts are met that have not been used before.
+        found = replay(work.trace, LeastRecentlyUsed(), num_slots, work.trace.num_tokens // 2).hit_rate
         if found is not None:
             return found
     return uniform_hit_rate(model, num_slots)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from moepack.kernels.backend import describe_backend
 from moepack.kernels.native_ops import read_stream
 from moepack.layout import disk_speed
 from moepack.layout.architecture import Architecture
-from moepack.layout.disk_speed import DiskSpeed, list_blocks, measure_disk, stand_in_file
+from moepack.layout.disk_speed import Block, DiskSpeed, list_blocks, measure_disk, measure_reads, stand_in_file
 from moepack.layout.machine import ReadSettings
 from moepack.layout.plan import Disk
 from moepack.layout.process import resident_set_bytes
@@ -46,7 +47,7 @@ class Measured:
 
 def count_steps(num_candidates: int) -> int:
     """Steps of a measurement, for a progress bar."""
-    return disk_speed.NUM_STEPS + 1 + num_candidates * rehearsal.NUM_STEPS
+    return disk_speed.NUM_STEPS + 2 + num_candidates * rehearsal.NUM_STEPS
 
 
 def measure_machine(
@@ -71,17 +72,24 @@ def measure_machine(
     Raises OSError and NotEnoughSpace where the disk cannot be measured.
     """
     process_bytes = resident_set_bytes()  # before anything is allocated: what moe-run has when it starts
-    speeds = [] if ssd_gb_s else _measure_disk(candidates, where, seconds, on_step)
-    disk, settings = stated_disk(ssd_gb_s) if ssd_gb_s else choose_reads(speeds)
-    here_gb_s = measure_memory(ops)
-    on_step(1)
-    factor = here_gb_s / memory_gb_s if memory_gb_s else 1.0
-    arithmetic = {
-        one.title: rehearse(
-            a, ops, one.scheme_of, one.block, chunk_tokens, on_step, one.cache_dtype(ops.cache_dtype)
-        ).scale(factor)
-        for one in candidates
-    }
+    with ExitStack() as stack:
+        speeds: list[DiskSpeed] = []
+        blocks: Sequence[Block] = ()
+        if not ssd_gb_s:
+            blocks = _blocks_to_read(candidates, where, stack)
+            speeds = measure_disk(blocks, seconds, on_step)
+        disk, settings = stated_disk(ssd_gb_s) if ssd_gb_s else choose_reads(speeds)
+        here_gb_s = measure_memory(ops)
+        on_step(1)
+        factor = here_gb_s / memory_gb_s if memory_gb_s else 1.0
+        arithmetic = {}
+        for one in candidates:
+            stored = (one.scheme_of, one.block)
+            costs, run_token = rehearse(a, ops, *stored, chunk_tokens, on_step, one.cache_dtype(ops.cache_dtype))
+            arithmetic[one.title] = costs.scale(factor)
+        if blocks:
+            disk = replace(disk, busy_bytes_s=measure_while_busy(blocks, settings, seconds, run_token))
+        on_step(1)
     machine = Machine(memory_gb_s or here_gb_s, arithmetic, disk, settings, process_bytes, ops.cache_dtype)
     facts = {
         "disk": f"{ssd_gb_s:g} GB/s, as stated" if ssd_gb_s else _describe_disk(speeds, settings),
@@ -93,15 +101,28 @@ def measure_machine(
     return Measured(machine, speeds, facts)
 
 
-def _measure_disk(
-    candidates: Sequence[Candidate], where: Pack | Path, seconds: float, on_step: Callable[[int], object]
-) -> list[DiskSpeed]:
-    with ExitStack() as stack:
-        if isinstance(where, Pack):
-            blocks = list_blocks(where)
-        else:
-            blocks = stack.enter_context(stand_in_file(where, candidates[0].slot_bytes))
-        return measure_disk(blocks, seconds, on_step)
+def _blocks_to_read(candidates: Sequence[Candidate], where: Pack | Path, stack: ExitStack) -> Sequence[Block]:
+    """Of the pack, or of a file that stands in for one until the stack is closed."""
+    if isinstance(where, Pack):
+        return list_blocks(where)
+    return stack.enter_context(stand_in_file(where, candidates[0].slot_bytes))
+
+
+def measure_while_busy(
+    blocks: Sequence[Block], settings: ReadSettings, seconds: float, work: Callable[[], object]
+) -> dict[int, float]:
+    """Bytes per second at random by reads in flight, one and as many as are used, while something is computed."""
+    method = "direct" if settings.direct else "buffered"
+    found = {}
+    for depth in sorted({1, settings.queue_depth}):
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(measure_reads, blocks, method, depth, False, seconds)
+            while not reading.done():
+                work()
+        speed = reading.result()
+        if speed is not None:
+            found[depth] = speed.gb_s * 1e9
+    return found
 
 
 def _describe_disk(speeds: Sequence[DiskSpeed], settings: ReadSettings) -> str:

@@ -7,7 +7,7 @@ native code finds them by itself; together, as hits are; or one by one, as misse
 
 What it cannot tell: how fast the disk is, and how the model routes. Random routers choose evenly.
 
-    costs = rehearse(architecture, ops, schemes=pack_schemes(pack), block=geometry, chunk_tokens=512)
+    costs, run_token = rehearse(architecture, ops, pack_schemes(pack), block=geometry, chunk_tokens=512)
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def rehearse(
     chunk_tokens: int,
     on_step: Callable[[int], object] = lambda steps: None,
     cache_dtype: torch.dtype = torch.float32,
-) -> Arithmetic:
-    """Time the parts of a token and of a chunk of a prompt, in rounds.
+) -> tuple[Arithmetic, Callable[[], object]]:
+    """Time the parts of a token and of a chunk of a prompt, in rounds; their costs, and what computes such a token.
 
     scheme_of      how each resident matrix is stored
     block          how an expert is stored
@@ -99,7 +99,7 @@ def rehearse(
     # Whatever disturbed the measurements, an expert costs no more than its share, the rest being one more.
     hit_s = min(max(0.0, together_s - typical["few"]) / max(1, more), together_s / (chosen + 1))
     miss_s = hit_s + max(0.0, typical["one by one"] - together_s) / chosen
-    return Arithmetic(
+    costs = Arithmetic(
         resident_s=sum(counts[kind] * typical[f"{kind}, resident"] for kind in kinds),
         mixers_s=sum(counts[kind] * max(0.0, typical[f"{kind}, together"] - chosen * hit_s) for kind in kinds),
         hit_s=hit_s,
@@ -109,6 +109,7 @@ def rehearse(
         chunk_mixers_s=sum(counts[kind] * mixers[kind] for kind in kinds),
         chunk_experts_s=experts,
     )
+    return costs, tokens[f"{kinds[0]}, together"].rerun
 
 
 class _Token:
@@ -118,11 +119,18 @@ class _Token:
         self, a: Architecture, weights: Any, store: Any, ops: Any, cache_dtype: torch.dtype, *, prefetch: bool
     ):
         self.model = Qwen35(a, weights, store, ops, prefetch)
-        self.state = SequenceState(a, 2 * ROUNDS + 1, ops.zeros, cache_dtype)
+        self._how = (a, 2 * ROUNDS + 1, ops.zeros, cache_dtype)
+        self.state = SequenceState(*self._how)
         self.token_ids = torch.tensor([1])
 
     def run(self) -> None:
         self.model(self.token_ids, self.state)
+
+    def rerun(self) -> None:
+        """Run it from an empty state, as often as one likes."""
+        with torch.inference_mode():
+            self.state = SequenceState(*self._how)
+            self.run()
 
 
 NUM_STEPS = 3

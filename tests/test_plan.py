@@ -21,7 +21,7 @@ from moepack.layout.reader import Pack
 from moepack.runtime import Engine
 from moepack.runtime.engine import read_architecture
 from moepack.runtime.forecast import Candidate, Row, recommend
-from moepack.runtime.machine_costs import choose_reads
+from moepack.runtime.machine_costs import choose_reads, measure_while_busy
 from moepack.runtime.rehearsal import pack_schemes, rehearse
 from moepack.runtime.resident import ResidentWeights
 
@@ -46,18 +46,19 @@ def test_everything_in_memory_waits_for_nothing() -> None:
 
 
 def test_without_hits_the_disk_decides() -> None:
-    """Four blocks at 2 GB/s are 2 ms a layer; the last of them is computed when it has come."""
+    """Four blocks at 2 GB/s are 2 ms a layer; they come together, and are computed then."""
     found = predict(MODEL, COSTS, DISK, hit_rate=0.0, **AT)
-    assert 1 / found.decode_tok_s == pytest.approx(0.010 + 0.002 + 10 * (0.002 + 0.0005))
+    assert 1 / found.decode_tok_s == pytest.approx(0.010 + 0.002 + 10 * (0.002 + 4 * 0.0005))
     assert found.bytes_per_token == pytest.approx(40e6)
-    assert found.disk_share == pytest.approx(0.020 / 0.037)
+    assert found.disk_share == pytest.approx(0.020 / 0.052)
 
 
 def test_hits_are_averaged_over_layers_that_miss_little_and_much() -> None:
     """Half of four: the binomial of 0 to 4 misses, not two misses everywhere."""
     found = predict(MODEL, COSTS, DISK, hit_rate=0.5, **AT)
     speeds = (1e9, 4e9 / 3, 5e9 / 3, 2e9)  # by reads in flight
-    layers = [max(0.0015, misses * 1e6 / speeds[misses - 1]) + 0.0005 for misses in range(1, 5)]
+    hits = [(4 - misses) * 0.0005 for misses in range(1, 5)]
+    layers = [max(hits[m - 1], m * 1e6 / speeds[m - 1]) + m * 0.0005 for m in range(1, 5)]
     likely = [math.comb(4, misses) / 16 for misses in range(5)]
     expected = 0.012 + 10 * (likely[0] * 0.002 + sum(p * s for p, s in zip(likely[1:], layers)))
     assert 1 / found.decode_tok_s == pytest.approx(expected)
@@ -71,6 +72,15 @@ def test_more_of_anything_is_never_slower() -> None:
     assert ahead.bytes_per_token > predict(MODEL, COSTS, DISK, hit_rate=0.5, **AT).bytes_per_token
     faster = Disk({1: 2e9, 4: 4e9}, 8e9, 4)
     assert predict(MODEL, COSTS, faster, hit_rate=0.5, **AT).decode_tok_s > rates[2]
+
+
+def test_reads_are_slower_while_something_is_computed() -> None:
+    busy = replace(DISK, busy_bytes_s={1: 0.5e9, 4: 1e9})
+    assert busy.read_s(4, 10**6) == DISK.read_s(4, 10**6) == pytest.approx(0.002)
+    assert busy.read_s(4, 10**6, computing_s=0.001) == pytest.approx(0.001 + 3e6 / 2e9)
+    assert busy.read_s(1, 10**6, computing_s=1.0) == pytest.approx(0.002)
+    rates = [predict(MODEL, COSTS, disk, hit_rate=0.5, **AT).decode_tok_s for disk in (DISK, busy)]
+    assert rates[1] < rates[0]
 
 
 def test_a_prompt_reads_nearly_all_experts_once_a_chunk() -> None:
@@ -128,7 +138,11 @@ def test_a_stand_in_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_rehearsal_times_the_parts_of_a_token(tiny_pack: Path) -> None:
     ops, _ = choose_backend("auto", threads=1)
     with Pack.open(tiny_pack) as pack:
-        costs = rehearse(read_architecture(pack), ops, pack_schemes(pack), pack.geometry(0).block(0), chunk_tokens=16)
+        schemes, block = pack_schemes(pack), pack.geometry(0).block(0)
+        costs, run_token = rehearse(read_architecture(pack), ops, schemes, block, chunk_tokens=16)
+        busy = measure_while_busy(list_blocks(pack), ReadSettings(True, 2, True), 0.05, run_token)
+    assert sorted(busy) == [1, 2]
+    assert min(busy.values()) > 0
     times = {name: value for name, value in vars(costs).items() if name.endswith("_s")}
     assert all(value >= 0 for value in times.values())
     assert min(costs.resident_s, costs.mixers_s, costs.head_s, costs.chunk_mixers_s, costs.chunk_experts_s) > 0

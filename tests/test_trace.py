@@ -196,6 +196,12 @@ def test_prefill_is_counted_apart() -> None:
     assert replay(Trace(1, 6, 2, trace.requests[:1]), LeastRecentlyUsed(), 6).hit_rate is None
 
 
+def test_tokens_that_fill_the_memory_may_be_left_out() -> None:
+    trace = decode_of((0, 1), (0, 1), (0, 2))
+    counted = [replay(trace, LeastRecentlyUsed(), 4, tokens) for tokens in (0, 1, 2)]
+    assert [(one.hits, one.misses) for one in counted] == [(3, 3), (3, 1), (1, 1)]
+
+
 def test_more_slots_hit_more_and_the_optimum_most() -> None:
     trace = skewed_trace()
     before = dict.fromkeys([*POLICIES, OPTIMAL], -1)
