@@ -30,7 +30,7 @@ from moepack.runtime.expert_io import BlockReader, Read, ReadOptions, ReadQueue
 
 JOINED_BYTES = 4 * 2**20  # neighbours read in one call, in order: small blocks come twice as fast
 READ_AHEAD_BYTES = 32 * 2**20  # how far reads run ahead of the consumer, in order
-MAX_HINTS = 4  # reads that nobody has asked for yet
+MAX_HINTS = 8  # reads that nobody has asked for yet
 
 Batch = list[tuple[int, Expert]]
 

@@ -21,8 +21,8 @@ from moepack.layout.errors import DamagedPack
 from moepack.layout.eviction import POLICIES, Key
 from moepack.layout.pages import HUGE_PAGE_BYTES, Pages
 from moepack.layout.reader import Pack
-from moepack.runtime.expert_io import ReadOptions
-from moepack.runtime.expert_store import MAX_HINTS, Batch, ExpertStore, largest_block
+from moepack.runtime.expert_io import HINTS_AT_ONCE, ReadOptions
+from moepack.runtime.expert_store import Batch, ExpertStore, largest_block
 
 EXPERTS = range(6)  # of the tiny model, in each of 4 layers; its blocks all have the same size
 LAYERS = range(4)
@@ -426,30 +426,31 @@ def finish_hints(store: ExpertStore, number: int) -> None:
 
 
 def test_hints_that_have_not_started_give_way_to_a_fetch(make_store: Callable[..., ExpertStore], gate: Gate) -> None:
-    store = make_store(24, io=ReadOptions(queue_depth=2))
+    store = make_store(24, io=ReadOptions(queue_depth=HINTS_AT_ONCE + 1))
     gate.close()
     store.prefetch(1, list(EXPERTS))
-    gate.wait_for_reads(1)  # one at a time, although two could run
+    gate.wait_for_reads(HINTS_AT_ONCE)  # although one more could run
     batches = store.fetch(2, [0])
     gate.wait_for_reads(1)
     gate.open()
     assert ids_of(batches) == [0]
     assert ids_of(store.fetch(1, [0])) == [0]
-    assert len(gate.reads) == 2
-    assert (store.counts.prefetched, store.counts.prefetch_used) == (1, 1)
+    assert len(gate.reads) == HINTS_AT_ONCE + 1
+    assert store.counts.prefetch_used == 1
 
 
 def test_hints_wait_until_no_fetch_reads(make_store: Callable[..., ExpertStore], gate: Gate) -> None:
-    store = make_store(24, io=ReadOptions(queue_depth=2))
+    store = make_store(24, io=ReadOptions(queue_depth=HINTS_AT_ONCE))
     gate.close()
     batches = store.fetch(0, [0, 1, 2])
-    store.prefetch(1, [5, 4, 3, 2, 1])
+    store.prefetch(1, [5, 4, 3])
     gate.open()
     ids_of(batches)
-    finish_hints(store, MAX_HINTS)
+    finish_hints(store, 3)
     experts = [offset // store.slot_bytes for offset, _ in gate.reads]
-    assert sorted(experts[:3]) == [0, 1, 2]
-    assert experts[3:] == [5, 4, 3, 2]
+    assert sorted(experts[:2]) == [0, 1]
+    assert sorted(experts) == [0, 1, 2, 3, 4, 5]
+    assert experts[-1] == 3 or experts[-2] == 3  # begun last, and ended beside at most one other
 
 
 def test_hints_take_no_slot_that_is_in_use(make_store: Callable[..., ExpertStore]) -> None:
