@@ -42,6 +42,7 @@ class CudaDevice(Device):
         self._driver, self._nvrtc = _bindings()
         major, minor = torch.cuda.get_device_capability(self.place)
         self._architecture = f"sm_{major}{minor}"
+        self._overlaps_starts = major >= 9
         self.name = f"{torch.cuda.get_device_name(self.place)}, {self._architecture}"
         self._stream = 0  # torch's default stream
         self._modules: dict[str, Any] = {}
@@ -73,20 +74,44 @@ class CudaDevice(Device):
                 self._stream = 0
         return graph.replay
 
-    def _bind(self, source: msl.Source, launch: Launch, tensors: list[torch.Tensor]) -> Step:
-        kernel = self._kernel(source, launch.kernel)
-        count = len(tensors)
-        values = (ctypes.c_void_p * count)(*[tensor.data_ptr() for tensor in tensors])
-        size = ctypes.sizeof(ctypes.c_void_p)
-        places = (ctypes.c_void_p * count)(*[ctypes.addressof(values) + index * size for index in range(count)])
-        call, shape, address = self._driver.cuLaunchKernel, (*launch.grid, *launch.group, 0), ctypes.addressof(places)
+    def _place_argument(self, argument: torch.Tensor | bytes) -> torch.Tensor | bytes:
+        return argument
 
-        def step(_: Any = (tensors, values, places)) -> None:
-            (error,) = call(kernel, *shape, self._stream, address, 0)
+    def _bind(self, source: msl.Source, launch: Launch, arguments: list[torch.Tensor | bytes]) -> Step:
+        kernel = self._kernel(source, launch.kernel)
+        values: list[Any] = []
+        for parameter, argument in zip(source.kernels[launch.kernel].buffers, arguments):
+            if parameter.is_reference:  # by value
+                raw = argument if isinstance(argument, bytes) else bytes(argument.cpu().numpy())
+                values.append(ctypes.create_string_buffer(raw, len(raw)))
+            else:
+                assert isinstance(argument, torch.Tensor)
+                values.append(ctypes.c_void_p(argument.data_ptr()))
+        places = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        call, config, address = self._driver.cuLaunchKernelEx, self._config(launch), ctypes.addressof(places)
+        stream = 0
+
+        def step(_: Any = (arguments, values, places)) -> None:
+            nonlocal stream
+            if stream != self._stream:
+                config.hStream = stream = self._stream
+            (error,) = call(config, kernel, address, 0)
             if error:
                 raise RuntimeError(f"{launch.kernel}: {error!r}")
 
         return step
+
+    def _config(self, launch: Launch) -> Any:
+        """How a kernel is launched: where the GPU can, ready before the last one has ended (msl_take_turn)."""
+        config = self._driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = launch.group
+        if self._overlaps_starts:
+            attribute = self._driver.CUlaunchAttribute()
+            attribute.id = self._driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        return config
 
     def _kernel(self, source: msl.Source, name: str) -> Any:
         module = self._modules.get(source.text)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -102,7 +103,7 @@ class Device(ABC):
         raise NotImplementedError
 
     @abstractmethod
-    def _bind(self, source: msl.Source, launch: Launch, tensors: list[torch.Tensor]) -> Step: ...
+    def _bind(self, source: msl.Source, launch: Launch, arguments: list[Any]) -> Step: ...
 
     @abstractmethod
     def _wait(self) -> None: ...
@@ -110,7 +111,7 @@ class Device(ABC):
     def _read(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.cpu()  # torch waits by itself
 
-    def _place_argument(self, argument: torch.Tensor | bytes) -> torch.Tensor:
+    def _place_argument(self, argument: torch.Tensor | bytes) -> torch.Tensor | bytes:
         """Structs of sizes are few and never change: each lies on the device once."""
         if isinstance(argument, torch.Tensor):
             return argument

@@ -97,8 +97,8 @@ class EmulatedDevice(Device):
             self, list(map(self.view_pages, banks)), [bank.buffer for bank in banks], per_bank, slot_bytes
         )
 
-    def _bind(self, source: msl.Source, launch: Launch, tensors: list[torch.Tensor]) -> Step:
-        bound = Launch(launch.file, launch.kernel, tuple(tensors), launch.grid, launch.group)
+    def _bind(self, source: msl.Source, launch: Launch, arguments: list[torch.Tensor]) -> Step:
+        bound = Launch(launch.file, launch.kernel, tuple(arguments), launch.grid, launch.group)
         return lambda: EmulatedTensor.queue.add(bound)
 
     def _wait(self) -> None:

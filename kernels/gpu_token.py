@@ -264,7 +264,8 @@ class GpuExpertStep(ExpertStep):
         self._matrices, self._num_chosen = [router, shared_gate], num_chosen
         rows, device = num_chosen + 1, ops.device
         self._place_bytes = struct_bytes("Place")
-        self._normed = ops.scratch("normed", router.in_features)
+        self._normed = ops.scratch("normed", launches.spread_width(router.in_features))
+        width = launches.spread_width(width)
         self._hidden = ops.scratch("hidden", rows * width).view(rows, width)
         # Two lists of places: in the order in which experts arrive, and in that of their ranks.
         self._places = device.new_mailbox(2 * rows * self._place_bytes)

@@ -21,8 +21,10 @@ from moepack.kernels import msl
 from moepack.kernels.matrix import Matrix
 from moepack.layout.geometry import BlockGeometry, MatrixGeometry
 
-UNIT, ROWS, SIMDGROUPS, LANES = 16, 4, 4, 32  # metal/matrix.h
-MAX_PLACES, MAX_ROWS = 32, 16  # metal/experts.metal
+UNIT, SIMDGROUPS, LANES = 32, 4, 32  # metal/matrix.h
+LINEAR_ROWS = 4  # metal/linears.metal
+GATE_UP_ROWS, DOWN_ROWS, MAX_PLACES, MAX_CHUNKS, MAX_ROWS, DOWN_SIMDGROUPS = 2, 4, 32, 4, 64, 12  # metal/experts.metal
+DOWN_GROUPS = 256  # threadgroups of experts_down that fill a large GPU: more rows go to each instead
 MAX_TAPS = 8  # metal/causal_conv.metal
 DELTA_ROWS, MAX_WIDTH = 32, 256  # metal/delta_step.metal, rope_cache.metal, attention_step.metal
 MAX_EXPERTS = 1024  # metal/choose_experts.metal
@@ -56,9 +58,14 @@ def lanes_of_row(columns: int) -> int:
     return lanes
 
 
-def rows_of_group(lanes: int, simdgroups: int = SIMDGROUPS) -> int:
+def rows_of_group(lanes: int, team_rows: int, simdgroups: int) -> int:
     """Rows that a threadgroup multiplies."""
-    return simdgroups * LANES // lanes * ROWS
+    return simdgroups * LANES // lanes * team_rows
+
+
+def spread_width(columns: int) -> int:
+    """Floats of a vector that lies spread over whole units, as metal/matrix.h has it."""
+    return -(-columns // UNIT) * UNIT
 
 
 def shape_of(file: str, struct: str, **values: Any) -> bytes:
@@ -105,7 +112,7 @@ def _pack_matrix(
 
 def matrix_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
     """The MatrixForms of matrices that share an input, for linears: results and threadgroups follow each other."""
-    return _side_by_side(matrices, base, rows_of_group(lanes_of_row(matrices[0].in_features)))
+    return _side_by_side(matrices, base, rows_of_group(lanes_of_row(matrices[0].in_features), LINEAR_ROWS, SIMDGROUPS))
 
 
 def tile_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
@@ -168,7 +175,7 @@ def linears(
     weights   the memory of the matrices, from its base
     forms     matrix_forms(matrices, weights) in a tensor
     x         [T, at least K]; its rows may be longer than K
-    normed    [T, K], gets rms_norm(x, norm) if given
+    normed    [T, spread_width(K)], gets rms_norm(x, norm), spread, if given
     """
     columns = matrices[0].in_features
     if any(matrix.in_features != columns for matrix in matrices):
@@ -176,13 +183,13 @@ def linears(
     if normed is not None and norm is None:
         raise ValueError("without a norm there is nothing to keep")
     lanes = lanes_of_row(columns)
-    rows_each = rows_of_group(lanes)
+    rows_each = rows_of_group(lanes, LINEAR_ROWS, SIMDGROUPS)
     shape = shape_of(
         "linears",
         "LinearsShape",
         count=len(matrices),
         columns=columns,
-        lanes=lanes,
+        shift=lanes.bit_length() - 1,
         x_stride=x.shape[-1],
         out_stride=out.shape[-1],
         is_normed=norm is not None,
@@ -198,10 +205,11 @@ def linears(
 def experts_gate_up(
     banks: Sequence[torch.Tensor], forms: torch.Tensor, places: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor
 ) -> Launch:
-    """hidden [ranks, widest expert] of the experts in places, from x [1, D]."""
+    """hidden [ranks, spread_width(widest expert)] of the experts in places, from x [1, spread_width(D)]; both spread."""
+    _check_spread(x, hidden)
     lanes = lanes_of_row(x.shape[-1])
-    shape = shape_of("experts", "GateUpShape", lanes=lanes, hidden_stride=hidden.shape[-1])
-    grid = (-(-hidden.shape[-1] // rows_of_group(lanes)), count_places(places), 1)
+    shape = shape_of("experts", "GateUpShape", shift=lanes.bit_length() - 1, hidden_stride=hidden.shape[-1])
+    grid = (-(-hidden.shape[-1] // rows_of_group(lanes, GATE_UP_ROWS, SIMDGROUPS)), count_places(places), 1)
     arguments: tuple[torch.Tensor | bytes, ...] = (*banks, forms, places, x, hidden, shape)
     return Launch("experts", "experts_gate_up", arguments, grid, (SIMDGROUPS * LANES, 1, 1))
 
@@ -218,11 +226,28 @@ def experts_down(
     count, rows = count_places(places), x.shape[-1]
     if count > MAX_PLACES:
         raise ValueError(f"at most {MAX_PLACES} experts of a token in one dispatch, got {count}")
-    lanes = max(lanes_of_row(hidden.shape[-1]), LANES * ROWS // MAX_ROWS)
-    shape = shape_of("experts", "DownShape", places=count, lanes=lanes, hidden_stride=hidden.shape[-1], rows=rows)
-    grid = (-(-rows // rows_of_group(lanes, simdgroups=1)), 1, 1)
+    _check_spread(hidden)
+    lanes = max(lanes_of_row(hidden.shape[-1]), LANES * MAX_CHUNKS * DOWN_ROWS // MAX_ROWS)
+    in_chunk = rows_of_group(lanes, DOWN_ROWS, 1)
+    chunks = max(1, min(MAX_CHUNKS, rows // (in_chunk * DOWN_GROUPS)))
+    shape = shape_of(
+        "experts",
+        "DownShape",
+        places=count,
+        chunks=chunks,
+        shift=lanes.bit_length() - 1,
+        hidden_stride=hidden.shape[-1],
+        rows=rows,
+    )
+    grid = (-(-rows // (chunks * in_chunk)), 1, 1)
     arguments: tuple[torch.Tensor | bytes, ...] = (*banks, forms, places, hidden, weights, x, shape)
-    return Launch("experts", "experts_down", arguments, grid, (count * LANES, 1, 1))
+    return Launch("experts", "experts_down", arguments, grid, (min(count, DOWN_SIMDGROUPS) * LANES, 1, 1))
+
+
+def _check_spread(*vectors: torch.Tensor) -> None:
+    for vector in vectors:
+        if vector.shape[-1] % UNIT:
+            raise ValueError(f"a spread vector has whole units of {UNIT}, got {vector.shape[-1]} numbers")
 
 
 def count_places(places: torch.Tensor) -> int:

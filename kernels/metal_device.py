@@ -89,14 +89,14 @@ class MetalDevice(Device):
     def submit(self) -> None:
         self._begun.record()  # commits the command buffer
 
-    def _bind(self, source: msl.Source, launch: Launch, tensors: list[torch.Tensor]) -> Step:
+    def _bind(self, source: msl.Source, launch: Launch, arguments: list[torch.Tensor]) -> Step:
         kernel: Any = getattr(self._compile(source.text), launch.kernel)
         if kernel.max_threads_per_threadgroup < prod(launch.group):
             most = kernel.max_threads_per_threadgroup
             text = f"{launch.kernel} needs {prod(launch.group)} threads in a group, this GPU runs {most}"
             raise UsageError(f"--device metal: {text}: use --device cpu, and report it")
         threads = [groups * size for groups, size in zip(launch.grid, launch.group)]
-        return functools.partial(kernel, *tensors, threads=threads, group_size=list(launch.group))
+        return functools.partial(kernel, *arguments, threads=threads, group_size=list(launch.group))
 
     def _wait(self) -> None:
         torch.mps.synchronize()

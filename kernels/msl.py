@@ -334,7 +334,7 @@ def _pointer(parameter: Parameter) -> str:
 def _value(parameter: Parameter, buffer: str, builtins: Mapping[str, str]) -> str:
     """What an entry point passes to a kernel for one parameter."""
     if parameter.attribute == "buffer":
-        return f"*{buffer}" if parameter.is_reference else buffer
+        return f"*{buffer}" if parameter.is_reference and builtins is _CPU_BUILTINS else buffer
     value = builtins[parameter.attribute]
     return value if parameter.type.endswith("3") or "uint3" not in value else f"{value}.x"
 
@@ -349,10 +349,16 @@ def _cpu_entry(kernel: Signature) -> str:
 
 
 def _cuda_entry(kernel: Signature) -> str:
+    """References are structs that are passed by value: they are there when the kernel begins."""
     values = [_value(parameter, f"buffer{parameter.index}", _CUDA_BUILTINS) for parameter in kernel.parameters]
-    pointers = [f"{_pointer(parameter)} buffer{parameter.index}" for parameter in kernel.buffers]
+    pointers = [
+        f"const metal_text::{parameter.type} buffer{parameter.index}"
+        if parameter.is_reference
+        else f"{_pointer(parameter)} buffer{parameter.index}"
+        for parameter in kernel.buffers
+    ]
     head = f'extern "C" __global__ void __launch_bounds__({kernel.max_threads}) {kernel.name}({", ".join(pointers)})'
-    return f"{head} {{ metal_text::{kernel.name}({', '.join(values)}); }}"
+    return f"{head} {{ metal::msl_take_turn(); metal_text::{kernel.name}({', '.join(values)}); }}"
 
 
 def cuda_headers() -> dict[str, str]:

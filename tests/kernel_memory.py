@@ -16,6 +16,17 @@ def bytes_tensor(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
+def spread(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [R, K] as kernels read inputs: the first four columns of every unit of 32, then the next four."""
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 32), value=torch.nan)
+    return padded.view(len(rows), -1, 8, 4).transpose(1, 2).reshape(padded.shape).contiguous()
+
+
+def gather(rows: torch.Tensor, columns: int) -> torch.Tensor:
+    """The columns of spread rows in their order: [R, columns]."""
+    return rows.view(len(rows), 8, -1, 4).transpose(1, 2).reshape(rows.shape)[:, :columns]
+
+
 def lay_out(matrices: Sequence[Matrix], spare_bytes: int = 0) -> tuple[torch.Tensor, list[Matrix]]:
     """Copies of matrices in one tensor of bytes, which ends where the last array does (plus spare_bytes)."""
     parts = [part for matrix in matrices for part in (matrix.data, matrix.scales, matrix.biases) if part is not None]

@@ -1,6 +1,6 @@
 """Metal kernels that read weights, run on the CPU executor, against reference.py: storages, odd sizes, lane orders.
 
-Tolerances, as shares of what a result of random signs would be, |x| |w| / sqrt(K): 1e-5. A product is float32
+Tolerances, as shares of what a result of random signs would be, |x| |w| / sqrt(K): 1.5e-5. A product is float32
 throughout; the integer in the mantissa costs five roundings of a term instead of one, sixteen at 2 bits, thirty at 4
 (metal/matrix.h). Experts are compared by the norm of their results: 3e-6, two products after each other.
 """
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kernel_devices import Runner, default_runner
-from kernel_memory import bytes_tensor, lay_out
+from kernel_memory import bytes_tensor, gather, lay_out, spread
 from moepack.kernels import launches, reference
 from moepack.kernels.matrix import Expert, Matrix
 from moepack.kernels.simt import WatchedExecutor
@@ -21,7 +21,7 @@ from moepack.layout.geometry import BlockGeometry, Scheme
 from moepack.layout.spec import PROJECTIONS
 from test_native_matrices import check_experts, check_linear, quantized, random_input
 
-PRODUCT, EXPERT = 1e-5, 3e-6
+PRODUCT, EXPERT = 1.5e-5, 3e-6
 SCHEMES = [*itertools.product((2, 3, 4, 8), (32, 64, 128))]
 PLAIN = [torch.bfloat16, torch.float16, torch.float32]
 RUNNER = default_runner()
@@ -41,8 +41,8 @@ def plain(rows: int, columns: int, dtype: torch.dtype) -> Matrix:
 
 @pytest.mark.parametrize(("bits", "group_size"), SCHEMES)
 def test_linears_on_quantized_weights(bits: int, group_size: int) -> None:
-    """Row lengths that take 8, 16 and 32 lanes, and no whole number of steps of them; memory ends with the last row."""
-    for rows, columns in ((75, 128), (1, 384), (33, 640), (70, 1024 + 128)):
+    """Row lengths that take 4 to 32 lanes, no whole number of steps, two parts of inputs; memory ends with a row."""
+    for rows, columns in ((75, 128), (1, 384), (33, 640), (70, 1024 + 128), (3, 4096 + 128)):
         matrix = quantized(rows, columns, bits, group_size)
         for tokens in (1, 3):
             x = random_input(tokens, columns)
@@ -74,7 +74,7 @@ def test_linears_of_a_norm(executor: Runner) -> None:
     norm, normed = random_input(1, 320)[0], torch.zeros(2, 320)
     expected = reference.rms_norm(x, norm, 1e-6)
     out = run_linears(executor, x, matrices, norm=norm, normed=normed)
-    torch.testing.assert_close(normed, expected, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(gather(normed, 320), expected, rtol=2e-6, atol=2e-6)
     for part, matrix in zip(out.split([40, 5], dim=1), matrices):
         check_linear(part, expected, matrix, PRODUCT)
 
@@ -131,8 +131,11 @@ def random_blocks(geometries: list[BlockGeometry], slot_bytes: int) -> torch.Ten
 
 
 @pytest.mark.parametrize(("hidden", "width", "shared_width"), [(64, 32, 32), (256, 160, 96), (544, 64, 512)])
-def test_experts_of_a_token(executor: Runner, hidden: int, width: int, shared_width: int) -> None:
+def test_experts_of_a_token(
+    executor: Runner, hidden: int, width: int, shared_width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Blocks of all bits in two banks of slots and a shared expert among the resident weights; run in two parts."""
+    monkeypatch.setattr(launches, "DOWN_GROUPS", 2)  # several chunks of rows to a threadgroup
     if isinstance(executor, WatchedExecutor) and executor.sanitizer == "thread" and hidden > 512:
         pytest.skip("136 threadgroups of 224 lanes take ThreadSanitizer a minute; smaller ones show the same")
     schemes = [(4, 2, 8), (2, 3, 16), (8, 16, 4), (3, 4, 2), (16, 16, 16)]
@@ -163,7 +166,7 @@ def test_experts_of_a_token(executor: Runner, hidden: int, width: int, shared_wi
     products, out = torch.zeros(len(places), max(width, shared_width)), torch.zeros(1, hidden)
     for part in (places[2:], places[:2]):  # those in memory, then those that arrive
         some = bytes_tensor(launches.pack_places(part))
-        executor.run(launches.experts_gate_up(memories, forms_buffer, some, x, products))
+        executor.run(launches.experts_gate_up(memories, forms_buffer, some, spread(x), products))
     everything = bytes_tensor(launches.pack_places(places))
     executor.run(launches.experts_down(memories, forms_buffer, everything, products, weights, out))
     check_experts(out[0], expected, EXPERT)

@@ -95,9 +95,14 @@ def test_geometry_is_that_of_the_text() -> None:
     for name in FILES:
         values |= {(name, constant): int(value) for constant, value in constants_of(name).items()}
     assert values["linears", "UNIT"] == launches.UNIT
-    assert values["linears", "ROWS"] == launches.ROWS
+    assert values["linears", "LINEAR_ROWS"] == launches.LINEAR_ROWS
+    assert values["linears", "STAGED"] * 4 == 16 * (values["linears", "STAGED_QUADS"] - 8)
+    assert values["linears", "STAGED_UNITS"] * 8 == values["linears", "STAGED_QUADS"]
+    assert values["experts", "GATE_UP_ROWS"] == launches.GATE_UP_ROWS
+    assert values["experts", "DOWN_ROWS"] == launches.DOWN_ROWS
     assert values["linears", "SIMDGROUPS"] == launches.SIMDGROUPS
     assert values["experts", "MAX_PLACES"] == launches.MAX_PLACES
+    assert values["experts", "MAX_CHUNKS"] == launches.MAX_CHUNKS
     assert values["experts", "MAX_ROWS"] == launches.MAX_ROWS
     assert values["causal_conv", "MAX_TAPS"] == launches.MAX_TAPS
     assert values["delta_step", "ROWS_EACH"] == launches.DELTA_ROWS

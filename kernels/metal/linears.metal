@@ -1,6 +1,7 @@
 #include <metal_stdlib>
 using namespace metal;
 #include "matrix.h"
+#include "sums.h"
 
 // Several matrices times one vector, the vector normed first if asked: what shares an input is one dispatch.
 //
@@ -10,17 +11,23 @@ using namespace metal;
 // matrices  MatrixForm [count], of one number of columns K; their threadgroups follow each other
 // x         float [T, x_stride], of which the first K columns are read
 // norm      float [K], centred on zero; any buffer if not normed
-// normed    float [T, K], rms_norm(x): written if keeps_normed, else any buffer
+// normed    float [T, whole units], rms_norm(x) spread (matrix.h): written if keeps_normed, else any buffer
 // out       float [T, out_stride]
 //
-// Threads: grid (threadgroups of all matrices, T), SIMDGROUPS simdgroups; a team of lanes computes ROWS rows
-// (matrix.h). The norm needs no pass of its own: the factor 1 / rms comes out of the product, and each team sees all of
-// x anyway. Bound by the bytes of the weights. Reference: rms_norm, linears. Test: test_metal_matrices.py.
+// Threads: grid (threadgroups of all matrices, T), SIMDGROUPS simdgroups; a team of lanes computes LINEAR_ROWS rows
+// (matrix.h). The threadgroup first spreads the inputs in its own memory, STAGED columns at a time, multiplied by
+// 1 + norm; the factor 1 / rms comes out of the product. Bound by the bytes of the weights. Reference: rms_norm,
+// linears. Test: test_metal_matrices.py.
+
+constant constexpr uint LINEAR_ROWS = 4;
+constant constexpr uint STAGED = 4096;
+constant constexpr uint STAGED_UNITS = 129;  // of STAGED columns, and one so that neighbours lie in other memory banks
+constant constexpr uint STAGED_QUADS = 1032;
 
 struct LinearsShape {
   uint count;
   uint columns;
-  uint lanes;
+  uint shift;  // a team has two to the power of it lanes
   uint x_stride;
   uint out_stride;
   uint is_normed;
@@ -29,32 +36,77 @@ struct LinearsShape {
   float eps;
 };
 
+// Four columns of a row that need not start on 16 bytes; zero beyond the last one.
+inline float4 load_four(device const float* x, uint column, uint columns, bool is_aligned) {
+  if (is_aligned) return *(device const float4*)(x + column);
+  float4 four = 0.0f;
+  four.x = x[column];
+  if (column + 1 < columns) four.y = x[column + 1];
+  if (column + 2 < columns) four.z = x[column + 2];
+  if (column + 3 < columns) four.w = x[column + 3];
+  return four;
+}
+
+inline float4 apply_norm(float4 x, float4 norm, float factor) {
+  x.x *= factor * (1.0f + norm.x);
+  x.y *= factor * (1.0f + norm.y);
+  x.z *= factor * (1.0f + norm.z);
+  x.w *= factor * (1.0f + norm.w);
+  return x;
+}
+
 [[kernel, max_total_threads_per_threadgroup(128)]] void linears(device const uchar* weights [[buffer(0)]],
     constant MatrixForm* matrices [[buffer(1)]], device const float* x [[buffer(2)]],
     device const float* norm [[buffer(3)]], device float* normed [[buffer(4)]], device float* out [[buffer(5)]],
     constant LinearsShape& shape [[buffer(6)]], uint3 group [[threadgroup_position_in_grid]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+    uint index [[thread_index_in_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float4 staged[STAGED_QUADS];
+  threadgroup float partial[32];
   uint which = 0;
   while (which + 1 < shape.count && matrices[which + 1].first_group <= group.x) which++;
   const Weights w = weights_at(weights, matrices[which]);
-  const uint lanes = shape.lanes, columns = shape.columns;
-  const uint in_group = SIMDGROUPS * 32 / lanes * ROWS;
-  const uint row = (group.x - matrices[which].first_group) * in_group + team_row(simdgroup, lane, lanes);
+  const uint lanes = 1u << shape.shift, columns = shape.columns, units = count_units(columns), threads = SIMDGROUPS * 32;
+  const uint row = (((group.x - matrices[which].first_group) * threads + index) >> shape.shift) * LINEAR_ROWS;
   device const float* input = x + ulong(group.y) * shape.x_stride;
-  float sums[ROWS];
-  Norm normer = {norm, shape.is_normed != 0, 0.0f};
-  row_products<1>(&w, row, lane, lanes, input, normer, sums);
-  const float factor = shape.is_normed ? rsqrt(team_sum(normer.squares, lanes) / float(columns) + shape.eps) : 1.0f;
-  for (uint r = 0; r < ROWS; r++) {
-    const float sum = team_sum(sums[r], lanes) * factor;
-    if (lane % lanes == 0 && row + r < w.rows) {
+  const bool is_aligned = (columns | shape.x_stride) % 4 == 0;
+  float sums[LINEAR_ROWS];
+  for (uint r = 0; r < LINEAR_ROWS; r++) sums[r] = 0.0f;
+  float squares = 0.0f;
+  for (uint start = 0; start < units; start += STAGED / UNIT) {
+    const uint end = min(start + STAGED / UNIT, units);
+    for (uint i = start * QUADS + index; i < end * QUADS; i += threads) {
+      const bool is_inside = i * 4 < columns;
+      float4 four = 0.0f;
+      if (is_inside) four = load_four(input, i * 4, columns, is_aligned);
+      if (shape.is_normed && is_inside) {
+        squares = fma(four.x, four.x, fma(four.y, four.y, fma(four.z, four.z, fma(four.w, four.w, squares))));
+        four = apply_norm(four, load_four(norm, i * 4, columns, is_aligned), 1.0f);
+      }
+      staged[i % QUADS * STAGED_UNITS + i / QUADS - start] = four;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    const Walk walk = {start + (lane & (lanes - 1)), end, lanes, start, STAGED_UNITS};
+    add_products<1, LINEAR_ROWS>(&w, row, walk, (threadgroup const float4*)staged, sums);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  float factor = 1.0f;
+  if (shape.is_normed) {
+    factor = rsqrt(threadgroup_sum(squares, partial, simdgroup, SIMDGROUPS, lane) / float(columns) + shape.eps);
+  }
+  team_sums<LINEAR_ROWS>(sums, shape.shift);
+#pragma unroll
+  for (uint r = 0; r < LINEAR_ROWS; r++) {
+    if ((lane & (lanes - 1)) == 0 && row + r < w.rows) {
       const ulong at = ulong(group.y) * shape.out_stride + matrices[which].first_out + row + r;
-      out[at] = shape.accumulates ? out[at] + sum : sum;
+      out[at] = shape.accumulates ? fma(sums[r], factor, out[at]) : sums[r] * factor;
     }
   }
-  if (shape.keeps_normed && group.x == 0 && simdgroup == 0) {
-    for (uint i = lane; i < columns; i += 32) {
-      normed[ulong(group.y) * columns + i] = input[i] * factor * (1.0f + norm[i]);
+  if (shape.keeps_normed && group.x == 0) {
+    device float4* kept = (device float4*)(normed + ulong(group.y) * units * UNIT);
+    for (uint i = index; i * 4 < columns; i += threads) {
+      const float4 four = load_four(input, i * 4, columns, is_aligned);
+      kept[i % QUADS * units + i / QUADS] = apply_norm(four, load_four(norm, i * 4, columns, is_aligned), factor);
     }
   }
 }

@@ -1,16 +1,21 @@
 // Weights as they lie in a pack, and products of their rows with a vector. Put into kernel files by text, by msl.py.
 //
-// A lane takes UNIT consecutive columns of a row at a time. `lanes` neighbouring lanes share a row and go along it
-// together: 32 for rows of 512 columns and more, fewer for shorter ones, so that none is idle. A simdgroup thus holds
-// 32 / lanes teams, each of which works on ROWS rows at once: their weights are all requested before any is used.
+// A lane takes a UNIT of consecutive columns of a row at a time, which is as many 32-bit words as the weights have bits.
+// `lanes` neighbouring lanes share a row and go along it together: 32 for rows of 1024 columns and more, fewer for
+// shorter ones, so that none is idle. A simdgroup thus holds 32 / lanes teams, each of which works on several rows at
+// once: their weights are all requested before any is used, and the inputs are read once for all of them.
+//
+// Inputs lie spread: the first four columns of every unit, then the next four of every unit, and so on. Neighbouring
+// lanes then read neighbouring memory; with the columns in their order, each would read from a cache line of its own.
 //
 // A weight is q * scale + bias. The integer goes straight into the mantissa of a float between 1 and 2, which saves its
 // conversion: sum (q * scale + bias) x = scale * 2^bits * (sum (1 + q / 2^bits) x - sum x) + bias * sum x. The first
-// sum is some five times the result, so float32 keeps five times its rounding: 3e-7 of a term. At 2 and 4 bits one shift
-// serves two integers, one of which is then smaller beside the 1: sixteen and thirty times.
+// sum is some five times the result, so float32 keeps five times its rounding: 3e-7 of a term. Below 8 bits one shift
+// serves two integers, one of which is then smaller beside the 1: sixteen times at 2 bits, thirty at 4.
 
-constant constexpr uint UNIT = 16;
-constant constexpr uint ROWS = 4;
+constant constexpr uint UNIT = 32;
+constant constexpr uint HALF_UNIT = 16;
+constant constexpr uint QUADS = 8;       // of four columns in a unit
 constant constexpr uint SIMDGROUPS = 4;  // of a threadgroup, where a kernel leaves it open
 
 constant constexpr uint BF16 = 16;  // storages beside the bits of packed integers, which are 2, 3, 4 and 8
@@ -52,10 +57,10 @@ struct Weights {  // a MatrixForm at a base
   uint columns;
 };
 
-struct Inputs {  // of one unit
-  float x[UNIT];
-  float even;  // sum of x[0], x[2], ...
-  float odd;
+struct Inputs {  // of half a unit
+  float x[HALF_UNIT];
+  float ones[2];  // their sums by the place in a pair
+  float total;
 };
 
 inline Weights weights_at(device const uchar* base, constant MatrixForm& form) {
@@ -78,70 +83,83 @@ inline device const uchar* expert_at(
 
 inline float widen_bf16(uint bits) { return as_type<float>(bits << 16); }
 
-// A word's bits from `low` on, as a float from 1 to below 2: the bits of `mask`, below 2^23, are its mantissa.
-inline float mantissa(uint word, int left, uint mask) {
-  const uint moved = left >= 0 ? word << (left & 31) : word >> (-left & 31);
-  return as_type<float>((moved & mask) | 0x3f800000u);
+// Where the spread inputs of `units` units hold a column.
+inline uint spread_place(uint column, uint units) {
+  return (column % UNIT / 4 * units + column / UNIT) * 4 + column % 4;
 }
 
-// The sum of (1 + q / 2^BITS) x over the first COUNT integers of a word.
-template <int BITS, int COUNT>
-inline float mantissa_dot(uint word, thread const float* x) {
-  float sum = 0.0f;
-  for (int j = 0; j < COUNT; j++) {
-    sum = fma(mantissa(word, 23 - BITS - BITS * j, ((1u << BITS) - 1u) << (23 - BITS)), x[j], sum);
-  }
-  return sum;
-}
+// Columns of whole units that hold so many.
+inline uint count_units(uint columns) { return (columns + UNIT - 1) / UNIT; }
 
-// The same for all integers of a word of 2 or 4 bits, two of which come with one shift: the sums of (1 + q / 4^BITS) x over
-// the even places, and of (1 + q / 2^BITS) x over the odd ones.
+// How many neighbouring integers of a word come with one shift.
 template <int BITS>
-inline void add_pairs(uint word, thread const float* x, thread float& low, thread float& high) {
-  for (int j = 0; j < 16 / BITS; j++) {
-    const int left = 23 - 2 * BITS - 2 * BITS * j;
-    low = fma(mantissa(word, left, ((1u << BITS) - 1u) << (23 - 2 * BITS)), x[2 * j], low);
-    high = fma(mantissa(word, left, ((1u << BITS) - 1u) << (23 - BITS)), x[2 * j + 1], high);
-  }
+inline constexpr int pair_size() {
+  return BITS == 8 ? 1 : 2;
 }
 
-// UNIT packed integers: as many words as they fill, for 3 bits two words of eight integers.
+// Integers pair_size() * i and on of a unit, moved to the top of a float's mantissa; the bits around them are anything.
 template <int BITS>
-inline uint4 load_packed(device const uchar* unit) {
-  if (BITS == 8) return *(device const uint4*)unit;
-  uint4 words = 0u;
-  if (BITS == 2) words.x = *(device const uint*)unit;
-  if (BITS == 3) {  // they start on any multiple of two bytes
-    device const ushort* halves = (device const ushort*)unit;
-    const uint first = halves[0], second = halves[1], third = halves[2];
-    words.x = first | (second & 0xffu) << 16;
-    words.y = second >> 8 | third << 8;
+inline uint move_pair(thread const uint* words, int i) {
+  const int width = BITS * pair_size<BITS>(), each = (BITS == 3 ? 24 : 32) / width;
+  const int part = i / each;  // a word, or of 3 bits the eight integers of three bytes
+  uint word = words[BITS == 3 ? 0 : part];
+  if (BITS == 3 && part == 1) word = words[0] >> 24 | words[1] << 8;
+  if (BITS == 3 && part == 2) word = words[1] >> 16 | words[2] << 16;
+  if (BITS == 3 && part == 3) word = words[2] >> 8;
+  const int left = 23 - width - width * (i % each);
+  return left >= 0 ? word << (left & 31) : word >> (-left & 31);
+}
+
+// The inputs of half a unit, from the device's memory or the threadgroup's. Their sums are what the ones in the mantissas
+// add to a product: alike for all rows.
+template <int BITS, typename Spread>
+inline void load_inputs(Spread x, uint half_unit, uint unit, uint units, thread Inputs& in) {
+  for (uint i = 0; i < QUADS / 2; i++) {
+    const float4 four = x[(half_unit * QUADS / 2 + i) * units + unit];
+    in.x[4 * i] = four.x;
+    in.x[4 * i + 1] = four.y;
+    in.x[4 * i + 2] = four.z;
+    in.x[4 * i + 3] = four.w;
   }
-  if (BITS == 4) {
+  in.ones[0] = in.ones[1] = 0.0f;
+  for (uint j = 0; j < HALF_UNIT; j++) in.ones[j % pair_size<BITS>()] += in.x[j];
+  in.total = in.ones[0] + in.ones[1];
+}
+
+// The sum of q x over half a unit. `one` is the bits of 1.0f.
+template <int BITS>
+inline float packed_dot(thread const uint* words, uint half_unit, thread const Inputs& in, uint one) {
+  const int size = pair_size<BITS>(), pairs = int(HALF_UNIT) / size;
+  float sums[2] = {-in.ones[0], -in.ones[1]};  // what is to be taken off comes first: what is left keeps its bits
+  for (int i = 0; i < pairs; i++) {
+    const uint moved = move_pair<BITS>(words, int(half_unit) * pairs + i);
+    for (int j = 0; j < size; j++) {
+      const uint mask = ((1u << BITS) - 1u) << (23 - BITS * (size - j));
+      sums[j] = fma(as_type<float>((moved & mask) | one), in.x[i * size + j], sums[j]);
+    }
+  }
+  if (size == 1) return sums[0] * float(1 << BITS);
+  return fma(sums[0], float(1 << 2 * BITS), sums[1] * float(1 << BITS));
+}
+
+// A unit of packed integers.
+template <int BITS>
+inline void load_packed(device const uchar* unit, thread uint* words) {
+  if (BITS == 2) {
     const uint2 two = *(device const uint2*)unit;
-    words.x = two.x;
-    words.y = two.y;
-  }
-  return words;
-}
-
-// The sum of q x over a unit.
-template <int BITS>
-inline float packed_dot(uint4 words, thread const Inputs& in) {
-  if (BITS == 2 || BITS == 4) {
-    float low = 0.0f, high = 0.0f;
-    add_pairs<BITS>(words.x, in.x, low, high);
-    if (BITS == 4) add_pairs<BITS>(words.y, in.x + 8, low, high);
-    return fma(float(1 << 2 * BITS), low - in.even, float(1 << BITS) * (high - in.odd));
-  }
-  float sum;
-  if (BITS == 8) {
-    sum = mantissa_dot<BITS, 4>(words.x, in.x) + mantissa_dot<BITS, 4>(words.y, in.x + 4);
-    sum += mantissa_dot<BITS, 4>(words.z, in.x + 8) + mantissa_dot<BITS, 4>(words.w, in.x + 12);
+    words[0] = two.x;
+    words[1] = two.y;
+  } else if (BITS == 3) {
+    for (int i = 0; i < 3; i++) words[i] = ((device const uint*)unit)[i];
   } else {
-    sum = mantissa_dot<BITS, 8>(words.x, in.x) + mantissa_dot<BITS, 8>(words.y, in.x + 8);
+    for (int i = 0; i < BITS / 4; i++) {
+      const uint4 four = ((device const uint4*)unit)[i];
+      words[4 * i] = four.x;
+      words[4 * i + 1] = four.y;
+      words[4 * i + 2] = four.z;
+      words[4 * i + 3] = four.w;
+    }
   }
-  return float(1 << BITS) * (sum - (in.even + in.odd));
 }
 
 inline float load_plain(thread const Weights& w, ulong index) {
@@ -150,148 +168,135 @@ inline float load_plain(thread const Weights& w, ulong index) {
   return widen_bf16(((device const ushort*)w.data)[index]);
 }
 
-// sums[r] += row + r times the inputs at `column`, for plain rows; beyond the last column nothing is read.
-inline void add_plain(thread const Weights& w, uint row, uint column, thread const Inputs& in, thread float* sums) {
-  const uint count = min(UNIT, w.columns - column);
-  for (uint r = 0; r < ROWS; r++) {
-    const ulong start = ulong(min(row + r, w.rows - 1)) * w.columns + column;
-    for (uint j = 0; j < count; j++) sums[r] = fma(load_plain(w, start + j), in.x[j], sums[r]);
+// The sums over a team of two to the power of `shift` lanes, in each of them: all values a step at a time, for a shuffle
+// takes long.
+template <int COUNT>
+inline void team_sums(thread float* values, uint shift) {
+  for (uint i = 0; i < shift; i++) {
+#pragma unroll
+    for (uint r = 0; r < COUNT; r++) values[r] += simd_shuffle_xor(values[r], ushort(1u << i));
   }
 }
 
-// And for bfloat16 rows of whole units, two weights to a word.
-inline void add_bf16(thread const Weights& w, uint row, uint column, thread const Inputs& in, thread float* sums) {
-  for (uint r = 0; r < ROWS; r++) {
-    device const uchar* unit = w.data + (ulong(min(row + r, w.rows - 1)) * w.columns + column) * 2;
-    for (uint half_unit = 0; half_unit < 2; half_unit++) {
-      const uint4 words = ((device const uint4*)unit)[half_unit];
-      const uint pairs[4] = {words.x, words.y, words.z, words.w};
-      for (uint j = 0; j < 4; j++) {
-        sums[r] = fma(widen_bf16(pairs[j]), in.x[half_unit * 8 + 2 * j], sums[r]);
-        sums[r] = fma(as_type<float>(pairs[j] & 0xffff0000u), in.x[half_unit * 8 + 2 * j + 1], sums[r]);
-      }
-    }
-  }
-}
-
-// Inputs from x at `column`: zero beyond `columns`. x is read four at a time where a row is whole units.
-template <bool WHOLE>
-inline void load_inputs(device const float* x, uint column, uint columns, thread Inputs& in) {
-  if (WHOLE || columns % UNIT == 0) {
-    for (uint j = 0; j < UNIT / 4; j++) {
-      const float4 four = *(device const float4*)(x + column + 4 * j);
-      in.x[4 * j] = four.x;
-      in.x[4 * j + 1] = four.y;
-      in.x[4 * j + 2] = four.z;
-      in.x[4 * j + 3] = four.w;
-    }
-  } else {
-    for (uint j = 0; j < UNIT; j++) in.x[j] = column + j < columns ? x[column + j] : 0.0f;
-  }
-}
-
-inline void sum_inputs(thread Inputs& in) {
-  in.even = in.odd = 0.0f;
-  for (uint j = 0; j < UNIT; j += 2) {
-    in.even += in.x[j];
-    in.odd += in.x[j + 1];
-  }
-}
-
-// The first row of a lane's team, counted from the threadgroup's first.
-inline uint team_row(uint simdgroup, uint lane, uint lanes) { return (simdgroup * 32 + lane) / lanes * ROWS; }
-
-// The sum over a team, in each of its lanes.
-inline float team_sum(float value, uint lanes) {
-  for (uint mask = lanes / 2; mask > 0; mask /= 2) value += simd_shuffle_xor(value, mask);
-  return value;
-}
-
-// What the inputs are multiplied by before anything else, 1 + norm, and their sum of squares so far: of linears.
-struct Norm {
-  device const float* weight;
-  bool is_wanted;
-  float squares;
+// Which of a row's units a lane takes, and where the inputs are.
+struct Walk {
+  uint first;  // unit, then every step-th before `end`
+  uint end;
+  uint step;
+  uint skipped;  // the unit at which the inputs begin
+  uint units;    // over which they are spread
 };
 
-template <bool WHOLE>
-inline void take_inputs(device const float* x, uint column, uint columns, thread Norm& norm, thread Inputs& in) {
-  load_inputs<WHOLE>(x, column, columns, in);
-  if (norm.is_wanted) {
-    Inputs weight;
-    load_inputs<WHOLE>(norm.weight, column, columns, weight);
-    for (uint j = 0; j < UNIT; j++) {
-      norm.squares = fma(in.x[j], in.x[j], norm.squares);
-      in.x[j] *= 1.0f + weight.x[j];
-    }
-  }
-  sum_inputs(in);
-}
-
-// For packed rows, whose columns are whole units. The weights of all rows are requested before any is used. Rows are found
-// by 32-bit offsets: a matrix has less than 4 GiB.
-template <int BITS, int COUNT>
-inline void packed_products(thread const Weights* w, uint row, uint lane, uint lanes, device const float* x,
-    thread Norm& norm, thread float* sums) {
-  const uint columns = w[0].columns, row_bytes = columns / 8 * BITS;
-  uint data_at[COUNT * ROWS], group_at[COUNT * ROWS];
+// A unit of every row, with its scales and biases.
+template <int BITS, int COUNT, int EACH>
+inline void load_rows(thread const Weights* w, thread const uint* data_at, thread const uint* group_at, uint unit,
+    thread uint* words, thread uint* scales, thread uint* biases) {
   for (uint m = 0; m < COUNT; m++) {
-    for (uint r = 0; r < ROWS; r++) {
+    for (uint r = m * EACH; r < (m + 1) * EACH; r++) {
+      const uint group = group_at[r] + (unit * UNIT >> w[m].shift);
+      load_packed<BITS>(w[m].data + (data_at[r] + unit * BITS * 4), words + r * BITS);
+      scales[r] = w[m].scales[group];
+      biases[r] = w[m].biases[group];
+    }
+  }
+}
+
+// For packed rows, whose columns are whole units: COUNT matrices, EACH rows of each. Rows are found by 32-bit offsets: a
+// matrix has less than 4 GiB.
+template <int BITS, int COUNT, int EACH, typename Spread>
+inline void packed_products(
+    thread const Weights* w, uint row, thread const Walk& walk, Spread x, thread float* sums) {
+  const uint columns = w[0].columns, row_bytes = columns / 8 * BITS;
+  // The bits of 1.0f, where the compiler does not know them: NVIDIA's take one constant in (a & b) | c, not two.
+  const uint one = as_type<uint>(float(min(columns, 1u)));
+  uint data_at[COUNT * EACH], group_at[COUNT * EACH];
+  for (uint m = 0; m < COUNT; m++) {
+    for (uint r = 0; r < EACH; r++) {
       const uint at = min(row + r, w[m].rows - 1);
-      data_at[m * ROWS + r] = at * row_bytes;
-      group_at[m * ROWS + r] = at * (columns >> w[m].shift);
+      data_at[m * EACH + r] = at * row_bytes;
+      group_at[m * EACH + r] = at * (columns >> w[m].shift);
     }
   }
-  for (uint column = lane % lanes * UNIT; column < columns; column += lanes * UNIT) {
-    uint4 words[COUNT * ROWS];
-    uint scales[COUNT * ROWS], biases[COUNT * ROWS];
-    for (uint m = 0; m < COUNT; m++) {
-      for (uint r = 0; r < ROWS; r++) {
-        const uint group = group_at[m * ROWS + r] + (column >> w[m].shift);
-        words[m * ROWS + r] = load_packed<BITS>(w[m].data + (data_at[m * ROWS + r] + column / 8 * BITS));
-        scales[m * ROWS + r] = w[m].scales[group];
-        biases[m * ROWS + r] = w[m].biases[group];
-      }
-    }
-    Inputs in;
-    take_inputs<true>(x, column, columns, norm, in);
-    const float total = in.even + in.odd;
-    for (uint r = 0; r < COUNT * ROWS; r++) {
-      const float sum = fma(widen_bf16(biases[r]), total, sums[r]);
-      sums[r] = fma(widen_bf16(scales[r]), packed_dot<BITS>(words[r], in), sum);
-    }
-  }
-}
-
-template <int COUNT>
-inline void plain_products(thread const Weights* w, uint row, uint lane, uint lanes, device const float* x,
-    thread Norm& norm, thread float* sums) {
-  const uint columns = w[0].columns;
-  for (uint column = lane % lanes * UNIT; column < columns; column += lanes * UNIT) {
-    Inputs in;
-    take_inputs<false>(x, column, columns, norm, in);
-    for (uint m = 0; m < COUNT; m++) {
-      if (w[m].storage == BF16 && columns % UNIT == 0) {
-        add_bf16(w[m], row, column, in, sums + m * ROWS);
-      } else {
-        add_plain(w[m], row, column, in, sums + m * ROWS);
+  for (uint unit = walk.first; unit < walk.end; unit += walk.step) {
+    uint words[COUNT * EACH * BITS], scales[COUNT * EACH], biases[COUNT * EACH];
+    load_rows<BITS, COUNT, EACH>(w, data_at, group_at, unit, words, scales, biases);
+#pragma unroll
+    for (uint half_unit = 0; half_unit < 2; half_unit++) {
+      Inputs in;
+      load_inputs<BITS>(x, half_unit, unit - walk.skipped, walk.units, in);
+#pragma unroll
+      for (uint r = 0; r < COUNT * EACH; r++) {
+        const float sum = fma(widen_bf16(biases[r]), in.total, sums[r]);
+        sums[r] = fma(widen_bf16(scales[r]), packed_dot<BITS>(words + r * BITS, half_unit, in, one), sum);
       }
     }
   }
 }
 
-// sums[m * ROWS + r] = row + r of matrix m times x, the part of this lane: to be added up over the team. The matrices have
-// one storage and one number of columns.
-template <int COUNT>
-inline void row_products(thread const Weights* w, uint row, uint lane, uint lanes, device const float* x,
-    thread Norm& norm, thread float* sums) {
-  for (uint r = 0; r < COUNT * ROWS; r++) sums[r] = 0.0f;
-  if (row >= w[0].rows && !norm.is_wanted) return;  // every lane of a simdgroup needs the sum of squares
+// For plain rows: four columns at a time, beyond the last of which nothing is read.
+template <int EACH, typename Spread>
+inline void plain_products(thread const Weights& w, uint row, thread const Walk& walk, Spread x, thread float* sums) {
+  for (uint unit = walk.first; unit < walk.end; unit += walk.step) {
+#pragma unroll 1
+    for (uint i = 0; i < QUADS && unit * UNIT + i * 4 < w.columns; i++) {
+      const uint column = unit * UNIT + i * 4, count = min(w.columns - column, 4u);
+      const float4 four = x[i * walk.units + unit - walk.skipped];
+#pragma unroll
+      for (uint r = 0; r < EACH; r++) {
+        const ulong start = ulong(min(row + r, w.rows - 1)) * w.columns + column;
+        sums[r] = fma(load_plain(w, start), four.x, sums[r]);
+        if (count > 1) sums[r] = fma(load_plain(w, start + 1), four.y, sums[r]);
+        if (count > 2) sums[r] = fma(load_plain(w, start + 2), four.z, sums[r]);
+        if (count > 3) sums[r] = fma(load_plain(w, start + 3), four.w, sums[r]);
+      }
+    }
+  }
+}
+
+// For bfloat16 rows of whole units, two weights to a word.
+template <int EACH, typename Spread>
+inline void bf16_products(thread const Weights& w, uint row, thread const Walk& walk, Spread x, thread float* sums) {
+  for (uint unit = walk.first; unit < walk.end; unit += walk.step) {
+    for (uint i = 0; i < QUADS / 2; i++) {
+      const float4 low = x[2 * i * walk.units + unit - walk.skipped];
+      const float4 high = x[(2 * i + 1) * walk.units + unit - walk.skipped];
+      const ulong at = (unit * UNIT + 8 * i) * 2ul;
+#pragma unroll
+      for (uint r = 0; r < EACH; r++) {
+        const ulong start = ulong(min(row + r, w.rows - 1)) * w.columns * 2;
+        const uint4 words = *(device const uint4*)(w.data + start + at);
+        sums[r] = fma(widen_bf16(words.x), low.x, sums[r]);
+        sums[r] = fma(as_type<float>(words.x & 0xffff0000u), low.y, sums[r]);
+        sums[r] = fma(widen_bf16(words.y), low.z, sums[r]);
+        sums[r] = fma(as_type<float>(words.y & 0xffff0000u), low.w, sums[r]);
+        sums[r] = fma(widen_bf16(words.z), high.x, sums[r]);
+        sums[r] = fma(as_type<float>(words.z & 0xffff0000u), high.y, sums[r]);
+        sums[r] = fma(widen_bf16(words.w), high.z, sums[r]);
+        sums[r] = fma(as_type<float>(words.w & 0xffff0000u), high.w, sums[r]);
+      }
+    }
+  }
+}
+
+// sums[m * EACH + r] += row + r of matrix m times x, which lies spread: the part of this lane, to be added up over the
+// team. Two matrices may go together if they have one number of columns and one storage, of at most four bits.
+template <int COUNT, int EACH, typename Spread>
+inline void add_products(thread const Weights* w, uint row, thread const Walk& walk, Spread x, thread float* sums) {
+  if (row >= w[0].rows) return;
   switch (w[0].storage) {
-    case 2: return packed_products<2, COUNT>(w, row, lane, lanes, x, norm, sums);
-    case 3: return packed_products<3, COUNT>(w, row, lane, lanes, x, norm, sums);
-    case 4: return packed_products<4, COUNT>(w, row, lane, lanes, x, norm, sums);
-    case 8: return packed_products<8, COUNT>(w, row, lane, lanes, x, norm, sums);
+    case 2: return packed_products<2, COUNT, EACH>(w, row, walk, x, sums);
+    case 3: return packed_products<3, COUNT, EACH>(w, row, walk, x, sums);
+    case 4: return packed_products<4, COUNT, EACH>(w, row, walk, x, sums);
   }
-  plain_products<COUNT>(w, row, lane, lanes, x, norm, sums);
+  const int SOME = EACH < 2 ? EACH : 2;  // more rows of more bits take so many registers that fewer lanes run
+#pragma unroll
+  for (uint r = 0; COUNT == 1 && r < EACH; r += SOME) {
+    if (w[0].storage == 8) {
+      packed_products<8, 1, SOME>(w, row + r, walk, x, sums + r);
+    } else if (w[0].storage == BF16 && w[0].columns % UNIT == 0) {
+      bf16_products<SOME>(w[0], row + r, walk, x, sums + r);
+    } else {
+      plain_products<SOME>(w[0], row + r, walk, x, sums + r);
+    }
+  }
 }

@@ -44,6 +44,14 @@ MSL_FUNCTION void simdgroup_barrier(mem_flags) { __syncwarp(); }
 
 MSL_FUNCTION uint msl_lane() { return threadIdx.x % 32; }
 
+// What each kernel begins with: the next one may get ready now, and this one waits until the last has ended.
+MSL_FUNCTION void msl_take_turn() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 }  // namespace metal
 
 #include "simdgroup_matrix.h"
