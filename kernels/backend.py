@@ -48,6 +48,11 @@ def choose_backend(device: str, exact: bool = False, threads: int = 1) -> tuple[
     return NativeOps(exact), name
 
 
+def device_memory(device: str) -> tuple[int, int] | None:
+    """Bytes that this process has taken, and may still take, of a device's own memory; None if it has none."""
+    return GPUS[device].memory() if device in GPUS else None
+
+
 def describe_backend(ops: Any) -> str:
     """A backend's arithmetic, instruction set and threads in words."""
     threads = torch.get_num_threads() if ops is reference else count_threads()

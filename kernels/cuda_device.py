@@ -25,6 +25,7 @@ from moepack.kernels.slots import Read, view_host_pages
 from moepack.layout.errors import UsageError
 from moepack.layout.pages import Pages
 
+CONTEXT_BYTES = 640 * 2**20  # of the driver and torch on the GPU; an H100 with CUDA 13 showed 621 MiB
 UPLOAD_BYTES = 256 * 2**20  # of resident weights at a time
 
 
@@ -32,6 +33,8 @@ class CudaDevice(Device):
     """The current CUDA device of torch. Raises UsageError where there is none, or NVRTC is missing."""
 
     can_capture = True
+    expert_pairs = 4096
+    torch_is_faster = frozenset({"linears"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,11 +44,21 @@ class CudaDevice(Device):
         torch.zeros(1, device=self.place)  # the context is torch's
         self._driver, self._nvrtc = _bindings()
         major, minor = torch.cuda.get_device_capability(self.place)
+        if major < 8:
+            raise UsageError(f"--device cuda needs a GPU of compute capability 8.0, this one has {major}.{minor}")
         self._architecture = f"sm_{major}{minor}"
         self._overlaps_starts = major >= 9
         self.name = f"{torch.cuda.get_device_name(self.place)}, {self._architecture}"
         self._stream = 0  # torch's default stream
         self._modules: dict[str, Any] = {}
+
+    @staticmethod
+    def memory() -> tuple[int, int] | None:
+        """What the driver's context takes counts as taken; other processes' memory as not to be had."""
+        if not torch.cuda.is_available():
+            return None
+        free, _ = torch.cuda.mem_get_info()
+        return CONTEXT_BYTES + torch.cuda.memory_reserved(), free
 
     def new_mailbox(self, size_bytes: int) -> Mailbox:
         return _CudaMailbox(self, size_bytes)

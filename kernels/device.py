@@ -40,9 +40,8 @@ class Device(ABC):
     name: str
     place: torch.device
     can_capture = False  # whether capture works
-    widens_weights = (
-        True  # whether a kernel that widens a matrix for torch's product is faster than torch's own operations
-    )
+    expert_pairs = 512  # tokens of experts that are computed together: planned for as scratch
+    torch_is_faster: frozenset[str] = frozenset()  # operations on a prompt that torch does better here, as measured
 
     def __init__(self) -> None:
         self.epoch, self.done = 1, 0
@@ -68,6 +67,11 @@ class Device(ABC):
         values = self._read(tensor)
         self.epoch, self.done = self.epoch + 1, self.epoch
         return values
+
+    @staticmethod
+    def memory() -> tuple[int, int] | None:
+        """Bytes of the device's own memory that this process has taken and may still take; None if it has none."""
+        return None
 
     def zeros(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, device=self.place)

@@ -67,7 +67,6 @@ class EmulatedDevice(Device):
 
     name = "Metal kernels emulated on the processor"
     place = torch.device("cpu")
-    widens_weights = False
 
     def zeros(self, *shape: int) -> torch.Tensor:
         return _adopt(torch.zeros(shape))

@@ -1,7 +1,7 @@
 """The GPU backend: the operations of reference.py on a device, float32 throughout.
 
-What one token needs are kernels alone (gpu_token.py). A prompt's matrix products are kernels too, or torch's own where
-the device has better ones; what is small beside them is torch on the device, by the reference's own text.
+What one token needs are kernels alone (gpu_token.py). So is a prompt, but for what is small beside its matrices, which
+is torch on the device by the reference's own text, and for what torch does better on a device (Device.torch_is_faster).
 
     ops = GpuOps(MetalDevice())
     y = ops.linear(x, matrix)
@@ -9,9 +9,11 @@ the device has better ones; what is small beside them is torch on the device, by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 
 from moepack.kernels import launches, reference
@@ -29,6 +31,35 @@ def row_tiles(matrix: Matrix) -> list[tuple[int, int]]:
     return [(first, min(step, matrix.out_features - first)) for first in range(0, matrix.out_features, step)]
 
 
+def _split_pairs(
+    experts: Sequence[Expert], counts: Sequence[int], most: int
+) -> Iterator[tuple[list[Expert], list[int]]]:
+    """Experts and how many tokens each has, in parts of at most `most` tokens; an expert may be in several."""
+    some: list[Expert] = []
+    sizes: list[int] = []
+    for expert, count in zip(experts, counts):
+        while count:
+            taken = min(count, most - sum(sizes))
+            some.append(expert)
+            sizes.append(taken)
+            count -= taken
+            if sum(sizes) == most:
+                yield some, sizes
+                some, sizes = [], []
+    if sizes:
+        yield some, sizes
+
+
+def _order_by_token(tokens: np.ndarray, num_tokens: int) -> np.ndarray:
+    """int32 [T, most]: the places in `tokens` that hold each token, ascending, then -1."""
+    places = np.argsort(tokens, kind="stable")
+    found = tokens[places]
+    rank = np.arange(len(tokens)) - np.searchsorted(found, found)
+    order = np.full((num_tokens, rank.max() + 1), -1, np.int32)
+    order[found, rank] = places
+    return order
+
+
 class GpuOps(TokenOps):
     """One backend over one device."""
 
@@ -39,9 +70,12 @@ class GpuOps(TokenOps):
         super().__init__()
         self._stream: torch.Tensor | None = None  # the hidden state of the token under way
         self._products: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor, Step, Sequence[Matrix]]] = {}
+        self._tiles: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor, Sequence[Matrix]]] = {}
         self._rows = torch.zeros(0, dtype=torch.int32)
         self._embeddings: dict[int, tuple[torch.Tensor, torch.Tensor, Matrix]] = {}
         self._token = torch.zeros(1, dtype=torch.int32, device=device.place)
+        self._likeliest: tuple[torch.Tensor, Step] | None = None  # for logits of one shape, in memory of their own
+        self._found = device.new_mailbox(8)  # an id and a logit
 
     # Memory
 
@@ -90,7 +124,7 @@ class GpuOps(TokenOps):
 
     def linears(self, x: torch.Tensor, matrices: Sequence[Matrix]) -> list[torch.Tensor]:
         if len(x) > 1:
-            return [self._product(x, matrix) for matrix in matrices]
+            return self._products_of_rows(x, matrices)
         key = tuple(map(id, matrices))
         if key not in self._products:
             x_row = self.device.empty(1, matrices[0].in_features)
@@ -107,7 +141,10 @@ class GpuOps(TokenOps):
         return out
 
     def gated_rms_norm(self, x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return self._on_device(reference.gated_rms_norm, x, gate, weight, eps)
+        gate = gate.contiguous()
+        out = self.device.empty(*x.shape)
+        self.device.run(launches.gated_rms_norm(x, gate, weight, out, eps, gate[0].numel()))
+        return out
 
     def gated(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         return self._on_device(reference.gated, x, gate)
@@ -116,7 +153,11 @@ class GpuOps(TokenOps):
         return self._on_device(reference.silu_mul, gate, up)
 
     def causal_conv(self, x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        return self._on_device(reference.causal_conv, x, weight, state)
+        if "causal_conv" in self.device.torch_is_faster:
+            return self._on_device(reference.causal_conv, x, weight, state)
+        out = self.device.empty(*x.shape)
+        self.device.run(launches.causal_conv(x.contiguous(), weight, state, out))
+        return out
 
     def decay_and_strength(
         self, a: torch.Tensor, b: torch.Tensor, a_log: torch.Tensor, dt_bias: torch.Tensor
@@ -132,13 +173,19 @@ class GpuOps(TokenOps):
         beta: torch.Tensor,
         state: torch.Tensor,
     ) -> torch.Tensor:
-        return self._on_device(reference.gated_delta, q, k, v, decay, beta, state)
+        out = self.device.empty(*v.shape)
+        self.device.run(launches.delta_scan(q, k, v, decay.contiguous(), beta.contiguous(), state, out))
+        return out
 
     def rope(self, x: torch.Tensor, first_position: int, theta: float, rotary_dim: int) -> torch.Tensor:
         return self._on_device(reference.rope, x, first_position, theta, rotary_dim)
 
     def attention(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        return self._on_device(reference.attention, q, keys, values)
+        if "attention" in self.device.torch_is_faster:
+            return self._on_device(reference.attention, q, keys, values)
+        out = self.device.empty(*q.shape)
+        self.device.run(launches.attention_tiles(q.contiguous(), keys, values, out))
+        return out
 
     def route(self, x: torch.Tensor, router: Matrix, num_chosen: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.choose_experts(self.linear(x, router), num_chosen)
@@ -146,19 +193,70 @@ class GpuOps(TokenOps):
     def choose_experts(self, logits: torch.Tensor, num_chosen: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._on_device(reference.choose_experts, logits, num_chosen)
 
-    def run_expert(self, x: torch.Tensor, expert: Expert) -> torch.Tensor:
-        hidden = self.silu_mul(self._product(x, expert.gate_proj), self._product(x, expert.up_proj))
-        return self._product(hidden, expert.down_proj)
-
-    def add_expert(
-        self, out: torch.Tensor, x: torch.Tensor, expert: Expert, tokens: torch.Tensor, weights: torch.Tensor
+    def add_experts(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        experts: Sequence[Expert],
+        counts: Sequence[int],
+        tokens: torch.Tensor,
+        weights: torch.Tensor,
     ) -> None:
-        out.index_add_(0, tokens, self.run_expert(x[tokens], expert) * weights.unsqueeze(-1))
+        done = 0
+        for some, sizes in _split_pairs(experts, counts, self.device.expert_pairs):
+            part = slice(done, done + sum(sizes))
+            self._add_pairs(out, x, some, sizes, tokens[part].numpy(), weights[part])
+            done = part.stop
 
-    def _product(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-        """x [T, K] times a matrix transposed, by torch: on weights that a kernel has widened, some rows at a time."""
-        if not self.device.widens_weights:
-            return self._on_device(reference.linear, x, matrix)
+    def argmax(self, logits: torch.Tensor) -> tuple[int, float]:
+        if self._likeliest is None or self._likeliest[0].shape != logits.shape:
+            own, found = self.device.empty(*logits.shape), self._found.bytes
+            launch = launches.argmax(own, found[:4].view(torch.int32), found[4:].view(torch.float32))
+            self._likeliest = (own, self.device.bind(launch))
+        own, step = self._likeliest
+        own.copy_(logits)
+        step()
+        answer = self._found.read()
+        return answer[:4].cast("i")[0], answer[4:8].cast("f")[0]
+
+    def _products_of_rows(self, x: torch.Tensor, matrices: Sequence[Matrix]) -> list[torch.Tensor]:
+        """x [T, K] times each matrix transposed."""
+        if "linears" in self.device.torch_is_faster:
+            return [self._widened_product(x, matrix) for matrix in matrices]
+        known = self._tiles.get(key := tuple(map(id, matrices)))
+        if known is None:
+            memory = memory_of(matrices[0].data)
+            known = self._tiles[key] = (memory, self.upload_bytes(launches.tile_forms(matrices, memory)), matrices)
+        sizes = [matrix.out_features for matrix in matrices]
+        out = self.device.empty(len(x), sum(sizes))
+        self.device.run(launches.matmul(*known, x.contiguous(), out))
+        return list(out.split(sizes, dim=1))
+
+    def _add_pairs(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        experts: Sequence[Expert],
+        counts: Sequence[int],
+        tokens: np.ndarray,
+        weights: torch.Tensor,
+    ) -> None:
+        """out += the experts' results for some pairs of a token and an expert."""
+        pairs, forms, device = len(tokens), self.forms, self.device
+        firsts = [0, *accumulate(counts)]
+        segments = [(*forms.place_of(e), first, count) for e, first, count in zip(experts, firsts, counts)]
+        segment_table = self.upload_bytes(launches.pack_segments(segments))
+        widest, most = max(expert.gate_proj.out_features for expert in experts), max(counts)
+        hidden, rows = device.empty(pairs, widest), device.empty(pairs, x.shape[1])
+        of_pairs = device.upload(torch.from_numpy(tokens.astype(np.int32)))
+        order = device.upload(torch.from_numpy(_order_by_token(tokens, len(x))))
+        table, banks, x = forms.table, forms.banks, x.contiguous()
+        device.run(launches.experts_gate_up_rows(banks, table, segment_table, of_pairs, x, hidden, most))
+        device.run(launches.experts_down_rows(banks, table, segment_table, hidden, rows, most))
+        device.run(launches.add_expert_rows(rows, order, weights.contiguous(), out))
+
+    def _widened_product(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        """x [T, K] times a matrix transposed, by torch on weights that a kernel has widened, some rows at a time."""
         parts = [x @ self._widen(matrix, first, count).T for first, count in row_tiles(matrix)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 

@@ -156,7 +156,7 @@ def _pack_expert(parts: Sequence[bytes], bank: int) -> bytes:
 
 def pack_places(places: Iterable[tuple[int, int, int]]) -> bytes:
     """Places from (offset in the bank, index of the form, rank)."""
-    return b"".join(shape_of("experts", "Place", offset=o, form=f, rank=r) for o, f, r in places)
+    return msl.load("experts").structs["Place"].pack_rows(places)
 
 
 def linears(
@@ -205,7 +205,7 @@ def linears(
 def experts_gate_up(
     banks: Sequence[torch.Tensor], forms: torch.Tensor, places: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor
 ) -> Launch:
-    """hidden [ranks, spread_width(widest expert)] of the experts in places, from x [1, spread_width(D)]; both spread."""
+    """hidden [ranks, spread_width(widest expert)] of experts in places, from x [1, spread_width(D)]; both spread."""
     _check_spread(x, hidden)
     lanes = lanes_of_row(x.shape[-1])
     shape = shape_of("experts", "GateUpShape", shift=lanes.bit_length() - 1, hidden_stride=hidden.shape[-1])
@@ -462,7 +462,7 @@ def _tiles(rows: int) -> int:
 def pack_segments(segments: Iterable[tuple[int, int, int, int]]) -> bytes:
     """Segments from (offset in the bank, index of the form, first pair, number of pairs)."""
     layout = msl.load("experts_prefill").structs["Segment"]
-    return b"".join(layout.pack(place=pack_places([(o, f, 0)]), first=p, count=n) for o, f, p, n in segments)
+    return layout.pack_rows((o, f, 0, p, n) for o, f, p, n in segments)
 
 
 def experts_gate_up_rows(
@@ -505,9 +505,9 @@ def _count_segments(segments: torch.Tensor) -> int:
 
 
 def add_expert_rows(rows: torch.Tensor, order: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> Launch:
-    """out [T, D] += the sum over k of weights[t, k] * rows[order[t, k]]; order int32 [T, K]."""
-    width, (tokens, chosen) = out.shape[-1], order.shape
-    shape = shape_of("experts_prefill", "AddRowsShape", width=width, chosen=chosen)
+    """out [T, D] += weights[p] * rows[p] for each pair p of order int32 [T, K], one after the other; -1 is none."""
+    width, (tokens, most) = out.shape[-1], order.shape
+    shape = shape_of("experts_prefill", "AddRowsShape", width=width, most=most)
     arguments = (rows, order, weights, out, shape)
     threads = min(256, -(-width // LANES) * LANES)
     return Launch("experts_prefill", "add_expert_rows", arguments, (-(-width // 256), tokens, 1), (threads, 1, 1))

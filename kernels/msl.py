@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,24 @@ class Struct:
             data = b"".join(item if isinstance(kind, Struct) else struct.pack(f"<{kind}", item) for item in items)
             result[offset : offset + len(data)] = data
         return bytes(result)
+
+    def pack_rows(self, rows: Iterable[Sequence[float]]) -> bytes:
+        """The bytes of structs that follow each other, from the numbers of each, those of inner structs among them."""
+        layout = self._flat_layout
+        return b"".join(layout.pack(*row) for row in rows)
+
+    @functools.cached_property
+    def _flat_layout(self) -> struct.Struct:
+        return struct.Struct(f"<{self._flat_format()}")
+
+    def _flat_format(self) -> str:
+        offsets, size = self._layout()
+        parts, end = [], 0
+        for (_, kind, count), offset in zip(self.fields, offsets):
+            each = kind._flat_format() if isinstance(kind, Struct) else kind
+            parts.append(f"{offset - end}x" + each * count)
+            end = offset + count * _size(kind)
+        return "".join([*parts, f"{size - end}x"])
 
     def _layout(self) -> tuple[list[int], int]:
         offsets, end = [], 0

@@ -33,6 +33,7 @@ class NativeOps(FloatOps, TokenOps):
 
     new_slots, new_pages = HostSlots, Pages
     view_pages, zeros, upload = staticmethod(view_host_pages), staticmethod(torch.zeros), staticmethod(reference.upload)
+    argmax = staticmethod(reference.argmax)
 
     def __init__(self, exact: bool = False):
         FloatOps.__init__(self)
@@ -81,6 +82,18 @@ class NativeOps(FloatOps, TokenOps):
             place(expert),
             self.exact,
         )
+
+    def add_experts(
+        self,
+        out: torch.Tensor,
+        x: torch.Tensor,
+        experts: Sequence[Expert],
+        counts: Sequence[int],
+        tokens: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> None:
+        for expert, at, weight in zip(experts, tokens.split(list(counts)), weights.split(list(counts))):
+            self.add_expert(out, x, expert, at, weight)
 
     def expert_step(
         self, norm: torch.Tensor, router: Matrix, shared_gate: Matrix, num_chosen: int, width: int, eps: float

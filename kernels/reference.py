@@ -256,6 +256,29 @@ def add_expert(out: torch.Tensor, x: torch.Tensor, expert: Expert, tokens: torch
     out.index_add_(0, tokens, run_expert(x[tokens], expert) * weights.unsqueeze(-1))
 
 
+def add_experts(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    experts: Sequence[Expert],
+    counts: Sequence[int],
+    tokens: torch.Tensor,
+    weights: torch.Tensor,
+) -> None:
+    """add_expert for several experts, one after the other.
+
+    counts           how many of tokens and weights belong to each expert; they follow each other
+    tokens, weights  int64 and float [sum of counts]; tokens lie on the processor
+    """
+    for expert, at, weight in zip(experts, tokens.split(list(counts)), weights.split(list(counts))):
+        add_expert(out, x, expert, at, weight)
+
+
+def argmax(logits: torch.Tensor) -> tuple[int, float]:
+    """The likeliest token of logits [1, V], the lowest id of equal ones, and its logit; NaN wins."""
+    token_id = int(logits[0].numpy().argmax())
+    return token_id, float(logits[0, token_id])
+
+
 def add_rows(x: torch.Tensor, rows: torch.Tensor, weights: Sequence[float]) -> None:
     """x [1, D] += the sum of rows [R, D], each with its weight."""
     x += torch.tensor([weights]) @ rows

@@ -177,7 +177,7 @@ def chat(
     conversation = Conversation() if load is None else Conversation.load(load)
     conversation.system = system or conversation.system
     conversation.thinking = conversation.thinking if think is None else think
-    budget = default_budget_bytes() if memory is None else parse_size(memory)
+    budget = default_budget_bytes(device) if memory is None else parse_size(memory)
     with Engine.open(
         pack,
         memory=budget,
@@ -224,10 +224,9 @@ def serve(
     snapshot_dir: Path = SNAPSHOT_DIRECTORY,
 ) -> None:
     """Serve the APIs of OpenAI and Anthropic on this machine, and a page to talk to the model."""
-    from moepack.layout.process import resident_set_bytes
     from moepack.layout.reader import Pack
     from moepack.runtime.engine import Engine, read_architecture
-    from moepack.runtime.memory import default_budget_bytes, snapshot_share_bytes
+    from moepack.runtime.memory import default_budget_bytes, snapshot_share_bytes, taken_bytes
     from moepack.runtime.tokenizer import Tokenizer
 
     try:  # before the budget is split: what they take is part of the process
@@ -245,7 +244,7 @@ def serve(
     with Pack.open(pack) as opened:
         tokenizer, vocab_size = Tokenizer.load(pack), read_architecture(opened).vocab_size
     grammars = Grammars(tokenizer, vocab_size) if constrain else None
-    budget = default_budget_bytes() if memory is None else parse_size(memory)
+    budget = default_budget_bytes(device) if memory is None else parse_size(memory)
     with Engine.open(
         pack,
         memory=budget,
@@ -255,7 +254,7 @@ def serve(
         experts_per_token=experts_per_token,
         max_context=context,
         tokenizer=tokenizer,
-        process_bytes=resident_set_bytes() + SERVER_BYTES,
+        process_bytes=taken_bytes(device) + SERVER_BYTES,
         sequences=parallel,
         snapshot_bytes=snapshot_share_bytes(budget) if snapshot_memory is None else parse_size(snapshot_memory),
         snapshot_directory=snapshot_dir,
@@ -293,10 +292,9 @@ def evaluate(
     as_json: bool = JSON,
 ) -> None:
     """Measure a pack: perplexity on a text, distance to a reference pack, tool calls that come out right."""
-    from moepack.layout.process import resident_set_bytes
     from moepack.runtime.engine import Engine
     from moepack.runtime.evaluate import WINDOW, encode_text, evaluate_text, evaluate_tools, read_tool_prompts
-    from moepack.runtime.memory import default_budget_bytes
+    from moepack.runtime.memory import default_budget_bytes, taken_bytes
     from moepack.runtime.prompt import read_text
     from moepack.runtime.tokenizer import Tokenizer
 
@@ -304,12 +302,12 @@ def evaluate(
         raise UsageError("expected --text FILE or --tools FILE, found neither")
     passage = None if text is None else encode_text(Tokenizer.load(pack), read_text(text))
     prompts = None if tools is None else read_tool_prompts(tools)
-    budget = default_budget_bytes() if memory is None else parse_size(memory)
+    budget = default_budget_bytes(device) if memory is None else parse_size(memory)
     common: dict[str, Any] = {"device": device, "exact": exact, "threads": threads}
     common["max_context"] = WINDOW if prompts is None else None
     if reference:
         log("note: --reference opens a second pack: they share the memory budget")
-    process = resident_set_bytes()
+    process = taken_bytes(device)
     share = process + max(0, budget - process) // 2 if reference else budget
     engine = Engine.open(pack, memory=share, experts_per_token=experts_per_token, **common)
     _note_changes(engine.architecture.num_experts_per_tok, engine.pack.manifest.model["text_config"])

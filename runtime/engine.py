@@ -34,7 +34,7 @@ from moepack.runtime.chat import ChatTemplate
 from moepack.runtime.expert_io import ReadOptions
 from moepack.runtime.expert_store import ExpertStore
 from moepack.runtime.generate import Constraint, Generation
-from moepack.runtime.memory import MemoryPlan, default_budget_bytes, is_rounded, logit_rows, plan_memory
+from moepack.runtime.memory import MemoryPlan, default_budget_bytes, is_rounded, logit_rows, plan_memory, taken_bytes
 from moepack.runtime.qwen35 import Qwen35
 from moepack.runtime.resident import ResidentWeights
 from moepack.runtime.sampling import SamplingParams
@@ -100,7 +100,8 @@ class Engine:
     ) -> Engine:
         """Open a pack and load its resident weights.
 
-        memory              budget of the whole process, as "8GiB" or bytes; default: what the machine can give
+        memory              budget of the whole process, as "8GiB" or bytes; default: what the machine can give. With
+                            a GPU that has memory of its own the budget is of that
         device              auto, cpu, or reference (plain torch, slow, for comparison; its scratch is not planned for)
         exact               float32 arithmetic; otherwise activations meet quantized weights as int8
         threads             threads of the arithmetic, for the whole process; default: one per core
@@ -124,7 +125,8 @@ class Engine:
         tokenizer = tokenizer or Tokenizer.load(opened.directory)
         context = _choose_context(architecture, max_context)
         budget = parse_size(memory) if isinstance(memory, str) else memory
-        budget = default_budget_bytes() if budget is None else budget
+        budget = default_budget_bytes(device) if budget is None else budget
+        process_bytes = taken_bytes(device) if process_bytes is None else process_bytes
         cache_dtype = _choose_cache_dtype(opened, ops)
         plan = plan_memory(opened, architecture, budget, context, process_bytes, snapshot_bytes, sequences, cache_dtype)
         if policy not in POLICIES:

@@ -118,11 +118,15 @@ class Generation(Iterator[int]):
         sampler = Sampler(self._sampling, self._prompt_ids)
         last = self._prefill(state, on_prefill)
         while True:
-            logits = engine.model.logits(last)[0].cpu().numpy()
-            token_id = sampler.next(logits, self._constraint.list_allowed() if self._constraint else None)
+            scores = engine.model.logits(last)
+            if sampler.takes_the_likeliest and self._constraint is None and self._sampling.top_logprobs is None:
+                token_id = sampler.take(*engine.model.ops.argmax(scores))  # where the scores are: they are not copied
+            else:
+                logits = scores[0].cpu().numpy()
+                token_id = sampler.next(logits, self._constraint.list_allowed() if self._constraint else None)
+                if self._sampling.top_logprobs is not None:
+                    self.logprobs.append(measure_logprobs(logits, token_id, self._sampling.top_logprobs))
             self.token_ids.append(token_id)
-            if self._sampling.top_logprobs is not None:
-                self.logprobs.append(measure_logprobs(logits, token_id, self._sampling.top_logprobs))
             if self._constraint:
                 self._constraint.push(token_id)
             if token_id in self._stop_ids:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from moepack.kernels.backend import device_memory
 from moepack.layout.architecture import LINEAR, Architecture
 from moepack.layout.errors import MemoryBudgetError
 from moepack.layout.process import resident_set_bytes
@@ -164,9 +165,19 @@ def snapshot_share_bytes(budget_bytes: int) -> int:
     return budget_bytes // SNAPSHOT_SHARE
 
 
-def default_budget_bytes() -> int:
-    """What this process may take without making the machine swap: its own pages and most of what is available."""
-    return resident_set_bytes() + int(DEFAULT_SHARE * available_bytes())
+def default_budget_bytes(device: str = "cpu") -> int:
+    """What this process may take without making the machine swap: its own pages and most of what is available.
+
+    With a GPU that has memory of its own, all budgets are of that.
+    """
+    own = device_memory(device)
+    return taken_bytes(device) + int(DEFAULT_SHARE * (own[1] if own else available_bytes()))
+
+
+def taken_bytes(device: str = "cpu") -> int:
+    """What this process has taken so far of the memory that a budget is of."""
+    own = device_memory(device)
+    return own[0] if own else resident_set_bytes()
 
 
 def available_bytes() -> int:

@@ -144,19 +144,22 @@ class SparseMoe:
         expert_ids, expert_weights = self.ops.route(normed, self.router, self.a.num_experts_per_tok)  # [T, K] each
         shared_weights = self.ops.linear(normed, self.shared_expert_gate).sigmoid().squeeze(-1)  # [T]
         out = torch.zeros_like(x)
-        self.ops.add_expert(out, normed, self.shared_expert, self.ops.upload(torch.arange(len(x))), shared_weights)
+        everyone = torch.arange(len(x))
+        self.ops.add_experts(out, normed, [self.shared_expert], [len(x)], everyone, shared_weights)
         chosen_ids = expert_ids.flatten().cpu()  # the one wait for a GPU in a layer
-        counts = chosen_ids.bincount(minlength=self.a.num_experts)
-        by_expert = self.ops.upload(chosen_ids.argsort(stable=True))
+        counts = chosen_ids.bincount(minlength=self.a.num_experts).tolist()
+        by_expert = chosen_ids.argsort(stable=True)
         tokens, weights = by_expert // expert_ids.shape[1], expert_weights.flatten()[by_expert]
-        ends = counts.cumsum(0).tolist()
-        chosen = counts.nonzero().flatten().tolist()
+        first = 0
+        chosen = [expert_id for expert_id, count in enumerate(counts) if count]
         for batch in self.store.fetch(self.layer, chosen, in_order=True):  # the seam to the SSD
-            for expert_id, expert in batch:
-                part = slice(ends[expert_id] - int(counts[expert_id]), ends[expert_id])
-                if self.observe is not None:
-                    self.observe(expert_id, expert, normed[tokens[part]], weights[part])
-                self.ops.add_expert(out, normed, expert, tokens[part], weights[part])
+            sizes = [counts[expert_id] for expert_id, _ in batch]
+            part = slice(first, first + sum(sizes))
+            if self.observe is not None:
+                for (expert_id, expert), at, some in zip(batch, tokens[part].split(sizes), weights[part].split(sizes)):
+                    self.observe(expert_id, expert, normed[at], some)
+            self.ops.add_experts(out, normed, [expert for _, expert in batch], sizes, tokens[part], weights[part])
+            first += sum(sizes)
         return x + out
 
 

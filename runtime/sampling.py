@@ -129,8 +129,7 @@ class Sampler:
 
         Raises MoepackError if a logit is NaN or +inf, or all are -inf.
         """
-        if not math.isfinite(logits.max()):  # the largest of numbers with a NaN is NaN
-            raise MoepackError(f"the model's logits have no finite maximum ({logits.max()}): run moe-inspect verify")
+        _check_largest(logits.max())
         scores = self._penalize(logits)
         if allowed is not None:
             held = np.full_like(scores, -np.inf)  # several times as fast as np.where for masks that allow few or most
@@ -142,9 +141,25 @@ class Sampler:
             token_id = int(scores.argmax())
         else:
             token_id = draw(scores, self.params, self._random.random())
+        self._note(token_id)
+        return token_id
+
+    @property
+    def takes_the_likeliest(self) -> bool:
+        """Whether next() returns the largest of the logits as they are, where every token is allowed."""
+        p = self.params
+        is_changed = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0 or p.logit_bias
+        return p.temperature == 0 and not is_changed
+
+    def take(self, token_id: int, largest: float) -> int:
+        """What next() does where it takes the likeliest token, which is known already, and its logit."""
+        _check_largest(largest)
+        self._note(token_id)
+        return token_id
+
+    def _note(self, token_id: int) -> None:
         self._seen.add(token_id)
         self._generated[token_id] += 1
-        return token_id
 
     def _penalize(self, logits: NDArray[np.float32]) -> NDArray[Any]:
         """Scores after penalties and bias, float64 [V]; the logits themselves where none is set."""
@@ -165,6 +180,11 @@ class Sampler:
             scores[generated] -= presence + frequency * counts
         scores[self._bias_ids] += self._bias
         return scores
+
+
+def _check_largest(logit: float) -> None:
+    if not math.isfinite(logit):  # the largest of numbers with a NaN is NaN
+        raise MoepackError(f"the model's logits have no finite maximum ({logit}): run moe-inspect verify")
 
 
 def measure_logprobs(logits: NDArray[np.float32], token_id: int, num_top: int) -> TokenLogprobs:

@@ -56,9 +56,10 @@ class WatchedOps:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.ops, name)
 
-    def add_expert(self, out, x, expert, tokens, weights):
-        self.calls.append((x[tokens].clone(), weights.clone(), expert))
-        self.ops.add_expert(out, x, expert, tokens, weights)
+    def add_experts(self, out, x, experts, counts, tokens, weights):
+        for expert, at, some in zip(experts, tokens.split(counts), weights.split(counts)):
+            self.calls.append((x[at].clone(), some.clone(), expert))
+        self.ops.add_experts(out, x, experts, counts, tokens, weights)
 
 
 def watch(engine: Engine) -> list[list[tuple[torch.Tensor, torch.Tensor, Any]]]:

@@ -20,7 +20,7 @@ import torch
 
 from conftest import make_pack
 from kernel_memory import lay_out
-from moepack.kernels import gpu_ops, launches, metal_device, reference
+from moepack.kernels import gpu_ops, launches, metal_device, msl, reference
 from moepack.kernels.device import DeviceSlots
 from moepack.kernels.emulated_device import EmulatedDevice, EmulatedTensor
 from moepack.kernels.gpu_ops import GpuOps
@@ -84,6 +84,25 @@ def test_the_demo_model_streamed(demo_pack: Callable[[int], Path], bits: int, pr
     assert greedy(engine, 20) == expected
     assert engine.store.counts.misses > 300
     assert bool(engine.store.counts.prefetched) == prefetch
+
+
+def test_a_greedy_answer_takes_every_kernel(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is called by a host, in the prompt or in the answer."""
+    names: set[str] = set()
+    add = EmulatedTensor.queue.add
+    monkeypatch.setattr(EmulatedTensor.queue, "add", lambda launch: (names.add(launch.kernel), add(launch)))
+    greedy(Engine.open(tiny_pack, device="metal-emulated", exact=True, max_context=CONTEXT), 3)
+    assert names == {kernel for name in msl.list_files() for kernel in msl.load(name).kernels}
+
+
+def test_experts_of_a_prompt_may_come_in_any_parts(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits whether pairs are computed at once or by three: an expert is then split, and so is a token."""
+    results = []
+    for pairs in (EmulatedDevice.expert_pairs, 3):
+        monkeypatch.setattr(EmulatedDevice, "expert_pairs", pairs)
+        engine = Engine.open(tiny_pack, device="metal-emulated", exact=True, max_context=CONTEXT)
+        results.append(engine.logits(IDS).as_subclass(torch.Tensor))
+    assert torch.equal(*results)
 
 
 def test_logits_of_a_small_odd_model_are_those_of_the_cpu_backend(tmp_path: Path) -> None:
@@ -237,6 +256,8 @@ def test_the_metal_host_hands_over_what_the_emulated_one_does(fake_mps: list[str
     found = logits_by_token(engine, IDS)
     assert (found - expected).abs().max() <= LOGIT_TOLERANCE * expected.abs().max()
     assert {"linears", "delta_step", "attention_split", "choose_experts", "experts_down"} <= set(fake_mps)
+    sampling = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    assert list(engine.generate(IDS, sampling)) == greedy(Engine.open(tiny_pack, exact=True, max_context=CONTEXT), 4)
 
 
 def test_an_old_torch_is_told_what_metal_needs(fake_mps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +282,7 @@ def test_more_slots_than_two_buffers_hold_are_refused_with_the_numbers(fake_mps:
 
 def test_a_widened_matrix_gives_the_product_of_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a prompt is computed on GPUs: a kernel widens some rows at a time, torch multiplies."""
-    monkeypatch.setattr(EmulatedDevice, "widens_weights", True)
+    monkeypatch.setattr(EmulatedDevice, "torch_is_faster", frozenset({"linears"}))
     monkeypatch.setattr(gpu_ops, "WIDENED_WEIGHTS", 2000)
     ops, x = GpuOps(EmulatedDevice()), torch.randn(3, 128)
     for bits in (2, 3, 4, 8):

@@ -64,6 +64,7 @@ def test_experts_of_a_prompt(executor: Runner) -> None:
     segments = bytes_tensor(launches.pack_segments((0, i, firsts[i], counts[i]) for i in range(3)))
     order = torch.empty(tokens * chosen, dtype=torch.int32)
     order[pairs] = torch.arange(tokens * chosen, dtype=torch.int32)
+    order = torch.cat([order.view(tokens, chosen).sort(dim=1).values, torch.full((tokens, 1), -1)], dim=1).int()
 
     x, products, rows = (
         random_input(tokens, hidden),
@@ -74,7 +75,7 @@ def test_experts_of_a_prompt(executor: Runner) -> None:
     banks, of_pairs = [base] * 3, (pairs // chosen).int()
     executor.run(launches.experts_gate_up_rows(banks, forms, segments, of_pairs, x, products, max(counts)))
     executor.run(launches.experts_down_rows(banks, forms, segments, products, rows, max(counts)))
-    executor.run(launches.add_expert_rows(rows, order.view(tokens, chosen), weights, out))
+    executor.run(launches.add_expert_rows(rows, order, weights.flatten()[pairs], out))
     for i, group in enumerate(groups):
         at, which = (choices == i).nonzero(as_tuple=True)
         reference.add_expert(expected, x, Expert(*group), at, weights[at, which])

@@ -111,6 +111,7 @@ def test_geometry_is_that_of_the_text() -> None:
     assert values["choose_experts", "EACH"] * 32 == launches.MAX_EXPERTS
     assert values["matmul", "TILE"] == launches.TILE
     assert values["matmul", "TILE_THREADS"] == launches.TILE_THREADS
+    assert values["matmul", "STRIDE"] * values["matmul", "TILE"] == values["matmul", "TILE_FLOATS"]
     assert values["delta_scan", "COLUMNS"] == launches.SCAN_COLUMNS
     assert values["attention_tiles", "QUERIES"] == launches.QUERIES
     assert values["delta_scan", "SIMDGROUPS"] == values["attention_tiles", "SIMDGROUPS"] == launches.SIMDGROUPS
@@ -125,11 +126,13 @@ def constants_of(name: str) -> dict[str, str]:
 def test_structs_are_packed_as_c_lays_them_out() -> None:
     structs = msl.load("experts").structs
     assert structs["Place"].pack(offset=2**40 + 1, form=2, rank=3).hex() == "0100000000010000" + "02000000" + "03000000"
+    assert structs["Place"].pack_rows([(2**40 + 1, 2, 3)]) == structs["Place"].pack(offset=2**40 + 1, form=2, rank=3)
     assert structs["MatrixForm"].size_bytes == 48
     assert structs["ExpertForm"].size_bytes == 3 * 48 + 8
     mixed = parse("mixed", "struct A { uint x; ulong y; float z[3]; };")
     assert mixed.structs["A"].pack(x=1, y=2, z=[0.5, 1, 2])[8:16] == (2).to_bytes(8, "little")
     assert mixed.structs["A"].size_bytes == 32
+    assert mixed.structs["A"].pack_rows([(1, 2, 0.5, 1, 2)]) == mixed.structs["A"].pack(x=1, y=2, z=[0.5, 1, 2])
     with pytest.raises(KernelTextError, match="fields"):
         structs["Place"].pack(offset=1, form=2)
 

@@ -8,7 +8,7 @@ using namespace metal;
 //
 //   hidden[p, i] = silu(gate[i] . x[tokens[p]]) * (up[i] . x[tokens[p]])       experts_gate_up_rows
 //   rows[p, n] = down[n] . hidden[p]                                           experts_down_rows
-//   out[t, n] += sum over k, in order, of weights[t, k] * rows[order[t, k], n]    add_expert_rows
+//   out[t, n] += weights[p] * rows[p, n]  for p = order[t, 0], order[t, 1], ...    add_expert_rows
 //
 // A pair p is a token and an expert that it chose; the pairs of an expert follow each other.
 //
@@ -17,7 +17,9 @@ using namespace metal;
 // tokens     int [pairs]
 // x          float [T, D], normed;   out   float [T, D]
 // hidden     float [pairs, hidden_stride];   rows   float [pairs, D]
-// order      int [T, K]: the pair of each of a token's choices;   weights   float [T, K]
+// order      int [T, K]: the pairs of each token, then -1;   weights   float [pairs]
+//
+// A token's experts are added one after the other, so that it does not matter which of them come in one call.
 //
 // Threads: grid (rows / TILE, most pairs of a segment / TILE, segments), four simdgroups, tiles as in tile.h;
 // add_expert_rows: grid (D / 256, T), one thread for each number. Bound by arithmetic, with few tokens by the weights.
@@ -36,7 +38,7 @@ struct ExpertRowsShape {
 
 struct AddRowsShape {
   uint width;
-  uint chosen;
+  uint most;  // pairs of a token
 };
 
 [[kernel, max_total_threads_per_threadgroup(128)]] void experts_gate_up_rows(device const uchar* bank0 [[buffer(0)]],
@@ -45,8 +47,8 @@ struct AddRowsShape {
     device const int* tokens [[buffer(5)]], device const float* x [[buffer(6)]], device float* hidden [[buffer(7)]],
     constant ExpertRowsShape& shape [[buffer(8)]], uint3 group [[threadgroup_position_in_grid]],
     uint index [[thread_index_in_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]]) {
-  threadgroup float inputs[TILE * STEP];
-  threadgroup float rows[STEP * TILE];
+  threadgroup float inputs[TILE_FLOATS];
+  threadgroup float rows[TILE_FLOATS];
   threadgroup float gates[TILE * TILE];
   threadgroup float ups[TILE * TILE];
   constant Segment& segment = segments[group.z];
@@ -64,7 +66,7 @@ struct AddRowsShape {
     for (uint i = index; i < TILE * STEP; i += TILE_THREADS) {
       const uint p = pair + i / STEP, k = column + i % STEP;
       const bool is_inside = p < segment.count && k < gate.columns;
-      inputs[i] = is_inside ? x[ulong(tokens[segment.first + p]) * shape.x_stride + k] : 0.0f;
+      inputs[i / STEP * STRIDE + i % STEP] = is_inside ? x[ulong(tokens[segment.first + p]) * shape.x_stride + k] : 0.0f;
     }
     load_rows(gate, row, column, rows, index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -92,8 +94,8 @@ struct AddRowsShape {
     device const float* hidden [[buffer(5)]], device float* rows_out [[buffer(6)]],
     constant ExpertRowsShape& shape [[buffer(7)]], uint3 group [[threadgroup_position_in_grid]],
     uint index [[thread_index_in_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]]) {
-  threadgroup float inputs[TILE * STEP];
-  threadgroup float rows[STEP * TILE];
+  threadgroup float inputs[TILE_FLOATS];
+  threadgroup float rows[TILE_FLOATS];
   threadgroup float products[TILE * TILE];
   constant Segment& segment = segments[group.z];
   constant ExpertForm& form = forms[segment.place.form];
@@ -106,7 +108,7 @@ struct AddRowsShape {
     for (uint i = index; i < TILE * STEP; i += TILE_THREADS) {
       const uint p = pair + i / STEP, k = column + i % STEP;
       const bool is_inside = p < segment.count && k < down.columns;
-      inputs[i] = is_inside ? hidden[ulong(segment.first + p) * shape.x_stride + k] : 0.0f;
+      inputs[i / STEP * STRIDE + i % STEP] = is_inside ? hidden[ulong(segment.first + p) * shape.x_stride + k] : 0.0f;
     }
     load_rows(down, row, column, rows, index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -129,10 +131,11 @@ struct AddRowsShape {
     uint index [[thread_index_in_threadgroup]]) {
   const uint n = group.x * 256 + index, t = group.y;
   if (n >= shape.width) return;
-  float sum = 0.0f;
-  for (uint k = 0; k < shape.chosen; k++) {
-    const uint at = t * shape.chosen + k;
-    sum = fma(weights[at], rows[ulong(order[at]) * shape.width + n], sum);
+  float sum = out[ulong(t) * shape.width + n];
+  for (uint k = 0; k < shape.most; k++) {
+    const int pair = order[t * shape.most + k];
+    if (pair < 0) break;
+    sum = fma(weights[pair], rows[ulong(pair) * shape.width + n], sum);
   }
-  out[ulong(t) * shape.width + n] += sum;
+  out[ulong(t) * shape.width + n] = sum;
 }

@@ -28,8 +28,8 @@ struct MatmulShape {
     constant MatrixForm* matrices [[buffer(1)]], device const float* x [[buffer(2)]], device float* out [[buffer(3)]],
     constant MatmulShape& shape [[buffer(4)]], uint3 group [[threadgroup_position_in_grid]],
     uint index [[thread_index_in_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]]) {
-  threadgroup float inputs[TILE * STEP];
-  threadgroup float rows[STEP * TILE];
+  threadgroup float inputs[TILE_FLOATS];
+  threadgroup float rows[TILE_FLOATS];
   threadgroup float products[TILE * TILE];
   uint which = 0;
   while (which + 1 < shape.count && matrices[which + 1].first_group <= group.x) which++;
@@ -40,7 +40,7 @@ struct MatmulShape {
   for (uint column = 0; column < w.columns; column += STEP) {
     for (uint i = index; i < TILE * STEP; i += TILE_THREADS) {
       const uint t = token + i / STEP, k = column + i % STEP;
-      inputs[i] = t < shape.tokens && k < w.columns ? x[ulong(t) * shape.x_stride + k] : 0.0f;
+      inputs[i / STEP * STRIDE + i % STEP] = t < shape.tokens && k < w.columns ? x[ulong(t) * shape.x_stride + k] : 0.0f;
     }
     load_rows(w, row, column, rows, index);
     threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -3,6 +3,8 @@
 
 constant constexpr uint TILE = 32;
 constant constexpr uint STEP = 32;
+constant constexpr uint STRIDE = 36;  // of a row of a tile: a few more than it holds, so that rows lie in other banks
+constant constexpr uint TILE_FLOATS = 1152;
 constant constexpr uint TILE_THREADS = 128;
 
 inline void clear_tile(thread simdgroup_float8x8* sums) {
@@ -39,7 +41,7 @@ inline void widen_packed(thread const Weights& w, ulong row, uint column, thread
   }
 }
 
-// rows[k * TILE + n] = weight (row + n, column + k), zero outside the matrix: eight columns of a row for each thread.
+// rows[k * STRIDE + n] = weight (row + n, column + k), zero outside the matrix: eight columns of a row for each thread.
 inline void load_rows(thread const Weights& w, uint row, uint column, threadgroup float* rows, uint index) {
   const uint n = index / 4, first = index % 4 * 8;
   const bool is_row = row + n < w.rows;
@@ -52,20 +54,20 @@ inline void load_rows(thread const Weights& w, uint row, uint column, threadgrou
       eight[j] = is_row && k < w.columns ? load_plain(w, ulong(row + n) * w.columns + k) : 0.0f;
     }
   }
-  for (uint j = 0; j < 8; j++) rows[(first + j) * TILE + n] = eight[j];
+  for (uint j = 0; j < 8; j++) rows[(first + j) * STRIDE + n] = eight[j];
 }
 
 // sums += inputs [TILE, STEP] times rows [STEP, TILE]: simdgroup (a, b) has 16 tokens from 16 a and 16 rows from 16 b.
 inline void add_tile(
     threadgroup const float* inputs, threadgroup const float* rows, thread simdgroup_float8x8* sums, uint simdgroup) {
-  threadgroup const float* left = inputs + simdgroup / 2 * 16 * STEP;
+  threadgroup const float* left = inputs + simdgroup / 2 * 16 * STRIDE;
   threadgroup const float* right = rows + simdgroup % 2 * 16;
   for (uint k = 0; k < STEP; k += 8) {
     simdgroup_float8x8 a[2];
     simdgroup_float8x8 b[2];
     for (uint i = 0; i < 2; i++) {
-      simdgroup_load(a[i], left + i * 8 * STEP + k, STEP);
-      simdgroup_load(b[i], right + k * TILE + i * 8, TILE);
+      simdgroup_load(a[i], left + i * 8 * STRIDE + k, STRIDE);
+      simdgroup_load(b[i], right + k * STRIDE + i * 8, STRIDE);
     }
     for (uint i = 0; i < 4; i++) simdgroup_multiply_accumulate(sums[i], a[i / 2], b[i % 2], sums[i]);
   }

@@ -1,0 +1,142 @@
+"""The one-fifth 35B model on an NVIDIA GPU: decode and prefill, beside transformers with the same weights in bf16.
+
+Writes the random checkpoint of make_checkpoint.py and a 4-bit pack of it, unless they are there. Each run is a process
+of its own. Decode is the median step of the last half, prefill the median of two prompts after a first one. With random
+weights the router's choices are nearly uniform: under a cap on the experts a token misses nearly as many as do not fit.
+
+    python benchmarks/gpu_model.py WORK                     # all runs, a table
+    python benchmarks/gpu_model.py WORK --only resident     # or capped, transformers
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PROMPT, CONTEXT_PROMPT, DECODE, SEED = 2048, 64, 128, 0
+RUNS = ("resident", "capped", "transformers")
+CAP = 0.4  # of the experts
+VOCABULARY = 4096  # ids that every tokenizer involved has
+
+
+def prompt(length: int, seed: int = SEED) -> list[int]:
+    import torch
+
+    return torch.randint(0, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def run_moepack(pack: Path, device: str, share: float) -> dict[str, Any]:
+    """Decode and prefill with so large a share of the experts in memory."""
+    from moepack.runtime import Engine, SamplingParams
+
+    context = PROMPT + 8
+    with Engine.open(pack, device=device, max_context=context) as engine:
+        plan = engine.memory_plan
+    memory = plan.total_bytes - int((1 - share) * plan.num_slots) * plan.slot_bytes
+    with Engine.open(
+        pack, device=device, max_context=context, memory=memory, process_bytes=plan.process_bytes
+    ) as engine:
+        greedy = SamplingParams(temperature=0, max_tokens=DECODE, ignore_eos=True)
+        list(engine.generate(prompt(CONTEXT_PROMPT, 1), greedy))  # compiles, and fills the slots
+        steps, generation = [], engine.generate(prompt(CONTEXT_PROMPT), greedy)
+        before = time.perf_counter()
+        for _ in generation:
+            now = time.perf_counter()
+            steps.append(now - before)
+            before = now
+        seconds = []
+        for seed in (2, 3, 4):
+            one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+            started = time.perf_counter()
+            list(engine.generate(prompt(PROMPT, seed), one))
+            seconds.append(time.perf_counter() - started)
+        stats = generation.stats()
+        return {
+            "slots": engine.store.num_slots,
+            "decode_tok_s": 1 / statistics.median(steps[DECODE // 2 :]),
+            "prefill_tok_s": PROMPT / statistics.median(seconds[1:]),
+            "bytes_per_token": stats.bytes_per_token,
+            "gpu_bytes": gpu_bytes(device),
+        }
+
+
+def run_transformers(checkpoint: Path, device: str) -> dict[str, Any]:
+    """The same with transformers in bf16, as it comes from the package index."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).to(device).eval()
+    ids = torch.tensor([prompt(CONTEXT_PROMPT)], device=device)
+    steps, seconds = [], []
+    with torch.inference_mode():
+        cache = None
+        for _ in range(DECODE):
+            started = time.perf_counter()
+            result = model(ids, past_key_values=cache, use_cache=True)
+            ids, cache = result.logits[:, -1:].argmax(-1), result.past_key_values
+            ids.cpu()
+            steps.append(time.perf_counter() - started)
+        for seed in (2, 3, 4):
+            long = torch.tensor([prompt(PROMPT, seed)], device=device)
+            started = time.perf_counter()
+            model(long, use_cache=True, logits_to_keep=1).logits.argmax(-1).cpu()
+            seconds.append(time.perf_counter() - started)
+    return {
+        "decode_tok_s": 1 / statistics.median(steps[DECODE // 2 :]),
+        "prefill_tok_s": PROMPT / statistics.median(seconds[1:]),
+        "gpu_bytes": gpu_bytes(device),
+    }
+
+
+def gpu_bytes(device: str) -> int:
+    """The most that torch has taken of the GPU's memory."""
+    import torch
+
+    return torch.cuda.max_memory_reserved() if device == "cuda" else 0
+
+
+def prepare(work: Path) -> tuple[Path, Path]:
+    """The checkpoint and its pack."""
+    checkpoint, pack = work / "checkpoint", work / "experts4.moepack"
+    if not (checkpoint / "model.safetensors.index.json").exists():
+        subprocess.run([sys.executable, Path(__file__).with_name("make_checkpoint.py"), checkpoint], check=True)
+    if not pack.exists():
+        convert = "from moepack.convert.cli import main; main()"
+        subprocess.run(
+            [sys.executable, "-c", convert, checkpoint, pack, "--bits", "4", "--quantizer", "minmax"], check=True
+        )
+    return checkpoint, pack
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--only", choices=RUNS, help="this run alone, its measurements as JSON")
+    parser.add_argument("--device", default="cuda")
+    arguments = parser.parse_args()
+    checkpoint, pack = prepare(arguments.work)
+    if arguments.only == "transformers":
+        print(json.dumps(run_transformers(checkpoint, arguments.device)))
+    elif arguments.only:
+        print(json.dumps(run_moepack(pack, arguments.device, CAP if arguments.only == "capped" else 1.0)))
+    else:
+        print(f"{'':14} {'decode tok/s':>12} {'prefill tok/s':>14} {'GPU GB':>8} {'experts in memory':>18}", flush=True)
+        for name in RUNS:
+            command = [sys.executable, __file__, arguments.work, "--only", name, "--device", arguments.device]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                print(f"{name:14} failed: {done.stderr.strip().splitlines()[-1]}")
+                continue
+            r = json.loads(done.stdout.splitlines()[-1])
+            decode, prefill, gigabytes = r["decode_tok_s"], r["prefill_tok_s"], r["gpu_bytes"] / 1e9
+            print(f"{name:14} {decode:12.1f} {prefill:14.0f} {gigabytes:8.1f} {r.get('slots', ''):>18}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
