@@ -1,4 +1,4 @@
-"""Operations on a prompt on a GPU, by the Metal text's kernels and by torch: what Device.torch_is_faster rests on.
+"""Operations on a prompt on a GPU, by the Metal text's kernels and by torch: what Device.widens_weights rests on.
 
 Sizes of one layer of Qwen3.5-35B-A3B at 4 bits; the median of several calls, what they cost the processor included.
 
@@ -48,12 +48,10 @@ def main() -> None:
     x = torch.randn(tokens, HIDDEN, device=place)
     calls = {**mixers(ops, tokens, x), "add_experts": experts(ops, tokens, x)}
     print(f"{ops.device.name}, {tokens} tokens, ms: kernels, torch")
+    ops.device.widens_weights = False
     for name in OPERATIONS:
-        found = []
-        for faster in (frozenset(), frozenset({name})):
-            ops.device.torch_is_faster = faster
-            found.append(time_call(calls[name][bool(faster)], ops.device.wait))
-        print(f"{name:14} {found[0]:9.2f} {found[1]:9.2f}", flush=True)
+        by_kernels, by_torch = (time_call(call, ops.device.wait) for call in calls[name])
+        print(f"{name:14} {by_kernels:9.2f} {by_torch:9.2f}", flush=True)
 
 
 def mixers(ops, tokens: int, x: torch.Tensor) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
@@ -75,20 +73,22 @@ def mixers(ops, tokens: int, x: torch.Tensor) -> dict[str, tuple[Callable[[], ob
     query = torch.randn(tokens, HEADS, HEAD_DIM, device=place)
     keys, values = torch.randn(2, KV_HEADS, tokens, HEAD_DIM, device=place)
 
-    def by_torch() -> object:
-        with torch.device(place):
-            return reference.gated_delta(q, k, v, decay, beta, memory_state)
+    def by_torch(operation: Callable[..., object], *operands: torch.Tensor) -> Callable[[], object]:
+        def call() -> None:
+            with torch.device(place):
+                operation(*operands)
 
-    linears, attend = (lambda: ops.linears(x, [matrix])), (lambda: ops.attention(query, keys, values))
-    convolve, step = (
-        (lambda: ops.causal_conv(mixed, conv, state)),
-        lambda: ops.gated_delta(q, k, v, decay, beta, memory_state),
-    )
+        return call
+
+    delta = (q, k, v, decay, beta, memory_state)
     return {
-        "linears": (linears, linears),
-        "causal_conv": (convolve, convolve),
-        "attention": (attend, attend),
-        "gated_delta": (step, by_torch),
+        "linears": (lambda: ops.linears(x, [matrix]), lambda: ops._widened_product(x, matrix)),
+        "causal_conv": (
+            lambda: ops.causal_conv(mixed, conv, state),
+            by_torch(reference.causal_conv, mixed, conv, state),
+        ),
+        "attention": (lambda: ops.attention(query, keys, values), by_torch(reference.attention, query, keys, values)),
+        "gated_delta": (lambda: ops.gated_delta(*delta), by_torch(reference.gated_delta, *delta)),
     }
 
 

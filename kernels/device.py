@@ -41,7 +41,7 @@ class Device(ABC):
     place: torch.device
     can_capture = False  # whether capture works
     expert_pairs = 512  # tokens of experts that are computed together: planned for as scratch
-    torch_is_faster: frozenset[str] = frozenset()  # operations on a prompt that torch does better here, as measured
+    widens_weights = False  # a prompt meets resident weights in torch's products, which are faster here, as measured
 
     def __init__(self) -> None:
         self.epoch, self.done = 1, 0

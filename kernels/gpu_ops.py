@@ -1,7 +1,7 @@
 """The GPU backend: the operations of reference.py on a device, float32 throughout.
 
 What one token needs are kernels alone (gpu_token.py). So is a prompt, but for what is small beside its matrices, which
-is torch on the device by the reference's own text, and for what torch does better on a device (Device.torch_is_faster).
+is torch on the device by the reference's own text, and for what torch does better on a device (Device.widens_weights).
 
     ops = GpuOps(MetalDevice())
     y = ops.linear(x, matrix)
@@ -153,8 +153,6 @@ class GpuOps(TokenOps):
         return self._on_device(reference.silu_mul, gate, up)
 
     def causal_conv(self, x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        if "causal_conv" in self.device.torch_is_faster:
-            return self._on_device(reference.causal_conv, x, weight, state)
         out = self.device.empty(*x.shape)
         self.device.run(launches.causal_conv(x.contiguous(), weight, state, out))
         return out
@@ -181,8 +179,6 @@ class GpuOps(TokenOps):
         return self._on_device(reference.rope, x, first_position, theta, rotary_dim)
 
     def attention(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        if "attention" in self.device.torch_is_faster:
-            return self._on_device(reference.attention, q, keys, values)
         out = self.device.empty(*q.shape)
         self.device.run(launches.attention_tiles(q.contiguous(), keys, values, out))
         return out
@@ -221,7 +217,7 @@ class GpuOps(TokenOps):
 
     def _products_of_rows(self, x: torch.Tensor, matrices: Sequence[Matrix]) -> list[torch.Tensor]:
         """x [T, K] times each matrix transposed."""
-        if "linears" in self.device.torch_is_faster:
+        if self.device.widens_weights:
             return [self._widened_product(x, matrix) for matrix in matrices]
         known = self._tiles.get(key := tuple(map(id, matrices)))
         if known is None:

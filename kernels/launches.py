@@ -22,7 +22,7 @@ from moepack.kernels.matrix import Matrix
 from moepack.layout.geometry import BlockGeometry, MatrixGeometry
 
 UNIT, SIMDGROUPS, LANES = 32, 4, 32  # metal/matrix.h
-LINEAR_ROWS = 4  # metal/linears.metal
+LINEAR_ROWS, LINEAR_SIMDGROUPS = 2, 8  # metal/linears.metal
 GATE_UP_ROWS, DOWN_ROWS, MAX_PLACES, MAX_CHUNKS, MAX_ROWS, DOWN_SIMDGROUPS = 2, 4, 32, 4, 64, 12  # metal/experts.metal
 DOWN_GROUPS = 256  # threadgroups of experts_down that fill a large GPU: more rows go to each instead
 MAX_TAPS = 8  # metal/causal_conv.metal
@@ -112,7 +112,9 @@ def _pack_matrix(
 
 def matrix_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
     """The MatrixForms of matrices that share an input, for linears: results and threadgroups follow each other."""
-    return _side_by_side(matrices, base, rows_of_group(lanes_of_row(matrices[0].in_features), LINEAR_ROWS, SIMDGROUPS))
+    return _side_by_side(
+        matrices, base, rows_of_group(lanes_of_row(matrices[0].in_features), LINEAR_ROWS, LINEAR_SIMDGROUPS)
+    )
 
 
 def tile_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
@@ -183,7 +185,7 @@ def linears(
     if normed is not None and norm is None:
         raise ValueError("without a norm there is nothing to keep")
     lanes = lanes_of_row(columns)
-    rows_each = rows_of_group(lanes, LINEAR_ROWS, SIMDGROUPS)
+    rows_each = rows_of_group(lanes, LINEAR_ROWS, LINEAR_SIMDGROUPS)
     shape = shape_of(
         "linears",
         "LinearsShape",
@@ -199,7 +201,7 @@ def linears(
     )
     groups = sum(-(-matrix.out_features // rows_each) for matrix in matrices)
     arguments = (weights, forms, x, x if norm is None else norm, out if normed is None else normed, out, shape)
-    return Launch("linears", "linears", arguments, (groups, x.shape[0], 1), (SIMDGROUPS * LANES, 1, 1))
+    return Launch("linears", "linears", arguments, (groups, x.shape[0], 1), (LINEAR_SIMDGROUPS * LANES, 1, 1))
 
 
 def experts_gate_up(

@@ -325,15 +325,16 @@ class ExpertStore:
             self._plan(fetch)
 
     def _list_ready(self, fetch: _Fetch) -> list[int]:
-        """What is left and in memory; in order, as far as there is no gap, and so few that reads go on meanwhile."""
-        ready = []
+        """What is left and in memory; in order, as far as there is no gap, and so few that reads go on, if any."""
+        ready: list[int] = []
+        is_missing = any((fetch.layer, expert_id) not in self._held for expert_id in fetch.left)
         for expert_id in fetch.left:
             held = self._held.get((fetch.layer, expert_id))
             if held and not held.is_loading:
                 ready.append(expert_id)
             elif fetch.in_order:
                 break
-            if fetch.in_order and len(ready) == self._ahead // 2:
+            if fetch.in_order and is_missing and len(ready) == self._ahead // 2:
                 break
         return ready
 

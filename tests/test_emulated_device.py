@@ -282,7 +282,7 @@ def test_more_slots_than_two_buffers_hold_are_refused_with_the_numbers(fake_mps:
 
 def test_a_widened_matrix_gives_the_product_of_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a prompt is computed on GPUs: a kernel widens some rows at a time, torch multiplies."""
-    monkeypatch.setattr(EmulatedDevice, "torch_is_faster", frozenset({"linears"}))
+    monkeypatch.setattr(EmulatedDevice, "widens_weights", True)
     monkeypatch.setattr(gpu_ops, "WIDENED_WEIGHTS", 2000)
     ops, x = GpuOps(EmulatedDevice()), torch.randn(3, 128)
     for bits in (2, 3, 4, 8):

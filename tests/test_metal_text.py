@@ -96,6 +96,7 @@ def test_geometry_is_that_of_the_text() -> None:
         values |= {(name, constant): int(value) for constant, value in constants_of(name).items()}
     assert values["linears", "UNIT"] == launches.UNIT
     assert values["linears", "LINEAR_ROWS"] == launches.LINEAR_ROWS
+    assert values["linears", "LINEAR_SIMDGROUPS"] == launches.LINEAR_SIMDGROUPS
     assert values["linears", "STAGED"] * 4 == 16 * (values["linears", "STAGED_QUADS"] - 8)
     assert values["linears", "STAGED_UNITS"] * 8 == values["linears", "STAGED_QUADS"]
     assert values["experts", "GATE_UP_ROWS"] == launches.GATE_UP_ROWS

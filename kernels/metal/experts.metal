@@ -28,7 +28,7 @@ constant constexpr uint MAX_PLACES = 32;
 constant constexpr uint GATE_UP_ROWS = 2;
 constant constexpr uint DOWN_ROWS = 4;
 constant constexpr uint MAX_CHUNKS = 4;
-constant constexpr uint MAX_ROWS = 64;  // of a threadgroup of experts_down: MAX_CHUNKS * 32 / lanes * DOWN_ROWS, lanes >= 8
+constant constexpr uint MAX_ROWS = 64;  // of a threadgroup of experts_down: chunks * 32 / lanes * DOWN_ROWS, lanes >= 8
 
 struct GateUpShape {
   uint shift;  // a team has two to the power of it lanes

@@ -66,7 +66,8 @@ struct AddRowsShape {
     for (uint i = index; i < TILE * STEP; i += TILE_THREADS) {
       const uint p = pair + i / STEP, k = column + i % STEP;
       const bool is_inside = p < segment.count && k < gate.columns;
-      inputs[i / STEP * STRIDE + i % STEP] = is_inside ? x[ulong(tokens[segment.first + p]) * shape.x_stride + k] : 0.0f;
+      const uint place = i / STEP * STRIDE + i % STEP;
+      inputs[place] = is_inside ? x[ulong(tokens[segment.first + p]) * shape.x_stride + k] : 0.0f;
     }
     load_rows(gate, row, column, rows, index);
     threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -14,12 +14,13 @@ using namespace metal;
 // normed    float [T, whole units], rms_norm(x) spread (matrix.h): written if keeps_normed, else any buffer
 // out       float [T, out_stride]
 //
-// Threads: grid (threadgroups of all matrices, T), SIMDGROUPS simdgroups; a team of lanes computes LINEAR_ROWS rows
-// (matrix.h). The threadgroup first spreads the inputs in its own memory, STAGED columns at a time, multiplied by
+// Threads: grid (threadgroups of all matrices, T), LINEAR_SIMDGROUPS simdgroups; a team of lanes computes LINEAR_ROWS
+// rows (matrix.h). The threadgroup first spreads the inputs in its own memory, STAGED columns at a time, multiplied by
 // 1 + norm; the factor 1 / rms comes out of the product. Bound by the bytes of the weights. Reference: rms_norm,
 // linears. Test: test_metal_matrices.py.
 
-constant constexpr uint LINEAR_ROWS = 4;
+constant constexpr uint LINEAR_ROWS = 2;
+constant constexpr uint LINEAR_SIMDGROUPS = 8;
 constant constexpr uint STAGED = 4096;
 constant constexpr uint STAGED_UNITS = 129;  // of STAGED columns, and one so that neighbours lie in other memory banks
 constant constexpr uint STAGED_QUADS = 1032;
@@ -55,7 +56,7 @@ inline float4 apply_norm(float4 x, float4 norm, float factor) {
   return x;
 }
 
-[[kernel, max_total_threads_per_threadgroup(128)]] void linears(device const uchar* weights [[buffer(0)]],
+[[kernel, max_total_threads_per_threadgroup(256)]] void linears(device const uchar* weights [[buffer(0)]],
     constant MatrixForm* matrices [[buffer(1)]], device const float* x [[buffer(2)]],
     device const float* norm [[buffer(3)]], device float* normed [[buffer(4)]], device float* out [[buffer(5)]],
     constant LinearsShape& shape [[buffer(6)]], uint3 group [[threadgroup_position_in_grid]],
@@ -66,7 +67,8 @@ inline float4 apply_norm(float4 x, float4 norm, float factor) {
   uint which = 0;
   while (which + 1 < shape.count && matrices[which + 1].first_group <= group.x) which++;
   const Weights w = weights_at(weights, matrices[which]);
-  const uint lanes = 1u << shape.shift, columns = shape.columns, units = count_units(columns), threads = SIMDGROUPS * 32;
+  const uint lanes = 1u << shape.shift, columns = shape.columns, units = count_units(columns);
+  const uint threads = LINEAR_SIMDGROUPS * 32;
   const uint row = (((group.x - matrices[which].first_group) * threads + index) >> shape.shift) * LINEAR_ROWS;
   device const float* input = x + ulong(group.y) * shape.x_stride;
   const bool is_aligned = (columns | shape.x_stride) % 4 == 0;
@@ -92,7 +94,8 @@ inline float4 apply_norm(float4 x, float4 norm, float factor) {
   }
   float factor = 1.0f;
   if (shape.is_normed) {
-    factor = rsqrt(threadgroup_sum(squares, partial, simdgroup, SIMDGROUPS, lane) / float(columns) + shape.eps);
+    const float sum = threadgroup_sum(squares, partial, simdgroup, LINEAR_SIMDGROUPS, lane);
+    factor = rsqrt(sum / float(columns) + shape.eps);
   }
   team_sums<LINEAR_ROWS>(sums, shape.shift);
 #pragma unroll

@@ -40,7 +40,8 @@ struct MatmulShape {
   for (uint column = 0; column < w.columns; column += STEP) {
     for (uint i = index; i < TILE * STEP; i += TILE_THREADS) {
       const uint t = token + i / STEP, k = column + i % STEP;
-      inputs[i / STEP * STRIDE + i % STEP] = t < shape.tokens && k < w.columns ? x[ulong(t) * shape.x_stride + k] : 0.0f;
+      const bool is_inside = t < shape.tokens && k < w.columns;
+      inputs[i / STEP * STRIDE + i % STEP] = is_inside ? x[ulong(t) * shape.x_stride + k] : 0.0f;
     }
     load_rows(w, row, column, rows, index);
     threadgroup_barrier(mem_flags::mem_threadgroup);

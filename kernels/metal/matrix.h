@@ -1,6 +1,6 @@
 // Weights as they lie in a pack, and products of their rows with a vector. Put into kernel files by text, by msl.py.
 //
-// A lane takes a UNIT of consecutive columns of a row at a time, which is as many 32-bit words as the weights have bits.
+// A lane takes a UNIT of consecutive columns of a row at a time: as many 32-bit words as the weights have bits.
 // `lanes` neighbouring lanes share a row and go along it together: 32 for rows of 1024 columns and more, fewer for
 // shorter ones, so that none is idle. A simdgroup thus holds 32 / lanes teams, each of which works on several rows at
 // once: their weights are all requested before any is used, and the inputs are read once for all of them.
@@ -110,8 +110,8 @@ inline uint move_pair(thread const uint* words, int i) {
   return left >= 0 ? word << (left & 31) : word >> (-left & 31);
 }
 
-// The inputs of half a unit, from the device's memory or the threadgroup's. Their sums are what the ones in the mantissas
-// add to a product: alike for all rows.
+// The inputs of half a unit, from the device's memory or the threadgroup's. Their sums are what the ones in the
+// mantissas add to a product: alike for all rows.
 template <int BITS, typename Spread>
 inline void load_inputs(Spread x, uint half_unit, uint unit, uint units, thread Inputs& in) {
   for (uint i = 0; i < QUADS / 2; i++) {
@@ -168,8 +168,8 @@ inline float load_plain(thread const Weights& w, ulong index) {
   return widen_bf16(((device const ushort*)w.data)[index]);
 }
 
-// The sums over a team of two to the power of `shift` lanes, in each of them: all values a step at a time, for a shuffle
-// takes long.
+// The sums over a team of two to the power of `shift` lanes, in each of them: all values a step at a time, for a
+// shuffle takes long.
 template <int COUNT>
 inline void team_sums(thread float* values, uint shift) {
   for (uint i = 0; i < shift; i++) {
@@ -201,8 +201,8 @@ inline void load_rows(thread const Weights* w, thread const uint* data_at, threa
   }
 }
 
-// For packed rows, whose columns are whole units: COUNT matrices, EACH rows of each. Rows are found by 32-bit offsets: a
-// matrix has less than 4 GiB.
+// For packed rows, whose columns are whole units: COUNT matrices, EACH rows of each. Rows are found by 32-bit offsets:
+// a matrix has less than 4 GiB.
 template <int BITS, int COUNT, int EACH, typename Spread>
 inline void packed_products(
     thread const Weights* w, uint row, thread const Walk& walk, Spread x, thread float* sums) {

@@ -66,14 +66,15 @@ MSL_FUNCTION void split_float(float value, uint& high, uint& low) {
 
 // sums += a b for a [16, 8], of which the lower half is zero, and b [8, 8], on the matrix units.
 MSL_FUNCTION void multiply_tf32(float* sums, const uint* a, const uint* b) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %8, %5, %8}, {%6, %7}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %8, %5, %8}, {%6, %7}, {%0, %1, %2, %3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(b[0]), "r"(b[1]), "r"(0u));
 }
 
-// Three products of parts give one in nearly float32: what is lost of a product is 2^-22 of it. The units' sum starts at
-// zero each time, because they cut off what does not fit, where an addition outside rounds.
-// A unit wants column c of a in lane c % 4, here there are 2 c and 2 c + 1: any order of the eight will do, if b has it too.
+// Three products of parts give one in nearly float32: what is lost of a product is 2^-22 of it. The units' sum starts
+// at zero each time, because they cut off what does not fit, where an addition outside rounds. A unit wants columns c
+// and c + 4 of a in lane c % 4, which here has 2 c and 2 c + 1: any order of the eight will do, if b has it too.
 MSL_FUNCTION void simdgroup_multiply_accumulate(
     simdgroup_float8x8& to, const simdgroup_float8x8& a, const simdgroup_float8x8& b, const simdgroup_float8x8& c) {
   const uint lane = msl_lane(), from = lane % 4 * 8 + lane / 8;
