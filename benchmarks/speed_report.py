@@ -26,7 +26,7 @@ def format_table(results: dict[str, Any]) -> str:
     machine, lines = results["machine"], [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
     for name, entry in results["phases"].items():
         lines += [f"| {' | '.join(row)} |" for row in _phase_rows(name, entry, results["plan"])]
-    limits = [entry["limits"] for entry in results["phases"].values() if _is_quiet(entry["limits"])]
+    limits = [one for entry in results["phases"].values() for one in entry["limits"] if _is_quiet(one)]
     keys = [key for key in (limits[0] if limits else {}) if key != "others_cores"]
     ranges = [f"{key} {min(one[key] for one in limits):.1f} to {max(one[key] for one in limits):.1f}" for key in keys]
     lines += [
@@ -37,10 +37,10 @@ def format_table(results: dict[str, Any]) -> str:
         "",
         f"Medians of the runs in which other processes took at most {QUIET_CORES} cores; the JSON file has all.",
         "",
-        f"Limits, over the phases: {', '.join(ranges) or 'none measured on a quiet machine'}.",
+        f"Limits, over the pairs: {', '.join(ranges) or 'none measured on a quiet machine'}.",
         "",
-        "Of the limit: in memory the weights that a token touches, times tok/s, of the speed of reading memory; under "
-        "a cap what was read from the disk of the speed of direct random reads.",
+        "Of the limit, medians over a phase: in memory the weights that a token touches, times tok/s, of the speed of "
+        "reading memory; under a cap what was read from the disk of the speed of direct random reads.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -118,13 +118,14 @@ def _limit_share(
     name: str, entry: dict[str, Any], samples: list[dict[str, Any]], rate: float, plan: dict[str, Any]
 ) -> str:
     """How much of what bounds the phase is used; nothing bounds a prefill in memory but arithmetic."""
-    limits = entry["limits"]
-    if not _is_quiet(limits):
+    limits = [one for one in entry["limits"] if _is_quiet(one)]
+    if not limits:
         return "-"
     if entry["cap_bytes"]:
-        disk_gb_s = max(value for key, value in limits.items() if key.startswith("disk"))
+        disk_gb_s = statistics.median(max(one["disk_read_gb_s_1"], one["disk_read_gb_s_2"]) for one in limits)
         return f"disk {(median(samples, 'read_bytes_per_token') or 0) * rate / 1e9 / disk_gb_s:.0%}"
     if name.startswith("decode"):
+        memory_gb_s = statistics.median(one["memory_read_gb_s"] for one in limits)
         touched = median(samples, "touched_bytes_per_token") or plan["touched_bytes_per_token"]  # the peer's: 4 bits
-        return f"memory {touched * rate / 1e9 / limits['memory_read_gb_s']:.0%}"
+        return f"memory {touched * rate / 1e9 / memory_gb_s:.0%}"
     return "-"

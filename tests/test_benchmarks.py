@@ -139,7 +139,7 @@ def table_rows(benchmark: Any, samples: dict[str, Any], limits_others: float = 0
     results = {
         "machine": machine,
         "plan": {"fixed_bytes": 2**28, "all_experts_bytes": 2**30, "touched_bytes_per_token": 3e8},
-        "phases": {"decode-60": {"cap_bytes": 2**30, "limits": limits, "samples": samples}},
+        "phases": {"decode-60": {"cap_bytes": 2**30, "limits": [limits], "samples": samples}},
     }
     return benchmark("speed_report").format_table(json.loads(json.dumps(results))).splitlines()[2:]
 
