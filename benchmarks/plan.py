@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from laps import Meter, others_cores
+from laps import others_cores
 
 HERE = Path(__file__).resolve().parent
 MIB = 2**20
@@ -53,11 +53,12 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     trace = record_trace(arguments, prompt, folder / "routing.zst")
     rounds = []
     for _ in range(arguments.rounds):
-        meter = Meter()
         plans = [predict(arguments, budgets, trace)]
-        measured = {share: last_half(run(arguments, prompt, budget)) for share, budget in budgets.items()}
+        laps = {share: last_half(run(arguments, prompt, budget)) for share, budget in budgets.items()}
         plans.append(predict(arguments, budgets, trace))
-        rounds.append({"measured": measured, "plans": plans, "others_cores": others_cores([meter.lap()])})
+        measured = {share: len(steps) / sum(lap["seconds"] for lap in steps) for share, steps in laps.items()}
+        others = {share: others_cores(steps) for share, steps in laps.items()}
+        rounds.append({"measured": measured, "plans": plans, "others_cores": others})
     return {"budgets": budgets, "rounds": rounds}
 
 
@@ -69,10 +70,9 @@ def run(arguments: argparse.Namespace, prompt: Path, budget: int | None) -> dict
     return call(command)
 
 
-def last_half(output: dict[str, Any]) -> float:
-    """Tokens per second."""
-    steps = output["steps"][len(output["steps"]) // 2 :]
-    return len(steps) / sum(lap["seconds"] for lap in steps)
+def last_half(output: dict[str, Any]) -> list[dict[str, float]]:
+    """Laps of the tokens that are measured."""
+    return output["steps"][len(output["steps"]) // 2 :]
 
 
 def record_trace(arguments: argparse.Namespace, prompt: Path, path: Path) -> Path:
@@ -117,7 +117,7 @@ def format_table(results: dict[str, Any]) -> str:
             cells += [f"{predicted:.1f}", f"{predicted / measured - 1:+.0%}"]
         lines.append(f"| {' | '.join(cells)} |")
     medians = ", ".join(f"{statistics.median(found):.0%} by {kind}" for kind, found in errors.items())
-    others = statistics.median(one["others_cores"] for one in results["rounds"])
+    others = statistics.median(cores for one in results["rounds"] for cores in one["others_cores"].values())
     return "\n".join([*lines, "", f"Median error: {medians}. Other processes took {others:.2f} cores meanwhile."])
 
 

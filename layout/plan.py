@@ -2,7 +2,8 @@
 
 A token goes through its layers one after the other. In each, the mixer and the router come first; then the experts that
 are in memory are computed while the missing ones are read, and each of those is computed when it has come. While the
-disk has nothing else to do, experts that the next layer will probably want are read ahead. So
+disk has nothing else to do, experts that the next layer will probably want are read ahead; the last of these is still
+under way when that layer asks, and its rest comes first. So
 
     layer = mixer and router + max(hits computed, reads done) + what is left to compute        averaged over misses
 
@@ -72,6 +73,7 @@ class Disk:
 
     busy_bytes_s   at random while all threads compute, which costs some; empty: it costs nothing
     max_hints      reads ahead that a layer may start; 0 reads nothing ahead
+    start_s        from asking for a block until its read begins
     """
 
     random_bytes_s: dict[int, float]
@@ -79,21 +81,27 @@ class Disk:
     queue_depth: int
     max_hints: int = 0
     busy_bytes_s: dict[int, float] = field(default_factory=dict)
+    start_s: float = 0.0
 
-    def read_s(self, num_blocks: int, block_bytes: int, computing_s: float = 0.0) -> float:
-        """Time until so many blocks asked for at once have come, while at first so long something is computed."""
-        if not num_blocks:
-            return 0.0
-        size_bytes, idle_bytes_s = num_blocks * block_bytes, self._speed(self.random_bytes_s, num_blocks)
-        busy_bytes_s = min(idle_bytes_s, self._speed(self.busy_bytes_s or self.random_bytes_s, num_blocks))
+    def read_s(self, size_bytes: float, in_flight: float, computing_s: float = 0.0) -> float:
+        """Time until so much has come, of so many blocks at a time, while at first so long something is computed."""
+        idle_bytes_s, busy_bytes_s = self.idle_speed(in_flight), self.busy_speed(in_flight)
         if size_bytes <= busy_bytes_s * computing_s:
             return size_bytes / busy_bytes_s
         return computing_s + (size_bytes - busy_bytes_s * computing_s) / idle_bytes_s
 
-    def _speed(self, bytes_s: dict[int, float], num_blocks: int) -> float:
+    def busy_speed(self, in_flight: float) -> float:
+        """Bytes per second while all threads compute."""
+        return min(self._speed(self.busy_bytes_s or self.random_bytes_s, in_flight), self.idle_speed(in_flight))
+
+    def idle_speed(self, in_flight: float) -> float:
+        """Bytes per second while nothing is computed."""
+        return self._speed(self.random_bytes_s, in_flight)
+
+    def _speed(self, bytes_s: dict[int, float], in_flight: float) -> float:
         known = sorted(bytes_s.items())
-        in_flight = min(num_blocks, self.queue_depth)  # between two that are known: in proportion
-        return float(np.interp(in_flight, [depth for depth, _ in known], [speed for _, speed in known]))
+        depth = min(in_flight, self.queue_depth)  # between two that are known: in proportion
+        return float(np.interp(depth, [depth for depth, _ in known], [speed for _, speed in known]))
 
 
 @dataclass(frozen=True)
@@ -155,52 +163,51 @@ def uniform_hit_rate(model: ModelSizes, num_slots: int) -> float:
     return min(1.0, num_slots / model.num_blocks)
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """A layer without its mixer: its time, of that computing, of that the disk busy, and the bytes read."""
+
+    time_s: float
+    computing_s: float
+    disk_s: float
+    read_bytes: float
+
+
 def _average_layer(
     model: ModelSizes, arithmetic: Arithmetic, disk: Disk, hit_rate: float, recall: float
-) -> tuple[float, float, float, float]:
-    """(time without the mixer, of that computing, of that the disk busy, bytes read) of a layer, over its misses."""
+) -> tuple[float, ...]:
+    """The fields of a _Layer, over its misses."""
     chosen = model.num_experts_per_tok
-    mixer_s = arithmetic.mixers_s / model.num_layers
-    sums = [0.0, 0.0, 0.0, 0.0]
+    sums = [0.0] * 4
     for misses in range(chosen + 1):
         likelihood = math.comb(chosen, misses) * (1 - hit_rate) ** misses * hit_rate ** (chosen - misses)
-        # What was read ahead in the layer before covers a part; how large depends on how long the disk was idle there,
-        # which depends on that layer's own misses: on average the same as here.
-        ahead = _read_ahead(model, arithmetic, disk, misses, mixer_s, recall) if misses else 0.0
-        total_s, computed_s = _layer_s(model, arithmetic, disk, misses - ahead, chosen)
-        guessed = ahead / recall if ahead else 0.0
-        read_s = disk.read_s(misses, model.block_bytes) * (misses - ahead + guessed) / misses if misses else 0.0
-        read_bytes = (misses - ahead + guessed) * model.block_bytes
-        for place, value in enumerate((total_s, computed_s, read_s, read_bytes)):
+        for place, value in enumerate(vars(_run_layer(model, arithmetic, disk, misses, recall)).values()):
             sums[place] += likelihood * value
-    return sums[0], sums[1], sums[2], sums[3]
+    return tuple(sums)
 
 
-def _layer_s(model: ModelSizes, arithmetic: Arithmetic, disk: Disk, misses: float, chosen: int) -> tuple[float, float]:
-    """(experts of a layer, of that computing), with so many of them still to be read."""
-    hits_s = (chosen - misses) * arithmetic.hit_s
-    computed_s = hits_s + misses * arithmetic.miss_s
-    if misses <= 0:
-        return computed_s, computed_s
-    whole = math.ceil(misses)
-    read_s = disk.read_s(whole, model.block_bytes, hits_s) * misses / whole
-    # All but the last to come are computed while others are read, as far as that is the slower: those that are read at
-    # the same time come nearly at the same time.
+def _run_layer(model: ModelSizes, arithmetic: Arithmetic, disk: Disk, misses: int, recall: float) -> _Layer:
+    """A layer that misses so many experts, reads ahead apart."""
+    chosen, block = model.num_experts_per_tok, model.block_bytes
+    # Those that are read at the same time come nearly at the same time, and are computed then.
     last_s = min(misses, disk.queue_depth) * arithmetic.miss_s
-    return max(computed_s - last_s, read_s) + last_s, computed_s
-
-
-def _read_ahead(
-    model: ModelSizes, arithmetic: Arithmetic, disk: Disk, misses: int, mixer_s: float, recall: float
-) -> float:
-    """Of so many misses, those that are in memory because they were read ahead while the disk was idle."""
-    if not disk.max_hints:
-        return 0.0
-    read_s = disk.read_s(misses, model.block_bytes)
-    layer_s, _ = _layer_s(model, arithmetic, disk, misses, model.num_experts_per_tok)
-    idle_s = mixer_s + layer_s - read_s
-    fitting = idle_s / disk.read_s(1, model.block_bytes, idle_s)  # what is idle for the disk is computed in
-    return recall * max(0.0, min(fitting, disk.max_hints, misses))
+    # The layer before has, on average, as much to read as this one: from its last block on the disk was free.
+    free_s = last_s + arithmetic.mixers_s / model.num_layers
+    ahead = 0.0
+    if disk.max_hints and misses:
+        one_s = block / disk.busy_speed(1)
+        ahead = min(free_s / one_s + 0.5, disk.max_hints, misses / recall)  # one by one, the last half done
+    left_bytes = max(0.0, ahead * block - free_s * disk.busy_speed(1))
+    demanded = max(0.0, misses - recall * ahead)
+    hits_s = (chosen - demanded) * arithmetic.hit_s
+    computing_s = hits_s + demanded * arithmetic.miss_s
+    read_bytes = (demanded + ahead) * block
+    disk_s = read_bytes / disk.idle_speed(max(1.0, demanded))
+    if not demanded:
+        return _Layer(computing_s, computing_s, disk_s, read_bytes)
+    waits_s = disk.start_s + disk.read_s(demanded * block + left_bytes, max(1.0, demanded), hits_s)
+    last_s = min(demanded, disk.queue_depth) * arithmetic.miss_s
+    return _Layer(max(computing_s - last_s, waits_s) + last_s, computing_s, disk_s, read_bytes)
 
 
 def _prompt_s(

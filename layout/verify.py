@@ -32,6 +32,7 @@ from moepack.layout.spec import MANIFEST_NAME, RESIDENT_NAME
 from moepack.layout.storage import DIRECT_ALIGNMENT
 
 PIECE_BYTES = 4 * 2**20  # large enough for the disk, small enough that many workers stay within tens of MiB
+AHEAD = 2  # pieces that each worker has read while it hashes another one
 READERS = 2  # reads in flight: with pieces of that size, more bring nothing
 REPAIR = "restore the file from a copy, or convert again: moe-convert SRC PACK --overwrite"
 REDO = "moe-convert SRC PACK --redo"
@@ -181,17 +182,17 @@ def _check_runs(
     readers: ThreadPoolExecutor,
     stopped: threading.Event,
 ) -> None:
-    """Take runs until none is left, hashing a piece while the next one is read."""
-    memories, spare = [Pages(PIECE_BYTES), Pages(PIECE_BYTES)], Pages(PIECE_BYTES)
+    """Take runs until none is left, hashing a piece while the next ones are read."""
+    *memories, spare = [Pages(PIECE_BYTES) for _ in range(AHEAD + 2)]
     pieces = ((run, result, piece) for run, result in todo if not stopped.is_set() for piece in _cut(run))
     coming: deque[tuple[list[Region], Future[list[Problem]], Piece, memoryview, Future[None]]] = deque()
     findings: list[_Finding] = []
     error: OSError | None = None
-    for number, piece in enumerate(chain(pieces, [None])):
+    for number, piece in enumerate(chain(pieces, [None] * AHEAD)):
         if piece is not None:
-            memory = memories[number % 2].buffer
+            memory = memories[number % len(memories)].buffer
             coming.append((*piece, memory, readers.submit(_read_piece, pack, piece[0][0].file, piece[2], memory)))
-        if len(coming) > (piece is not None):
+        if coming and (piece is None or len(coming) > AHEAD):
             run, result, place, memory, reading = coming.popleft()
             if place.is_first:
                 findings, error = [_Finding() for _ in run], None

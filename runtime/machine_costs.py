@@ -8,6 +8,7 @@ by the speed of memory, which decides decode; that a prompt's arithmetic scales 
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,13 +27,14 @@ from moepack.layout.plan import Disk
 from moepack.layout.process import resident_set_bytes
 from moepack.layout.reader import Pack
 from moepack.runtime import rehearsal
-from moepack.runtime.expert_io import ReadOptions
+from moepack.runtime.expert_io import Read, ReadOptions, ReadQueue
 from moepack.runtime.forecast import Candidate, Machine
 from moepack.runtime.memory import available_bytes
 from moepack.runtime.rehearsal import rehearse
 
 STREAM_BYTES = 2**29
 STREAM_ROUNDS = 5
+STARTS = 25
 AS_FAST = 0.97  # a queue this close to the fastest is as good, and a shorter one leaves more for others
 
 
@@ -89,6 +91,7 @@ def measure_machine(
             arithmetic[one.title] = costs.scale(factor)
         if blocks:
             disk = replace(disk, busy_bytes_s=measure_while_busy(blocks, settings, seconds, run_token))
+        disk = replace(disk, start_s=measure_start(run_token, settings.queue_depth))
         on_step(1)
     machine = Machine(memory_gb_s or here_gb_s, arithmetic, disk, settings, process_bytes, ops.cache_dtype)
     facts = {
@@ -123,6 +126,20 @@ def measure_while_busy(
         if speed is not None:
             found[depth] = speed.gb_s * 1e9
     return found
+
+
+def measure_start(work: Callable[[], object], queue_depth: int) -> float:
+    """Median seconds from asking for a block until a thread begins to read it, while the caller goes on to compute."""
+    queue, times = ReadQueue(lambda read: None, queue_depth), []
+    for _ in range(STARTS):
+        asked = time.perf_counter()
+        queue.submit(Read(0, (), ()))
+        work()
+        done = queue.next_done()
+        assert done is not None
+        times.append(done.started_s - asked)
+    queue.close()
+    return statistics.median(times)
 
 
 def _describe_disk(speeds: Sequence[DiskSpeed], settings: ReadSettings) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from golden_packs import GOLDEN, moe_inspect
-from moepack.layout.manifest import Manifest
-from moepack.layout.picture import colours_of_bits, colours_of_trace
+from moepack.layout.geometry import LayerGeometry, Scheme
+from moepack.layout.manifest import ExpertFile, Manifest, ModelShape, block_geometry
+from moepack.layout.picture import colours_of_bits, colours_of_trace, draw_map
+from moepack.layout.spec import PROJECTIONS
 from moepack.layout.trace import ReadTime, Request, Trace
 
 
@@ -48,3 +51,24 @@ def test_impossible_colours_are_refused(tmp_path: Path, options: list[str], mess
     refused = moe_inspect("map", GOLDEN / "mixed", "-o", tmp_path / "layout.png", *options)
     assert (refused.returncode, message in refused.stderr) == (2, True)
     assert not (tmp_path / "layout.png").exists()
+
+
+def test_a_map_of_397b_is_one_page_and_every_block_can_be_seen(tmp_path: Path) -> None:
+    """60 layers of 512 experts, hot ones at 4 bits: 30,720 blocks."""
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    manifest = Manifest.read(GOLDEN / "mixed")
+    shape = ModelShape(4096, 1024, 512, 60)
+    tiers = [{name: Scheme(bits, 64) for name in PROJECTIONS} for bits in (4, 2)]
+    expert_tiers = tuple(int(expert % 3 > 0) for expert in range(512))
+    size_bytes = LayerGeometry([block_geometry(shape, tier) for tier in tiers], expert_tiers).size_bytes
+    files = [
+        ExpertFile(f"experts/layer_{n:02d}.bin", n, size_bytes, "0" * 64, tuple(tiers), expert_tiers, ("0" * 64,) * 512)
+        for n in range(60)
+    ]
+    model = {**manifest.model, "text_config": {**manifest.model["text_config"], **vars(shape)}}
+    large = replace(manifest, model=model, expert_files=tuple(files))
+    draw_map(large, colours_of_bits(large), tmp_path / "large.png")
+    header = (tmp_path / "large.png").read_bytes()[16:24]
+    width, height = int.from_bytes(header[:4], "big"), int.from_bytes(header[4:], "big")
+    assert 0.8 * width / 512 >= 3, "pixels of a block"
+    assert 60 * 10 <= height <= width, "rows high enough to be told apart, on one page"

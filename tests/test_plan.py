@@ -21,7 +21,7 @@ from moepack.layout.reader import Pack
 from moepack.runtime import Engine
 from moepack.runtime.engine import read_architecture
 from moepack.runtime.forecast import Candidate, Row, recommend
-from moepack.runtime.machine_costs import choose_reads, measure_while_busy
+from moepack.runtime.machine_costs import choose_reads, measure_start, measure_while_busy
 from moepack.runtime.rehearsal import pack_schemes, rehearse
 from moepack.runtime.resident import ResidentWeights
 
@@ -37,6 +37,7 @@ def small_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("POOL_BYTES", 2**20), ("FLUSH_BYTES", 2**20), ("HEAD_BYTES", 2**16), ("ROUNDS", 2)):
         monkeypatch.setattr(f"moepack.runtime.rehearsal.{name}", value)
     monkeypatch.setattr("moepack.runtime.machine_costs.STREAM_BYTES", 2**22)
+    monkeypatch.setattr("moepack.layout.disk_speed.MEMORY_BYTES", 2**20)
 
 
 def test_everything_in_memory_waits_for_nothing() -> None:
@@ -76,11 +77,22 @@ def test_more_of_anything_is_never_slower() -> None:
 
 def test_reads_are_slower_while_something_is_computed() -> None:
     busy = replace(DISK, busy_bytes_s={1: 0.5e9, 4: 1e9})
-    assert busy.read_s(4, 10**6) == DISK.read_s(4, 10**6) == pytest.approx(0.002)
-    assert busy.read_s(4, 10**6, computing_s=0.001) == pytest.approx(0.001 + 3e6 / 2e9)
-    assert busy.read_s(1, 10**6, computing_s=1.0) == pytest.approx(0.002)
-    rates = [predict(MODEL, COSTS, disk, hit_rate=0.5, **AT).decode_tok_s for disk in (DISK, busy)]
-    assert rates[1] < rates[0]
+    assert busy.read_s(4e6, 4) == DISK.read_s(4e6, 4) == pytest.approx(0.002)
+    assert busy.read_s(4e6, 4, computing_s=0.001) == pytest.approx(0.001 + 3e6 / 2e9)
+    assert busy.read_s(1e6, 1, computing_s=1.0) == pytest.approx(0.002)
+    late = replace(DISK, start_s=0.0002)
+    rates = [predict(MODEL, COSTS, disk, hit_rate=0.5, **AT).decode_tok_s for disk in (DISK, late, busy)]
+    assert rates[0] > rates[1] > rates[2]
+
+
+def test_what_is_read_ahead_is_asked_for_no_more_but_ends_first() -> None:
+    """All four miss. The disk is free for 3 ms, and reads three and a half; the rest of the last one is read first."""
+    disk = replace(DISK, max_hints=4)
+    found = predict(MODEL, COSTS, disk, hit_rate=0.0, recall=0.8, **AT)
+    demanded = 4 - 0.8 * 3.5
+    read_s = (demanded + 0.5) * 1e6 / (1e9 + (demanded - 1) / 3 * 1e9)
+    assert 1 / found.decode_tok_s == pytest.approx(0.010 + 0.002 + 10 * (max(0.0014, read_s) + demanded * 0.0005))
+    assert found.bytes_per_token == pytest.approx(10 * (demanded + 3.5) * 1e6)
 
 
 def test_a_prompt_reads_nearly_all_experts_once_a_chunk() -> None:
@@ -143,6 +155,7 @@ def test_a_rehearsal_times_the_parts_of_a_token(tiny_pack: Path) -> None:
         busy = measure_while_busy(list_blocks(pack), ReadSettings(True, 2, True), 0.05, run_token)
     assert sorted(busy) == [1, 2]
     assert min(busy.values()) > 0
+    assert 0 < measure_start(run_token, 2) < 1
     times = {name: value for name, value in vars(costs).items() if name.endswith("_s")}
     assert all(value >= 0 for value in times.values())
     assert min(costs.resident_s, costs.mixers_s, costs.head_s, costs.chunk_mixers_s, costs.chunk_experts_s) > 0
