@@ -1,8 +1,9 @@
 // The fit of a group: the scale and bias, in bf16, and the integers with the least squared error. Formula: native_fit.py.
 //
-// The same input gives the same bytes on every machine: sums run in sixteen lanes and a fixed tree whatever the
-// instruction set, and this file is compiled without fused multiply-add (setup.py). The compiler clones the entry for
-// wider registers where it can; isa.cpp has no part in it.
+// The starts of the search run side by side, one in each lane of a register, so that most sums need no tree and wait for
+// nobody. The same input gives the same bytes on every machine: a lane's sum is in the order of the weights, other sums
+// run in sixteen lanes and a fixed tree, and this file is compiled without fused multiply-add (setup.py). The compiler
+// clones the entry for wider registers where it can; isa.cpp has no part in it.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -28,13 +29,25 @@ constexpr const char* ISA_NAME = "portable";
 #include "vec.h"
 
 // Shares of the group's range that the search starts from; rounding and least squares take turns from each.
-constexpr float SHARES[] = {1.0f, 0.93f, 0.86f, 0.79f, 0.72f, 0.65f, 0.57f, 0.48f};
-constexpr int TURNS = 4;
+constexpr int STARTS = 8, TURNS = 4;
+constexpr float SHARES[STARTS] = {1.0f, 0.93f, 0.86f, 0.79f, 0.72f, 0.65f, 0.57f, 0.48f};
+
+// A value for each of some starts: as many as a register of most machines holds, as no sum goes across them.
+#if defined(__x86_64__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+typedef float Starts __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t StartBits __attribute__((vector_size(4 * WIDTH)));
 
 struct Pair {
     float scale, bias;
 };
 
+struct Pairs {
+    Starts scale, bias;
+};
 
 INLINE uint16_t to_bf16(float value) {  // nearest, ties to even; finite
     uint32_t bits;
@@ -42,120 +55,139 @@ INLINE uint16_t to_bf16(float value) {  // nearest, ties to even; finite
     return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// V vectors of weights of a group, with the importance of each where it matters.
-template <int V, bool WEIGHTED> struct Group {
-    f32x16 x[V], importance[V];
+#define MEMBER inline __attribute__((always_inline))
+
+// Adding and taking off 1.5 * 2^23 rounds to an integer, ties to even.
+constexpr float ROUNDER = 12582912.0f;
+
+// A group of weights, with the importance of each where it matters.
+template <int SIZE, bool WEIGHTED> struct Group {
+    const float *x, *importance;
     float top, total, total_x;  // largest integer; sums of importance and of importance * x
 
-    inline __attribute__((always_inline)) f32x16 weigh(int v, f32x16 value) const { return WEIGHTED ? value * importance[v] : value; }
-
-    inline __attribute__((always_inline)) void read(const float* weights, const float* columns, float largest_integer) {
+    MEMBER Group(const float* weights, const float* columns, float largest_integer)
+        : x(weights), importance(columns), top(largest_integer) {
         f32x16 sum_x = {}, sum_w = {};
-        for (int v = 0; v < V; ++v) {
-            x[v] = load(weights + v * LANES);
-            if (WEIGHTED) importance[v] = load(columns + v * LANES);
-            sum_x += weigh(v, x[v]);
-            if (WEIGHTED) sum_w += importance[v];
+        for (int v = 0; v < SIZE; v += LANES) {
+            sum_x += WEIGHTED ? load(x + v) * load(importance + v) : load(x + v);
+            if (WEIGHTED) sum_w += load(importance + v);
         }
-        top = largest_integer;
         total_x = sum(sum_x);
-        total = WEIGHTED ? sum(sum_w) : float(V * LANES);
+        total = WEIGHTED ? sum(sum_w) : float(SIZE);
     }
 
-    // The integer of each weight, as a float. Adding and taking off 1.5 * 2^23 rounds, ties to even.
-    inline __attribute__((always_inline)) f32x16 round(int v, Pair p, float inverse) const {
-        const f32x16 step = (x[v] - p.bias) * inverse;
-        return max(splat(0.0f), min(splat(top), step)) + 12582912.0f - 12582912.0f;
+    MEMBER f32x16 round(int v, Pair p, float inverse) const {
+        return max(splat(0.0f), min(splat(top), (load(x + v) - p.bias) * inverse)) + ROUNDER - ROUNDER;
     }
 
-    // The least-squares scale and bias for the integers that `p` gives, or p where they do not decide a line.
-    inline __attribute__((always_inline)) Pair improve(Pair p, bool keep_scale) const {
-        const float inverse = 1.0f / p.scale;
-        f32x16 sum_q = {}, sum_qq = {}, sum_qx = {};
-        for (int v = 0; v < V; ++v) {
-            const f32x16 q = round(v, p, inverse), wq = weigh(v, q);
-            sum_q += wq;
-            sum_qq += wq * q;
-            sum_qx += wq * x[v];
+    MEMBER Starts round(float weight, const Pairs& p, Starts inverse) const {
+        const Starts step = (weight - p.bias) * inverse, none = {}, most = none + top;
+        const Starts below = step < most ? step : most;
+        return (below > none ? below : none) + ROUNDER - ROUNDER;
+    }
+
+    // The least-squares scale and bias for the integers that each of `p` gives, or p where they decide no line.
+    MEMBER Pairs improve(Pairs p, bool keep_scale) const {
+        const Starts inverse = 1.0f / p.scale, none = {};
+        Starts q = {}, qq = {}, qx = {};
+        for (int k = 0; k < SIZE; ++k) {
+            const Starts integer = round(x[k], p, inverse), weighed = WEIGHTED ? integer * importance[k] : integer;
+            q += weighed;
+            qq += weighed * integer;
+            qx += weighed * x[k];
         }
-        const float q = sum(sum_q), spread = total * sum(sum_qq) - q * q;
-        const float scale = (total * sum(sum_qx) - q * total_x) / spread;
-        if (!keep_scale && spread > 0.0f && scale > 0.0f) p.scale = scale;
+        const Starts spread = total * qq - q * q, scale = (total * qx - q * total_x) / spread;
+        if (!keep_scale) p.scale = spread > none ? (scale > none ? scale : p.scale) : p.scale;
         p.bias = (total_x - p.scale * q) / total;
         return p;
     }
 
-    inline __attribute__((always_inline)) float error(Pair p) const {
+    MEMBER Starts errors(const Pairs& p) const {
+        const Starts inverse = 1.0f / p.scale;
+        Starts squares = {};
+        for (int k = 0; k < SIZE; ++k) {
+            const Starts off = round(x[k], p, inverse) * p.scale + p.bias - x[k];
+            squares += WEIGHTED ? off * off * importance[k] : off * off;
+        }
+        return squares;
+    }
+
+    MEMBER float error(Pair p) const {
         const float inverse = 1.0f / p.scale;
         f32x16 squares = {};
-        for (int v = 0; v < V; ++v) {
-            const f32x16 off = round(v, p, inverse) * p.scale + p.bias - x[v];
-            squares += weigh(v, off * off);
+        for (int v = 0; v < SIZE; v += LANES) {
+            const f32x16 off = round(v, p, inverse) * p.scale + p.bias - load(x + v);
+            squares += WEIGHTED ? off * off * load(importance + v) : off * off;
         }
         return sum(squares);
     }
 
-    // A pair as it will be stored: the scale rounded, the bias fitted to the rounded scale and rounded.
-    inline __attribute__((always_inline)) Pair stored(Pair p) const {
-        p.scale = bf16_value(to_bf16(p.scale));
-        if (!(p.scale > 0.0f)) return p;
-        p.bias = bf16_value(to_bf16(improve(p, true).bias));
-        return p;
+    static MEMBER Starts rounded(Starts value) {  // to bf16, as to_bf16 does
+        const StartBits bits = (StartBits)value;
+        return (Starts)((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
     }
 
-    inline __attribute__((always_inline)) Pair fit() const {
-        f32x16 lows = x[0], highs = x[0];
-        for (int v = 1; v < V; ++v) lows = min(lows, x[v]), highs = max(highs, x[v]);
+    MEMBER Pair fit() const {
+        f32x16 lows = load(x), highs = lows;
+        for (int v = LANES; v < SIZE; v += LANES) lows = min(lows, load(x + v)), highs = max(highs, load(x + v));
         const float low = -largest(-lows), high = largest(highs);
-        Pair best = {bf16_value(to_bf16((high - low) / top)), bf16_value(to_bf16(low))};  // min/max: never worse
-        if (!(best.scale > 0.0f)) return best;  // all weights are equal
-        float least = error(best);
-        for (const float share : SHARES) {
-            const float middle = 0.5f * low + 0.5f * high, half = 0.5f * share * (high - low);
-            Pair p = {2.0f * half / top, middle - half};
-            if (!(p.scale > 0.0f)) continue;
+        const Pair plain = {bf16_value(to_bf16((high - low) / top)), bf16_value(to_bf16(low))};
+        if (!(plain.scale > 0.0f)) return plain;  // all weights are equal
+        const float middle = 0.5f * low + 0.5f * high;
+        Pair best = plain;
+        float least = 0.0f;
+        bool found = false;
+        for (int first = 0; first < STARTS; first += WIDTH) {
+            Starts half;
+            for (int n = 0; n < WIDTH; ++n) half[n] = 0.5f * SHARES[first + n] * (high - low);
+            Pairs p = {2.0f * half / top, middle - half};
             for (int turn = 0; turn < TURNS; ++turn) p = improve(p, false);
-            p = stored(p);
-            if (!(p.scale > 0.0f)) continue;
-            const float found = error(p);
-            if (found < least) least = found, best = p;
+            p.scale = rounded(p.scale);  // as it will be stored; the bias is fitted to that
+            p.bias = rounded(improve(p, true).bias);
+            const Starts squares = errors(p);
+            for (int n = 0; n < WIDTH; ++n) {
+                if (!(p.scale[n] > 0.0f) || (found && !(squares[n] < least))) continue;
+                found = true, least = squares[n], best = {p.scale[n], p.bias[n]};
+            }
         }
-        return best;
+        return found && error(best) < error(plain) ? best : plain;  // never worse than min/max
     }
 };
 
-template <int V, bool WEIGHTED>
+template <int SIZE, bool WEIGHTED>
 INLINE void fit_rows(const float* weights, const float* importance, int64_t rows, int64_t columns, float top,
                      uint16_t* scales, uint16_t* biases, uint8_t* integers, Loss* loss) {
-    constexpr int64_t SIZE = V * LANES;
+    f32x16 farthest = {};
     for (int64_t row = 0; row < rows; ++row) {
         for (int64_t first = 0; first < columns; first += SIZE) {
-            Group<V, WEIGHTED> group;
-            group.read(weights + row * columns + first, WEIGHTED ? importance + first : nullptr, top);
+            const Group<SIZE, WEIGHTED> group(weights + row * columns + first, importance + first, top);
             const Pair p = group.fit();
             *scales++ = to_bf16(p.scale);
             *biases++ = to_bf16(p.bias);
             uint8_t* to = integers + row * columns + first;
             const float inverse = p.scale > 0.0f ? 1.0f / p.scale : 0.0f;
-            for (int v = 0; v < V; ++v) {
+            f32x16 squares = {}, sizes = {};
+            for (int v = 0; v < SIZE; v += LANES) {
                 typedef uint8_t u8x16 __attribute__((vector_size(16)));
-                const u8x16 bytes = __builtin_convertvector(__builtin_convertvector(group.round(v, p, inverse), i32x16), u8x16);
-                memcpy(to + v * LANES, &bytes, sizeof bytes);
-                const f32x16 off = group.round(v, p, inverse) * p.scale + p.bias - group.x[v];
-                loss->squared_error += sum(off * off);
-                loss->squared_weight += sum(group.x[v] * group.x[v]);
-                const double far = largest(abs(off));
-                loss->largest = far > loss->largest ? far : loss->largest;
+                const f32x16 q = group.round(v, p, inverse), x = load(group.x + v), off = q * p.scale + p.bias - x;
+                const u8x16 bytes = __builtin_convertvector(__builtin_convertvector(q, i32x16), u8x16);
+                memcpy(to + v, &bytes, sizeof bytes);
+                squares += off * off;
+                sizes += x * x;
+                farthest = max(farthest, abs(off));
             }
+            loss->squared_error += sum(squares);
+            loss->squared_weight += sum(sizes);
         }
     }
+    loss->largest = largest(farthest);
 }
 
-template <int V>
+template <int SIZE>
 INLINE void fit_rows_either(const float* weights, const float* importance, int64_t rows, int64_t columns, float top,
                             uint16_t* scales, uint16_t* biases, uint8_t* integers, Loss* loss) {
-    if (importance) fit_rows<V, true>(weights, importance, rows, columns, top, scales, biases, integers, loss);
-    else fit_rows<V, false>(weights, nullptr, rows, columns, top, scales, biases, integers, loss);
+    if (importance) fit_rows<SIZE, true>(weights, importance, rows, columns, top, scales, biases, integers, loss);
+    else fit_rows<SIZE, false>(weights, weights, rows, columns, top, scales, biases, integers, loss);
 }
 
 }  // namespace
@@ -168,7 +200,7 @@ API FOR_EVERY_WIDTH void moepack_fit_groups(const float* weights, const float* i
                                             uint16_t* biases, uint8_t* integers, moepack::Loss* loss) {
     *loss = {};
     const float top = float((1 << bits) - 1);
-    if (group_size == 32) moepack::fit_rows_either<2>(weights, importance, rows, columns, top, scales, biases, integers, loss);
-    if (group_size == 64) moepack::fit_rows_either<4>(weights, importance, rows, columns, top, scales, biases, integers, loss);
-    if (group_size == 128) moepack::fit_rows_either<8>(weights, importance, rows, columns, top, scales, biases, integers, loss);
+    if (group_size == 32) moepack::fit_rows_either<32>(weights, importance, rows, columns, top, scales, biases, integers, loss);
+    if (group_size == 64) moepack::fit_rows_either<64>(weights, importance, rows, columns, top, scales, biases, integers, loss);
+    if (group_size == 128) moepack::fit_rows_either<128>(weights, importance, rows, columns, top, scales, biases, integers, loss);
 }
