@@ -224,6 +224,7 @@ def plan(
         "model": str(model),
         "machine": measured.facts,
         "disk": [vars(speed) for speed in measured.speeds],
+        "while_computing": measured.busy,
         "arithmetic": {title: vars(costs) for title, costs in measured.machine.arithmetic.items()},
         "assumptions": _list_assumptions(work, memory_gb_s),
         "rows": list_facts(rows),

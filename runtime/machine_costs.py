@@ -40,11 +40,15 @@ AS_FAST = 0.97  # a queue this close to the fastest is as good, and a shorter on
 
 @dataclass(frozen=True)
 class Measured:
-    """A machine, and how it was found; `facts` are lines for people by their names."""
+    """A machine, and how it was found; `facts` are lines for people by their names.
+
+    busy   the disk while something is computed: GB/s by reads in flight, and how late a read begins
+    """
 
     machine: Machine
     speeds: list[DiskSpeed]
     facts: dict[str, str]
+    busy: dict[str, Any]
 
 
 def count_steps(num_candidates: int) -> int:
@@ -101,7 +105,8 @@ def measure_machine(
     }
     if memory_gb_s:
         facts["memory"] += f"; predicted for {memory_gb_s:g} GB/s"
-    return Measured(machine, speeds, facts)
+    busy = {str(depth): bytes_s / 1e9 for depth, bytes_s in disk.busy_bytes_s.items()}
+    return Measured(machine, speeds, facts, {"gb_s": busy, "start_ms": 1e3 * disk.start_s})
 
 
 def _blocks_to_read(candidates: Sequence[Candidate], where: Pack | Path, stack: ExitStack) -> Sequence[Block]:
