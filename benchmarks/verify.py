@@ -23,7 +23,7 @@ from laps import Meter, others_cores
 from moepack.layout.pages import Pages
 from moepack.layout.reader import Pack
 from moepack.layout.storage import DataFile
-from moepack.layout.verify import PIECE_BYTES, list_regions, verify_contents
+from moepack.layout.verify import AHEAD, PIECE_BYTES, list_regions, verify_contents
 
 HASH_SECONDS = 1.0
 
@@ -67,10 +67,12 @@ def read_files(pack: Pack, layers: int, threads: int) -> float:
     places = [(file, offset) for file, size in zip(files, sizes) for offset in range(0, size, PIECE_BYTES)]
     iterator = iter(places)  # a list's iterator hands out each item once, whoever asks
 
+    count = (os.cpu_count() or 1) * (AHEAD + 1) // threads  # as much memory as verification reads into
+
     def read() -> None:
-        memory = Pages(PIECE_BYTES).buffer
-        for file, offset in iterator:
-            os.preadv(file.fileno(), [memory], offset)
+        memories = [Pages(PIECE_BYTES).buffer for _ in range(count)]
+        for number, (file, offset) in enumerate(iterator):
+            os.preadv(file.fileno(), [memories[number % count]], offset)
 
     seconds = run_threads(read, threads)
     for file in files:

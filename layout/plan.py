@@ -50,6 +50,8 @@ class Arithmetic:
     chunk_tokens       prompt tokens computed together for the two below
     chunk_mixers_s     all layers' mixers for a chunk
     chunk_experts_s    one layer's experts for a chunk, all in memory
+    meanwhile_s        of one layer's mixers_s, what is computed when its experts are asked for already: guesses, the
+                       shared expert
     """
 
     resident_s: float
@@ -60,6 +62,7 @@ class Arithmetic:
     chunk_tokens: int
     chunk_mixers_s: float
     chunk_experts_s: float
+    meanwhile_s: float = 0.0
 
     def scale(self, factor: float) -> Arithmetic:
         """Everything so many times as long: for a machine whose memory is slower by that factor."""
@@ -144,8 +147,8 @@ def predict(
         read_s = read_bytes = 0.0
     else:
         layer_s, compute_s, read_s, read_bytes = _average_layer(model, arithmetic, disk, hit_rate, recall)
-        token_s = arithmetic.mixers_s + arithmetic.head_s + model.num_layers * layer_s
-        computed_s = arithmetic.mixers_s + arithmetic.head_s + model.num_layers * compute_s
+        others_s = arithmetic.mixers_s - model.num_layers * arithmetic.meanwhile_s + arithmetic.head_s
+        token_s, computed_s = others_s + model.num_layers * layer_s, others_s + model.num_layers * compute_s
     ttft_s = _prompt_s(model, arithmetic, disk, num_slots, prefill_chunk, prompt_tokens) + arithmetic.head_s
     return Prediction(
         hit_rate=hit_rate,
@@ -165,7 +168,7 @@ def uniform_hit_rate(model: ModelSizes, num_slots: int) -> float:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer without its mixer: its time, of that computing, of that the disk busy, and the bytes read."""
+    """A layer from when it asks for its experts: its time, of that computing, the disk's time, and the bytes read."""
 
     time_s: float
     computing_s: float
@@ -192,14 +195,14 @@ def _run_layer(model: ModelSizes, arithmetic: Arithmetic, disk: Disk, misses: in
     # Those that are read at the same time come nearly at the same time, and are computed then.
     last_s = min(misses, disk.queue_depth) * arithmetic.miss_s
     # The layer before has, on average, as much to read as this one: from its last block on the disk was free.
-    free_s = last_s + arithmetic.mixers_s / model.num_layers
+    free_s = last_s + arithmetic.mixers_s / model.num_layers - arithmetic.meanwhile_s
     ahead = 0.0
     if disk.max_hints and misses:
         one_s = block / disk.busy_speed(1)
         ahead = min(free_s / one_s + 0.5, disk.max_hints, misses / recall)  # one by one, the last half done
     left_bytes = max(0.0, ahead * block - free_s * disk.busy_speed(1))
     demanded = max(0.0, misses - recall * ahead)
-    hits_s = (chosen - demanded) * arithmetic.hit_s
+    hits_s = arithmetic.meanwhile_s + (chosen - demanded) * arithmetic.hit_s
     computing_s = hits_s + demanded * arithmetic.miss_s
     read_bytes = (demanded + ahead) * block
     disk_s = read_bytes / disk.idle_speed(max(1.0, demanded))

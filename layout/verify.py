@@ -32,7 +32,7 @@ from moepack.layout.spec import MANIFEST_NAME, RESIDENT_NAME
 from moepack.layout.storage import DIRECT_ALIGNMENT
 
 PIECE_BYTES = 4 * 2**20  # large enough for the disk, small enough that many workers stay within tens of MiB
-AHEAD = 2  # pieces that each worker has read while it hashes another one
+AHEAD = 3  # pieces that each worker has read while it hashes another one
 READERS = 2  # reads in flight: with pieces of that size, more bring nothing
 REPAIR = "restore the file from a copy, or convert again: moe-convert SRC PACK --overwrite"
 REDO = "moe-convert SRC PACK --redo"

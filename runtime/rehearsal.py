@@ -108,6 +108,7 @@ def rehearse(
         chunk_tokens=chunk_tokens,
         chunk_mixers_s=sum(counts[kind] * mixers[kind] for kind in kinds),
         chunk_experts_s=experts,
+        meanwhile_s=min(sorted(store.meanwhile_s)[len(store.meanwhile_s) // 4], together_s - chosen * hit_s),
     )
     return costs, tokens[f"{kinds[0]}, together"].rerun
 
@@ -187,6 +188,7 @@ class _AllInMemory:
             Expert.from_block(block, data[start : start + stride]) for start in range(0, count * stride, stride)
         ]
         self._next, self.one_by_one = 0, False
+        self.meanwhile_s: list[float] = []  # from each fetch, one by one, until the first expert is waited for
         self.counts = StoreCounts()
         addresses = [place(expert) for expert in self._pool]
         chosen = [addresses[number % count] for number in range(LAYERS * a.num_experts)]
@@ -196,11 +198,14 @@ class _AllInMemory:
         self, layer: int, expert_ids: Sequence[int], in_order: bool = False
     ) -> Iterator[list[tuple[int, Expert]]]:
         """All at once, or, where one_by_one is set, nothing first and then one after the other."""
-        batch = [(expert_id, self._take()) for expert_id in expert_ids]
+        return self._hand_out([(expert_id, self._take()) for expert_id in expert_ids], time.perf_counter())
+
+    def _hand_out(self, batch: list[tuple[int, Expert]], asked_s: float) -> Iterator[list[tuple[int, Expert]]]:
         if not self.one_by_one:
             yield batch
             return
         yield []
+        self.meanwhile_s.append(time.perf_counter() - asked_s)
         for one in batch:
             yield [one]
 

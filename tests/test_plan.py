@@ -85,6 +85,14 @@ def test_reads_are_slower_while_something_is_computed() -> None:
     assert rates[0] > rates[1] > rates[2]
 
 
+def test_what_is_computed_while_reads_run_does_not_delay_them() -> None:
+    costs = replace(COSTS, meanwhile_s=0.0004)  # of the 1 ms that a layer's mixer takes
+    found = predict(MODEL, costs, DISK, hit_rate=0.0, **AT)
+    assert 1 / found.decode_tok_s == pytest.approx(0.006 + 0.002 + 10 * (0.002 + 4 * 0.0005))
+    fast = predict(MODEL, costs, Disk({1: 1e12}, 1e12, 4), hit_rate=0.0, **AT)
+    assert 1 / fast.decode_tok_s == pytest.approx(0.012 + 10 * 4 * 0.0005, rel=1e-3)
+
+
 def test_what_is_read_ahead_is_asked_for_no_more_but_ends_first() -> None:
     """All four miss. The disk is free for 3 ms, and reads three and a half; the rest of the last one is read first."""
     disk = replace(DISK, max_hints=4)
@@ -160,6 +168,7 @@ def test_a_rehearsal_times_the_parts_of_a_token(tiny_pack: Path) -> None:
     assert all(value >= 0 for value in times.values())
     assert min(costs.resident_s, costs.mixers_s, costs.head_s, costs.chunk_mixers_s, costs.chunk_experts_s) > 0
     assert costs.miss_s >= costs.hit_s
+    assert 0 <= costs.meanwhile_s <= costs.mixers_s
     assert costs.scale(2).resident_s == 2 * costs.resident_s
     assert costs.scale(2).chunk_tokens == 16
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -46,6 +48,19 @@ def test_mse_loses_less_than_minmax_and_stores_what_it_says(bits: int, group_siz
     np.testing.assert_allclose(fitted.error.squared_error, own, rtol=1e-4)
     np.testing.assert_allclose(fitted.error.squared_weight, np.square(weights).sum(), rtol=1e-4)
     assert own < {2: 0.65, 3: 0.8, 4: 0.95, 8: 1}[bits] * other
+
+
+def test_mse_gives_these_bytes_on_every_machine() -> None:
+    """Whatever the registers' width: the starts of a search run side by side, of two groups where there is AVX-512."""
+    numbers = np.cumsum(np.arange(5 * 352, dtype=np.uint64) * np.uint64(2654435761)) >> np.uint64(7)
+    weights = ((numbers % np.uint64(2001)).astype(np.float32) - np.float32(1000)) / np.float32(8192)
+    importance = 1 + (numbers[:352] % np.uint64(5)).astype(np.float32)
+    digest = hashlib.sha256()
+    for bits in (2, 3, 4, 8):
+        for given in (None, importance):  # five rows of eleven groups: an odd number of them
+            for array in fit_groups(weights.reshape(5, 352), bits, 32, given)[:3]:
+                digest.update(array.tobytes())
+    assert digest.hexdigest()[:16] == "421e994885c7231a"
 
 
 def test_mse_is_near_the_best_line_of_all() -> None:
