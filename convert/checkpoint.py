@@ -104,10 +104,17 @@ class Checkpoint:
     def read_raw(self, name: str, first: int, count: int) -> np.ndarray:
         """Rows of a tensor of any type, as read_rows counts them: [count, K] in layout.reader's numpy types."""
         spec = self.tensors[name]
-        columns = spec.shape[-1]
-        row_bytes = columns * DTYPE_BYTES[spec.dtype]
-        raw = self._read(name, spec.offset_bytes + first * row_bytes, count * row_bytes)
-        return raw.view(NUMPY_DTYPES[spec.dtype]).reshape(count, columns)
+        raw = self._read(name, *self._range(spec, first, count))
+        return raw.view(NUMPY_DTYPES[spec.dtype]).reshape(count, spec.shape[-1])
+
+    def prefetch(self, name: str, first: int, count: int) -> None:
+        """Rows that read_rows or read_raw will be asked for soon."""
+        self.reader.prefetch(self._path(name), *self._range(self.tensors[name], first, count))
+
+    def _range(self, spec: TensorSpec, first: int, count: int) -> tuple[int, int]:
+        """Offset in the file and size of some rows."""
+        row_bytes = spec.shape[-1] * DTYPE_BYTES[spec.dtype]
+        return spec.offset_bytes + first * row_bytes, count * row_bytes
 
     def shard_of(self, name: str) -> str:
         """The file that holds a tensor."""

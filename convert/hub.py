@@ -201,6 +201,9 @@ class HubReader(ShardReader):
         if self._downloads:
             self._downloads.join(timeout=5)  # it may wait for a server; it ends with the process
 
+    def prefetch(self, path: Path, offset: int, size: int) -> None:
+        """Nothing: the shard has to be here first."""
+
     def read(self, path: Path, offset: int, size: int, tensor: str) -> np.ndarray:
         shard = path.name
         if self._downloads is None:  # still planning

@@ -1,7 +1,8 @@
 """The memory budget of a conversion: how many pieces of work may be in flight.
 
-The process as it is (interpreter, numpy, headers of the shards) is measured; each thread then needs the source bytes of
-a matrix, what its quantizer works in, and its finished block until that is written. The size of the model is not in it.
+The process as it is (interpreter, numpy, headers of the shards) is measured; each piece then needs the source bytes of
+an expert, which are read ahead, what its quantizer works in, and its finished block until that is written. The size of
+the model is not in it.
 
     threads = fit_threads(plan, workers=8, budget_bytes=4 * 2**30)
 """
@@ -20,7 +21,7 @@ from moepack.layout.sizes import format_size
 
 DEFAULT_MEMORY = "4GiB"
 PIECE_BYTES = 8 * 2**20  # source bytes of a resident matrix dealt with at a time
-READS_AHEAD = 2  # threads beyond the workers: while some wait for the disk, as many as there are workers compute
+READS_AHEAD = 2  # pieces beyond those that the workers compute: they are read meanwhile
 ALLOCATOR_BYTES = 48 * 2**20  # arenas, thread stacks, the manifest as it grows
 # Per weight of the matrix at hand; the others work in numpy, in several copies of float32.
 WORKING_BYTES = {"minmax": 4, "mse": 4}
@@ -42,10 +43,10 @@ def fit_threads(plan: ConversionPlan, workers: int, budget_bytes: int) -> int:
 def thread_bytes(plan: ConversionPlan) -> int:
     """The most memory that one piece of work needs from its first read until its result is written."""
     block = block_geometry(plan.shape, plan.recipe.expert_schemes)
-    weights = max(matrix.num_weights for _, matrix in block.matrices)
+    sizes = [matrix.num_weights for _, matrix in block.matrices]
     stored = [place.weight for layer in plan.source.experts for place in layer[0].values()]
     each = max(weight.source_bytes / math.prod(weight.shape) + weight.working_bytes for weight in stored)
-    source = Pages.round_up(max(int(weights * each), PIECE_BYTES))
-    working = max(weights, PIECE_BYTES // 2) * WORKING_BYTES.get(plan.recipe.quantizer, WORKING_BYTES_ELSE)
+    source = max(sum(Pages.round_up(int(size * each)) for size in sizes), Pages.round_up(PIECE_BYTES))
+    working = max(*sizes, PIECE_BYTES // 2) * WORKING_BYTES.get(plan.recipe.quantizer, WORKING_BYTES_ELSE)
     # The arrays of the block, the block itself, and one that waits for its turn to be written.
     return source + working + 3 * block.block_stride

@@ -93,7 +93,7 @@ def convert(
     """
     check_free_space(plan)
     threads = fit_threads(plan, workers, memory_bytes)
-    with Journal.open(plan.out, plan.settings) as journal, ThreadPoolExecutor(threads) as pool:
+    with Journal.open(plan.out, plan.settings) as journal, ThreadPoolExecutor(min(threads, workers)) as pool:
         try:
             return _Conversion(plan, journal, pool, threads, on_bytes, report or Report()).run()
         finally:
@@ -141,9 +141,7 @@ class _Conversion:
         if find_finished(plan, journal, RESIDENT_NAME) is None:
             needs[RESIDENT_NAME] = plan.resident_shards
         plan.checkpoint.reader.begin(needs)
-        jobs: Iterator[Callable[[], Encoded]] = (
-            partial(encode_expert, plan, layer, expert) for layer in pending for expert in range(plan.shape.num_experts)
-        )
+        jobs = list_expert_jobs(plan, pending)
         if find_finished(plan, journal, RESIDENT_NAME) is None:
             jobs = chain(jobs, self.residents.list_jobs())
         self.encoded = self.taken(map_in_order(pool, lambda job: job(), jobs, threads))
@@ -270,6 +268,17 @@ def complete_text_config(plan: ConversionPlan) -> dict[str, Any]:
         **vars(plan.shape),
     }
     return filled | {key: value for key, value in own.items() if value is not None}
+
+
+def list_expert_jobs(plan: ConversionPlan, layers: Iterable[int]) -> Iterator[Callable[[], Encoded]]:
+    """Pieces of work, an expert each; what it reads is read ahead from when it is taken from here."""
+    matrices = block_geometry(plan.shape, plan.recipe.expert_schemes).matrices
+    for layer in layers:
+        for expert in range(plan.shape.num_experts):
+            for projection, matrix in matrices:
+                place = plan.source.experts[layer][expert][projection]
+                place.weight.prefetch(plan.checkpoint, place.first_row, matrix.out_features)
+            yield partial(encode_expert, plan, layer, expert)
 
 
 def encode_expert(plan: ConversionPlan, layer: int, expert: int) -> Encoded:

@@ -1,10 +1,13 @@
 """Byte ranges of shards, past the page cache where the file system lets us, into memory that is used again and again.
 
 A checkpoint is read once: cached, it would push out everything else that the machine has cached. Huge pages make a
-direct read two to three times as fast, and keeping them saves zeroing them for each read. What a thread reads can be
-recorded: time, and a digest of every range, from which a tensor's hash is made without a second pass over the source.
+direct read two to three times as fast, and keeping them saves zeroing them for each read. What will be asked for can be
+read ahead, by threads that do nothing else: one that computes is put aside by the system when its read is done, and the
+disk waits for it. What a thread reads can be recorded: time, and a digest of every range, from which a tensor's hash is
+made without a second pass over the source.
 
     reader = ShardReader()
+    reader.prefetch(path, offset, size)
     with reader.recording() as record:
         raw = reader.read(path, offset, size)
 """
@@ -16,6 +19,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +30,8 @@ import numpy as np
 from moepack.layout.geometry import align_up
 from moepack.layout.pages import Pages
 from moepack.layout.storage import DIRECT_ALIGNMENT, DataFile
+
+READERS = 2  # reads ahead in flight
 
 
 @dataclass
@@ -61,6 +67,8 @@ class ShardReader:
         self._free: defaultdict[int, list[Pages]] = defaultdict(list)
         self._lock = threading.Lock()
         self._thread = threading.local()
+        self._coming: dict[tuple[Path, int, int], Future[tuple[Pages, int]]] = {}
+        self._readers: ThreadPoolExecutor | None = None
 
     def __reduce__(self) -> tuple[type[ShardReader], tuple[()]]:
         return ShardReader, ()  # sent to another process it opens files of its own
@@ -68,11 +76,9 @@ class ShardReader:
     def read(self, path: Path, offset: int, size: int, tensor: str) -> np.ndarray:
         """uint8 [size], read-only; its memory is used again when nothing refers to it any more. Raises OSError."""
         record: Record | None = getattr(self._thread, "record", None)
-        start = offset // DIRECT_ALIGNMENT * DIRECT_ALIGNMENT
-        span = align_up(offset + size, DIRECT_ALIGNMENT) - start
         with (record or Record()).timed("read"):
-            pages = self._take(span)
-            self._open(path).read_into([pages.buffer[:span]], start, offset + size - start)
+            coming = self._coming.pop((path, offset, size), None)
+            pages, start = coming.result() if coming else self._fill(path, offset, size)
         raw = np.frombuffer(pages.buffer, np.uint8, size, offset - start)
         raw.flags.writeable = False
         weakref.finalize(raw, self._give_back, pages)
@@ -80,6 +86,20 @@ class ShardReader:
             with record.timed("hash"):
                 record.digests.append((tensor, hashlib.sha256(raw.data).digest()))
         return raw
+
+    def prefetch(self, path: Path, offset: int, size: int) -> None:
+        """Read a range ahead; `read` gives it, and what else is wrong with it. Its memory waits until then."""
+        if self._readers is None:
+            self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="shard-read")
+        self._coming[path, offset, size] = self._readers.submit(self._fill, path, offset, size)
+
+    def _fill(self, path: Path, offset: int, size: int) -> tuple[Pages, int]:
+        """Memory with the range, and the place in the file where it starts."""
+        start = offset // DIRECT_ALIGNMENT * DIRECT_ALIGNMENT
+        span = align_up(offset + size, DIRECT_ALIGNMENT) - start
+        pages = self._take(span)
+        self._open(path).read_into([pages.buffer[:span]], start, offset + size - start)
+        return pages, start
 
     @contextmanager
     def recording(self) -> Iterator[Record]:
@@ -107,7 +127,11 @@ class ShardReader:
             file.close()
 
     def close(self) -> None:
-        """Close the files; reading opens them again."""
+        """Close the files; reading opens them again. What was read ahead and not asked for is forgotten."""
+        readers, self._readers = self._readers, None
+        if readers:
+            readers.shutdown(cancel_futures=True)
+        self._coming.clear()
         with self._lock:
             files, self._files = self._files, {}
         for file in files.values():

@@ -165,6 +165,9 @@ class Weight:
         """Rows first .. first+count-1 as floats, [count, K]. Raises CheckpointError."""
         raise NotImplementedError
 
+    def prefetch(self, checkpoint: Checkpoint, first: int, count: int) -> None:
+        """Rows will be read soon; where computing is the slower by far, nothing is done about it."""
+
     def list_pieces(self, piece_bytes: int) -> Iterator[tuple[int, int]]:
         """(first row, rows) of pieces of about so many bytes of the source."""
         step = max(1, piece_bytes * self.num_rows // max(1, self.source_bytes))
@@ -194,6 +197,9 @@ class Weight:
 @dataclass(frozen=True)
 class FloatWeight(Weight):
     """A tensor of floats, used as it is."""
+
+    def prefetch(self, checkpoint: Checkpoint, first: int, count: int) -> None:
+        checkpoint.prefetch(self.name, first, count)
 
     def read_rows(self, checkpoint: Checkpoint, first: int, count: int) -> Rows:
         return checkpoint.read_rows(self.name, first, count)
