@@ -76,6 +76,7 @@ class Disk:
 
     busy_bytes_s   at random while all threads compute, which costs some; empty: it costs nothing
     max_hints      reads ahead that a layer may start; 0 reads nothing ahead
+    hints_at_once  of these, how many run at the same time
     start_s        from asking for a block until its read begins
     """
 
@@ -83,6 +84,7 @@ class Disk:
     in_order_bytes_s: float
     queue_depth: int
     max_hints: int = 0
+    hints_at_once: int = 1
     busy_bytes_s: dict[int, float] = field(default_factory=dict)
     start_s: float = 0.0
 
@@ -196,11 +198,10 @@ def _run_layer(model: ModelSizes, arithmetic: Arithmetic, disk: Disk, misses: in
     last_s = min(misses, disk.queue_depth) * arithmetic.miss_s
     # The layer before has, on average, as much to read as this one: from its last block on the disk was free.
     free_s = last_s + arithmetic.mixers_s / model.num_layers - arithmetic.meanwhile_s
-    ahead = 0.0
-    if disk.max_hints and misses:
-        one_s = block / disk.busy_speed(1)
-        ahead = min(free_s / one_s + 0.5, disk.max_hints, misses / recall)  # one by one, the last half done
-    left_bytes = max(0.0, ahead * block - free_s * disk.busy_speed(1))
+    ahead, ahead_bytes_s = 0.0, disk.busy_speed(disk.hints_at_once)
+    if disk.max_hints and misses:  # those that run when the next layer asks are half done
+        ahead = min(free_s * ahead_bytes_s / block + disk.hints_at_once / 2, disk.max_hints, misses / recall)
+    left_bytes = max(0.0, ahead * block - free_s * ahead_bytes_s)
     demanded = max(0.0, misses - recall * ahead)
     hits_s = arithmetic.meanwhile_s + (chosen - demanded) * arithmetic.hit_s
     computing_s = hits_s + demanded * arithmetic.miss_s

@@ -1,6 +1,8 @@
 """A trace in a file: lines of JSON, compressed with zstd, written while a run goes on.
 
-The first line says what was run: the three sizes of the model, and in "run" how it was set up, for people.
+The first line says what was run: the three sizes of the model, and in "run" how it was set up, for people; for the
+report of times also "token_bytes", the weights that a token is computed with, and the machine's limits "memory_gb_s"
+and "disk_gb_s", null where moe-inspect plan has not measured them.
 
     {"trace": "moepack routing", "version": 2, "num_hidden_layers": 40, "num_experts": 256, "num_experts_per_tok": 8,
      "run": {...}}

@@ -25,6 +25,7 @@ from moepack.layout.reader import Pack
 from moepack.layout.spec import SECTION_ALIGNMENT, UNQUANTIZED_BITS
 from moepack.layout.trace import Trace, replay
 from moepack.layout.trace_report import measure_recall
+from moepack.runtime.expert_io import HINTS_AT_ONCE
 from moepack.runtime.expert_store import MAX_HINTS
 from moepack.runtime.memory import MemoryPlan, is_rounded, split_budget
 from moepack.runtime.rehearsal import SchemeOf, pack_schemes
@@ -174,7 +175,7 @@ def _forecast_one(a: Architecture, candidate: Candidate, budget: int, machine: M
         hints: predict(
             model,
             machine.arithmetic[candidate.title],
-            replace(machine.disk, max_hints=hints),
+            replace(machine.disk, max_hints=hints, hints_at_once=HINTS_AT_ONCE),
             hit_rate=hit_rate,
             num_slots=memory.num_slots,
             prefill_chunk=memory.prefill_chunk,

@@ -27,7 +27,7 @@ from moepack.layout.plan import Disk
 from moepack.layout.process import resident_set_bytes
 from moepack.layout.reader import Pack
 from moepack.runtime import rehearsal
-from moepack.runtime.expert_io import Read, ReadOptions, ReadQueue
+from moepack.runtime.expert_io import HINTS_AT_ONCE, Read, ReadOptions, ReadQueue
 from moepack.runtime.forecast import Candidate, Machine
 from moepack.runtime.memory import available_bytes
 from moepack.runtime.rehearsal import rehearse
@@ -119,10 +119,10 @@ def _blocks_to_read(candidates: Sequence[Candidate], where: Pack | Path, stack: 
 def measure_while_busy(
     blocks: Sequence[Block], settings: ReadSettings, seconds: float, work: Callable[[], object]
 ) -> dict[int, float]:
-    """Bytes per second at random by reads in flight, one and as many as are used, while something is computed."""
+    """Bytes per second at random by reads in flight, as many as are used, while something is computed."""
     method = "direct" if settings.direct else "buffered"
     found = {}
-    for depth in sorted({1, settings.queue_depth}):
+    for depth in sorted({1, HINTS_AT_ONCE, settings.queue_depth}):
         with ThreadPoolExecutor(1) as pool:
             reading = pool.submit(measure_reads, blocks, method, depth, False, seconds)
             while not reading.done():
