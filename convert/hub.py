@@ -136,6 +136,8 @@ class HubReader(ShardReader):
     fetched at the end are held against bytes whose file had the right sha256.
     """
 
+    reads_ahead = False
+
     def __init__(self, repository: Repository):
         super().__init__()
         self.repository = repository

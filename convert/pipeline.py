@@ -93,7 +93,8 @@ def convert(
     """
     check_free_space(plan)
     threads = fit_threads(plan, workers, memory_bytes)
-    with Journal.open(plan.out, plan.settings) as journal, ThreadPoolExecutor(min(threads, workers)) as pool:
+    computing = min(threads, workers) if reads_ahead(plan) else threads
+    with Journal.open(plan.out, plan.settings) as journal, ThreadPoolExecutor(computing) as pool:
         try:
             return _Conversion(plan, journal, pool, threads, on_bytes, report or Report()).run()
         finally:
@@ -268,6 +269,12 @@ def complete_text_config(plan: ConversionPlan) -> dict[str, Any]:
         **vars(plan.shape),
     }
     return filled | {key: value for key, value in own.items() if value is not None}
+
+
+def reads_ahead(plan: ConversionPlan) -> bool:
+    """Whether others read what a piece of work needs: then there is no gain in more of them than cores."""
+    weights = (place.weight for layer in plan.source.experts for place in layer[0].values())
+    return plan.checkpoint.reader.reads_ahead and all(weight.reads_ahead for weight in weights)
 
 
 def list_expert_jobs(plan: ConversionPlan, layers: Iterable[int]) -> Iterator[Callable[[], Encoded]]:

@@ -58,9 +58,11 @@ class ShardReader:
     """Safe to use from several threads; their number bounds the memory.
 
     scratch_bytes   disk that it takes beside the output while it works
+    reads_ahead     whether prefetch does anything
     """
 
     scratch_bytes: int = 0
+    reads_ahead = True
 
     def __init__(self) -> None:
         self._files: dict[Path, DataFile] = {}

@@ -141,6 +141,7 @@ class Weight:
     source_bytes   of all its tensors
     scheme   bits and group size of its integers, if a pack can hold these as they are
     working_bytes   memory that reading takes per weight, beyond the source's bytes
+    reads_ahead     whether prefetch does anything
     """
 
     name: str
@@ -150,6 +151,7 @@ class Weight:
     source_bytes: int
     scheme: Scheme | None = None
     working_bytes: ClassVar[int] = 0
+    reads_ahead: ClassVar[bool] = False
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -197,6 +199,8 @@ class Weight:
 @dataclass(frozen=True)
 class FloatWeight(Weight):
     """A tensor of floats, used as it is."""
+
+    reads_ahead: ClassVar[bool] = True
 
     def prefetch(self, checkpoint: Checkpoint, first: int, count: int) -> None:
         checkpoint.prefetch(self.name, first, count)

@@ -72,3 +72,19 @@ def test_closed_it_opens_its_files_again(shard: Path) -> None:
     before = reader.read(shard, 0, 100, "a").tobytes()
     reader.close()
     assert reader.read(shard, 0, 100, "a").tobytes() == before
+
+
+def test_what_is_read_ahead_is_given_once_and_its_errors_too(shard: Path) -> None:
+    reader, raw = ShardReader(), shard.read_bytes()
+    reader.prefetch(shard, 5000, 300)
+    reader._coming[shard, 5000, 300].result()
+    with open(shard, "r+b") as file:
+        file.write(bytes(len(raw)))
+    first, again = (reader.read(shard, 5000, 300, "t").tobytes() for _ in range(2))
+    assert (first, again) == (raw[5000:5300], bytes(300)), "read before the file changed, and after"
+    reader.prefetch(shard, len(raw), 10)
+    with pytest.raises(OSError, match="the file ends after"):
+        reader.read(shard, len(raw), 10, "t")
+    reader.prefetch(shard, 0, 10)
+    reader.close()
+    assert not reader._coming
