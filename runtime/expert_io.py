@@ -22,7 +22,6 @@ from moepack.layout.errors import DamagedPack
 from moepack.layout.reader import Pack
 from moepack.layout.storage import DataFile
 
-
 HINTS_AT_ONCE = 2  # a read takes twice as long while all cores compute: one alone leaves the disk half idle
 
 
