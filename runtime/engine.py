@@ -111,7 +111,8 @@ class Engine:
         tokenizer           the pack's tokenizer, if the caller has loaded it already
         verify_reads        compare every block that is read with its checksum
         prefetch            read the experts that the next layer's router would pick now, while the disk is idle;
-                            default: what `moe-inspect plan` found, else yes, where not all experts fit in memory
+                            default: what `moe-inspect plan` found, else yes, where not all experts fit in memory;
+                            with a prompt that needs all of them, wherever they are not there yet
         policy              which expert makes room for another: a name of layout/eviction.py
         sequences           answers that are generated at the same time, each with a state of max_context
         snapshot_bytes      of the budget, for states of prompts already read: see snapshots.py
@@ -143,11 +144,9 @@ class Engine:
         weights = ResidentWeights.load(opened, architecture, ops)
         if ops.settles and store.holds_everything:
             store.load_all()
-        if prefetch is None:
-            prefetch = (
-                settings is None or settings.prefetch
-            ) and plan.num_slots < architecture.num_hidden_layers * architecture.num_experts
-        model = Qwen35(architecture, weights, store, ops, prefetch)
+        reads_ahead = prefetch if prefetch is not None else settings is None or settings.prefetch
+        guesses = bool(prefetch) or (reads_ahead and not store.holds_everything)
+        model = Qwen35(architecture, weights, store, ops, prefetch=guesses, scans_ahead=reads_ahead)
         arithmetic = f"{describe_arithmetic(ops)} {cache_dtype}"
         identity = f"{hash_manifest(opened)} {arithmetic} {architecture.num_experts_per_tok}".encode()
         snapshots = Snapshots(snapshot_bytes, identity, tokenizer.stop_token_ids, snapshot_directory)

@@ -207,18 +207,20 @@ class ExpertStore:
             held.is_hinted = False
             self._policy.use((layer, expert_id))
 
-    def prefetch(self, layer: int, expert_ids: Sequence[int]) -> None:
+    def prefetch(self, layer: int, expert_ids: Sequence[int], is_scan: bool = False) -> None:
         """Hint that these experts may be fetched next, the likeliest first.
 
         A few of them are read while no fetch waits for the disk. What has not started when the next fetch comes is
         dropped.
+
+        is_scan   all of them will be needed, in this order: as many are read as a quarter of the slots holds
         """
-        if self.recorder:
+        if self.recorder and not is_scan:
             self.recorder.note_guess(layer, expert_ids)
         if self._fetch and not self._fetch.is_planned:
             return  # it needs every slot itself
         for expert_id in expert_ids:
-            if self._hints == MAX_HINTS:
+            if self._hints == (max(MAX_HINTS, self.num_slots // 4) if is_scan else MAX_HINTS):
                 return
             if (layer, expert_id) not in self._held:
                 slot = self._take_slot(may_wait=False)

@@ -36,6 +36,7 @@ from moepack.runtime.expert_store import ExpertStore
 from moepack.runtime.resident import ResidentWeights
 from moepack.runtime.state import DeltaState, KeyValueCache, SequenceState
 
+SCAN_CHOICES = 4  # for each expert, in a prompt: evenly spread, 2 % of the experts are then chosen by nobody
 Observer = Callable[[int, Expert, torch.Tensor, torch.Tensor], None]  # expert id, expert, inputs [n, D], weights [n]
 
 
@@ -110,6 +111,7 @@ class SparseMoe:
         self.shared_expert: Expert = weights.expert(f"{stem}.mlp.shared_expert")
         self.shared_expert_gate = weights.matrix(f"{stem}.mlp.shared_expert_gate")
         self.next_router: Matrix | None = None  # set where the next layer's experts are to be guessed
+        self.scans_ahead = False  # whether those of the next layer are read early when a prompt needs them all
         width = max(a.moe_intermediate_size, a.shared_expert_intermediate_size)
         sizes = (a.num_experts_per_tok, width, a.rms_norm_eps)
         self.step = ops.expert_step(self.norm, self.router, self.shared_expert_gate, *sizes)
@@ -160,6 +162,8 @@ class SparseMoe:
                     self.observe(expert_id, expert, normed[at], some)
             self.ops.add_experts(out, normed, [expert for _, expert in batch], sizes, tokens[part], weights[part])
             first += sum(sizes)
+        if self.scans_ahead and chosen_ids.numel() >= SCAN_CHOICES * self.a.num_experts:
+            self.store.prefetch(self.layer + 1, range(self.a.num_experts), is_scan=True)  # beside the next mixer
         return x + out
 
 
@@ -188,12 +192,21 @@ class DecoderLayer:
 class Qwen35:
     """The whole text model over resident weights and a store of experts."""
 
-    def __init__(self, a: Architecture, weights: ResidentWeights, store: ExpertStore, ops: Any, prefetch: bool = False):
+    def __init__(
+        self,
+        a: Architecture,
+        weights: ResidentWeights,
+        store: ExpertStore,
+        ops: Any,
+        prefetch: bool = False,
+        scans_ahead: bool = False,
+    ):
         self.a, self.ops, self.store, self.prefetches = a, ops, store, prefetch
         self.embedding = weights.matrix("model.embed_tokens")
         self.layers = layers = [DecoderLayer(layer, a, weights, store, ops) for layer in range(a.num_hidden_layers)]
-        for layer, following in pairwise(layers) if prefetch else ():
-            layer.experts.next_router = following.experts.router
+        for layer, following in pairwise(layers):
+            layer.experts.scans_ahead = scans_ahead
+            layer.experts.next_router = following.experts.router if prefetch else None
         self.fused: Any = None
         if ops.fuses_tokens:
             mixers = [layer.mixer.fuse(layer.norm) for layer in layers]

@@ -279,6 +279,19 @@ def test_the_next_layers_experts_are_read_ahead_where_not_all_fit(demo_pack: Cal
     assert small.store.counts.prefetched > small.store.counts.prefetch_used > 0
 
 
+def test_a_prompt_that_needs_all_experts_has_those_of_the_next_layer_read_meanwhile(
+    demo_pack: Callable[[int], Path],
+) -> None:
+    answers, hints = [], []
+    for prefetch in (False, None):
+        with Engine.open(demo_pack(4), max_context=128, prefetch=prefetch) as engine:
+            answers.append(list(engine.generate(IDS[:60], GREEDY)))
+            hints.append((engine.store.counts.prefetched, engine.store.counts.prefetch_used))
+    assert answers[0] == answers[1]
+    assert hints[0] == (0, 0)
+    assert hints[1][0] >= hints[1][1] > 0
+
+
 def test_an_unknown_policy_is_refused(tiny_pack: Path) -> None:
     with pytest.raises(UsageError, match="eviction policy 'best': expected one of lru"):
         Engine.open(tiny_pack, policy="best")
