@@ -110,7 +110,7 @@ def test_generation_ends_at_max_tokens_and_knows_why(engine: Engine) -> None:
     assert stats.generated_tokens == 12
     assert stats.prompt_tokens == 4
     assert stats.expert_hits + stats.expert_misses > 0
-    assert stats.bytes_read == stats.expert_misses * engine.memory_plan.slot_bytes
+    assert stats.bytes_read == stats.expert_misses * engine.store.slot_bytes
     assert stats.compute_s > 0
     assert stats.experts_per_token == 2
 
