@@ -2,6 +2,7 @@
 
 moe-convert Qwen3.5-397B-A17B qwen397b.moepack --bits 4
 moe-convert demo/checkpoint demo.moepack --bits 2 --group-size 32 --dry-run
+moe-convert Qwen3.5-397B-A17B qwen397b.moepack --bits mixed --target-size 160GB --calibration qwen397b.calibration
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import typer
 
+from moepack.convert.allocation import Allocation
 from moepack.convert.archive import is_archive, pack_archive, unpack_archive
 from moepack.convert.export import TARGETS, export
 from moepack.convert.hub import Mirror, is_hub_address
@@ -34,7 +36,7 @@ from moepack.convert.plan import (
 )
 from moepack.convert.quantizers import AUTO_QUANTIZER, QUANTIZERS
 from moepack.convert.ray_engine import SharedDirectory, convert_layers
-from moepack.convert.recipe import AUTO_GROUP_SIZE, Recipe
+from moepack.convert.recipe import AUTO_GROUP_SIZE, MIXED, MIXED_BITS, Recipe
 from moepack.convert.repair import parse_places, recipe_of, repair_blocks
 from moepack.convert.report import Report
 from moepack.convert.url_output import UrlOutput, is_url
@@ -52,7 +54,7 @@ from moepack.layout.console import (
 from moepack.layout.errors import Interrupted, NotEnoughSpace, UsageError
 from moepack.layout.process import peak_rss_bytes
 from moepack.layout.sizes import format_size, parse_size
-from moepack.layout.spec import GROUP_SIZES, MANIFEST_NAME, QUANTIZED_BITS, UNQUANTIZED_BITS
+from moepack.layout.spec import GROUP_SIZES, MANIFEST_NAME, PROJECTIONS, QUANTIZED_BITS, UNQUANTIZED_BITS
 
 ENGINES = ("local", "ray")
 RESIDENT_BITS = (4, 8, UNQUANTIZED_BITS)
@@ -75,7 +77,11 @@ def convert_checkpoint(
         metavar="OUT", help="Directory to write the pack into; with --engine ray also a URL.", show_default=False
     ),
     to: str = typer.Option("pack", help="pack; or from a pack: mlx or hf (a checkpoint), archive (one file)."),
-    bits: int = typer.Option(4, help="Bits of the routed experts: 2, 3, 4, 8, or 16 for bf16 as it is."),
+    bits: str = typer.Option(
+        "4", help="Bits of the routed experts: 2, 3, 4, 8, 16 for bf16 as it is, or mixed: see --bpw, --target-size."
+    ),
+    bpw: float = typer.Option(None, help="With --bits mixed: bits per weight of the routed experts, scales included."),
+    target_size: str = typer.Option(None, help="With --bits mixed: most that the whole pack may take, as in 160GB."),
     group_size: int = typer.Option(
         None, help="Weights that share a scale and a bias: 32, 64 or 128.  [default: the source's own, or 64]"
     ),
@@ -115,10 +121,14 @@ def convert_checkpoint(
         raise UsageError(f"--to {to} needs a pack, {source} is a checkpoint: convert it to a pack first")
     if engine not in ENGINES:
         raise UsageError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
+    if bits == MIXED and is_hub_address(source):
+        raise UsageError(f"--bits mixed looks at every expert first, {source} is on the hub: download it")
     if engine == "ray" and is_hub_address(source):
         raise UsageError(f"--engine ray needs a directory that every machine sees, {source} is on the hub: download it")
     known = None if calibration is None else Calibration.open(calibration)
-    recipe, memory_bytes = _make_recipe(bits, group_size, resident_bits, quantizer, known), parse_size(memory)
+    target_bytes = None if target_size is None else parse_size(target_size)
+    recipe = _make_recipe(bits, group_size, resident_bits, quantizer, known, bpw, target_bytes)
+    memory_bytes = parse_size(memory)
     scratch_bytes = parse_size(scratch) if scratch else None
     if redo:
         places = parse_places(redo)
@@ -222,10 +232,16 @@ def _ship(source: Path, out: Path, target: str, workers: int, as_json: bool) -> 
 
 
 def _make_recipe(
-    bits: int, group_size: int | None, resident_bits: int, quantizer: str, calibration: Calibration | None
+    bits: str,
+    group_size: int | None,
+    resident_bits: int,
+    quantizer: str,
+    calibration: Calibration | None,
+    bits_per_weight: float | None,
+    target_bytes: int | None,
 ) -> Recipe:
     choices: list[tuple[str, Any, tuple[Any, ...]]] = [
-        ("--bits", bits, (*QUANTIZED_BITS, UNQUANTIZED_BITS)),
+        ("--bits", bits, (*map(str, (*QUANTIZED_BITS, UNQUANTIZED_BITS)), MIXED)),
         ("--group-size", group_size, (None, *GROUP_SIZES)),
         ("--resident-bits", resident_bits, RESIDENT_BITS),
         ("--quantizer", quantizer, ("auto", *QUANTIZERS)),
@@ -233,8 +249,20 @@ def _make_recipe(
     for option, value, allowed in choices:
         if value not in allowed:
             raise UsageError(f"{option} {value}: expected one of {', '.join(str(one) for one in allowed if one)}")
-    group_size = group_size or AUTO_GROUP_SIZE
-    return Recipe(bits, group_size, resident_bits, _choose_quantizer(quantizer, calibration))
+    targets = [target for target in (bits_per_weight, target_bytes) if target is not None]
+    if len(targets) != (bits == MIXED):
+        raise UsageError(
+            f"--bits {bits}: expected {'one' if bits == MIXED else 'none'} of --bpw and --target-size, found "
+            f"{len(targets)}"
+        )
+    return Recipe(
+        bits=MIXED_BITS if bits == MIXED else int(bits),
+        group_size=group_size or AUTO_GROUP_SIZE,
+        resident_bits=resident_bits,
+        quantizer=_choose_quantizer(quantizer, calibration),
+        bits_per_weight=bits_per_weight,
+        target_bytes=target_bytes,
+    )
 
 
 def _choose_quantizer(quantizer: str, calibration: Calibration | None) -> str:
@@ -298,15 +326,30 @@ def _describe(plan: ConversionPlan, out: str) -> dict[str, Any]:
     return {
         "source": plan.source_name,
         "pack": out,
-        **vars(plan.recipe),
-        "expert_files": forecast.num_expert_files,
-        "expert_file_bytes": forecast.expert_file_bytes,
+        **plan.recipe.arguments,
+        "expert_files": len(forecast.expert_file_bytes),
+        "expert_file_bytes": max(forecast.expert_file_bytes),
+        "experts_bytes": sum(forecast.expert_file_bytes),
         "resident_bytes": forecast.resident_bytes,
         "total_bytes": forecast.total_bytes,
         "weights": forecast.num_weights,
         "bits_per_weight": forecast.bits_per_weight,
+        "experts_bits_per_weight": forecast.experts_bits_per_weight,
+        "sensitivity": plan.allocation.describe() if plan.allocation else None,
         "notes": list(plan.notes),
     }
+
+
+def _print_sensitivity(allocation: Allocation) -> None:
+    """For each layer where the bits go and what they leave; errors in hundredths of the stream's energy."""
+    layers = allocation.describe()
+    uniform = list(layers[0]["error_at"])
+    rows: list[tuple[str, ...]] = [("layer", *PROJECTIONS, "error", *(f"all {name}" for name in uniform))]
+    for facts in layers:
+        errors = (facts["error"], *(facts["error_at"][name] for name in uniform))
+        bits = (f"{value:.2f}" for value in facts["bits"].values())
+        rows.append((str(facts["layer"]), *bits, *(f"{100 * error:.3f}" for error in errors)))
+    print_table(rows)
 
 
 def _print_forecast(
@@ -323,7 +366,9 @@ def _print_forecast(
         print_json(facts)
     elif not as_json:
         forecast = plan.forecast
-        rows = [("", "size"), ("experts", f"{forecast.num_expert_files} x {format_size(forecast.expert_file_bytes)}")]
+        files = forecast.expert_file_bytes
+        size = f"{len(files)} x {format_size(files[0])}" if len(set(files)) == 1 else format_size(sum(files))
+        rows = [("", "size"), ("experts", size)]
         rows += [("resident", format_size(forecast.resident_bytes)), ("in all", format_size(forecast.total_bytes))]
         rows += [
             ("bits per weight", f"{forecast.bits_per_weight:.3f}"),
@@ -331,5 +376,7 @@ def _print_forecast(
         ]
         rows += [("free on the disk", format_size(facts["free_bytes"]))] if "free_bytes" in facts else []
         print_table(rows)
+        if plan.allocation:
+            _print_sensitivity(plan.allocation)
     if shortage:
         raise shortage

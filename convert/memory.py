@@ -42,7 +42,8 @@ def fit_threads(plan: ConversionPlan, workers: int, budget_bytes: int) -> int:
 
 def thread_bytes(plan: ConversionPlan) -> int:
     """The most memory that one piece of work needs from its first read until its result is written."""
-    block = block_geometry(plan.shape, plan.recipe.expert_schemes)
+    tiers = {id(tier): tier for layer in plan.schemes for tier in layer.tiers}.values()
+    block = max((block_geometry(plan.shape, tier) for tier in tiers), key=lambda block: block.block_stride)
     sizes = [matrix.num_weights for _, matrix in block.matrices]
     stored = [place.weight for layer in plan.source.experts for place in layer[0].values()]
     each = max(weight.source_bytes / math.prod(weight.shape) + weight.working_bytes for weight in stored)

@@ -190,8 +190,8 @@ class _Conversion:
                 self.report.bytes_out += len(encoded.arrays["block"])
                 self.on_bytes(share)
 
-        tiers, expert_tiers = (plan.recipe.expert_schemes,), (0,) * num_experts
-        entry = write_expert_file(plan.out, layer, plan.shape, tiers, expert_tiers, blocks())
+        schemes = plan.schemes[layer]
+        entry = write_expert_file(plan.out, layer, plan.shape, schemes.tiers, schemes.expert_tiers, blocks())
         return entry, self.finish(file, entry.as_json(), plan.layer_shards(layer))
 
     def write_resident(self) -> tuple[ResidentFile, dict[str, str]]:
@@ -279,8 +279,8 @@ def reads_ahead(plan: ConversionPlan) -> bool:
 
 def list_expert_jobs(plan: ConversionPlan, layers: Iterable[int]) -> Iterator[Callable[[], Encoded]]:
     """Pieces of work, an expert each; what it reads is read ahead from when it is taken from here."""
-    matrices = block_geometry(plan.shape, plan.recipe.expert_schemes).matrices
     for layer in layers:
+        matrices = block_geometry(plan.shape, plan.schemes[layer][0]).matrices  # of the same sizes in every expert
         for expert in range(plan.shape.num_experts):
             for projection, matrix in matrices:
                 place = plan.source.experts[layer][expert][projection]
@@ -290,7 +290,7 @@ def list_expert_jobs(plan: ConversionPlan, layers: Iterable[int]) -> Iterator[Ca
 
 def encode_expert(plan: ConversionPlan, layer: int, expert: int) -> Encoded:
     """Read one expert and make its block. Raises CheckpointError naming a tensor that is not finite."""
-    geometry = block_geometry(plan.shape, plan.recipe.expert_schemes)
+    geometry = block_geometry(plan.shape, plan.schemes[layer][expert])
     arrays: dict[str, memoryview] = {}
     rounding: dict[str, RoundingError] = {}
     size = 0

@@ -11,17 +11,26 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from moepack.convert.allocation import (
+    Allocation,
+    allocate,
+    list_candidates,
+    make_schemes,
+    measure_costs,
+    num_weights,
+    widest_uniform,
+)
 from moepack.convert.checkpoint import CONFIG_NAME, FLOAT_DTYPES, Checkpoint, read_json
 from moepack.convert.journal import JOURNAL_NAME, SETTINGS_FILE, locked
 from moepack.convert.names import SourceMap, map_tensors
-from moepack.convert.recipe import Forecast, Recipe
+from moepack.convert.recipe import AUTO_GROUP_SIZE, MIXED_BITS, Forecast, LayerSchemes, Recipe
 from moepack.convert.shard_reader import ShardReader
 from moepack.convert.sources import GptqWeight, Quantization
 from moepack.layout.architecture import Architecture
@@ -74,6 +83,8 @@ class Origin:
 class ConversionPlan:
     """A conversion that has been checked and can start.
 
+    schemes       of each layer's experts
+    allocation    why these, where bits are mixed
     calibration   what is known of the experts' inputs, if anything
     settings   what decides the output's bytes: fingerprints of the source, arguments, tool and format version
     notes      facts about the result that the user should be told
@@ -84,6 +95,8 @@ class ConversionPlan:
     architecture: Architecture
     source: SourceMap
     recipe: Recipe
+    schemes: tuple[LayerSchemes, ...]
+    allocation: Allocation | None
     forecast: Forecast
     shape: ModelShape
     calibration: Calibration | None
@@ -189,19 +202,53 @@ def plan_conversion(
         "source": {path.name: _fingerprint(path) for path in list_copied_files(directory)}
         | {shard: _fingerprint(directory / shard) for shard in checkpoint.shards},
         **(origin.settings if origin else {}),
-        "arguments": vars(recipe),
+        "arguments": recipe.arguments,
         "tool_version": version("moepack"),
         "format_version": FORMAT_VERSION,
     }
     if calibration is not None:
         calibration.check_model(shape, settings["source"])
         settings["calibration"] = calibration.facts["sha256"]
-    forecast = Forecast.of(recipe, source, shape)
+    schemes, allocation = _choose_schemes(recipe, checkpoint, source, shape, calibration)
+    forecast = Forecast.of(recipe, source, shape, schemes)
     name = origin.name if origin else str(directory)
-    notes = tuple(_notes(checkpoint, architecture, source, recipe))
+    notes = tuple(_notes(checkpoint, architecture, source, recipe, schemes))
     return ConversionPlan(
-        checkpoint, architecture, source, recipe, forecast, shape, calibration, out, settings, notes, name
+        *(checkpoint, architecture, source, recipe, schemes, allocation, forecast, shape, calibration, out),
+        *(settings, notes, name),
     )
+
+
+def _choose_schemes(
+    recipe: Recipe, checkpoint: Checkpoint, source: SourceMap, shape: ModelShape, calibration: Calibration | None
+) -> tuple[tuple[LayerSchemes, ...], Allocation | None]:
+    """The schemes of each layer's experts, and why, where bits are mixed. Raises UsageError, CalibrationError."""
+    if recipe.bits != MIXED_BITS:
+        return (LayerSchemes.uniform(recipe.expert_schemes, shape.num_experts),) * len(source.experts), None
+    if calibration is None:
+        raise UsageError("--bits mixed needs --calibration FILE of moe-run calibrate: what experts are used for")
+    candidates = list_candidates(shape, recipe.group_size if recipe.group_size != AUTO_GROUP_SIZE else None)
+    if not candidates:
+        raise UsageError(f"routed experts: groups of {recipe.group_size} divide no row: choose another --group-size")
+    costs = measure_costs(checkpoint, source, shape, calibration, candidates)
+
+    def choose(bits_per_weight: float) -> Allocation:
+        budget_bytes = bits_per_weight / 8 * num_weights(shape) * shape.num_experts * shape.num_hidden_layers
+        choices = allocate(costs, shape, candidates, budget_bytes)
+        rest = widest_uniform(shape, candidates, bits_per_weight)
+        return Allocation(costs, candidates, choices, make_schemes(choices, candidates, len(source.experts), rest))
+
+    if recipe.bits_per_weight is not None:
+        allocation = choose(recipe.bits_per_weight)
+        return allocation.schemes, allocation
+    assert recipe.target_bytes is not None
+    bits_per_weight = candidates[-1].bits + 1.0  # scales and biases take one bit at most
+    while True:  # blocks are padded to pages: the size is known when the choice is made
+        allocation = choose(bits_per_weight)
+        total_bytes = Forecast.of(recipe, source, shape, allocation.schemes).total_bytes
+        if total_bytes <= recipe.target_bytes:
+            return allocation.schemes, allocation
+        bits_per_weight *= min(0.999, recipe.target_bytes / total_bytes)
 
 
 def find_finished(plan: ConversionPlan) -> Manifest | None:
@@ -286,11 +333,17 @@ def check_free_space(plan: ConversionPlan) -> tuple[int, int]:
     return needed, free
 
 
-def _notes(checkpoint: Checkpoint, architecture: Architecture, source: SourceMap, recipe: Recipe) -> list[str]:
+def _notes(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    source: SourceMap,
+    recipe: Recipe,
+    schemes: Sequence[LayerSchemes],
+) -> list[str]:
     notes = [f"skipped {count} tensors ({reason})" for reason, count in source.skipped.items()]
     if architecture.mtp_num_hidden_layers and not source.num_mtp_layers(architecture):
         notes.append("the config names an MTP head, the checkpoint has none: the pack is without it")
-    notes += _rounding_notes(checkpoint, source, recipe)
+    notes += _rounding_notes(checkpoint, source, recipe, schemes)
     directory = checkpoint.directory
     notes += [f"{name} is missing: {loss}" for name, loss in MISSED_FILES.items() if not (directory / name).exists()]
     has_template = (directory / "chat_template.jinja").exists() or '"chat_template"' in _read_text(
@@ -301,14 +354,18 @@ def _notes(checkpoint: Checkpoint, architecture: Architecture, source: SourceMap
     return notes
 
 
-def _rounding_notes(checkpoint: Checkpoint, source: SourceMap, recipe: Recipe) -> list[str]:
+def _rounding_notes(
+    checkpoint: Checkpoint, source: SourceMap, recipe: Recipe, schemes: Sequence[LayerSchemes]
+) -> list[str]:
     """What is rounded a second time, and what is kept, of a source that is not plain bf16."""
-    firsts = [(name, place.weight) for layer in source.experts for name, place in layer[0].items()]
+    firsts = [
+        (own[0][name], place.weight) for layer, own in zip(source.experts, schemes) for name, place in layer[0].items()
+    ]
     kinds = {weight.kind for _, weight in firsts}
     notes = []
     if recipe.bits == UNQUANTIZED_BITS and kinds != {"BF16"}:
         notes.append(f"experts are {', '.join(sorted(kinds))} in the source: 16 bits rounds them to bf16")
-    kept = {weight.kind for name, weight in firsts if weight.keeps_integers(recipe.expert_schemes[name])}
+    kept = {weight.kind for scheme, weight in firsts if weight.keeps_integers(scheme)}
     if kept:
         notes.append(f"experts keep the source's integers ({', '.join(sorted(kept))})")
     again = {weight.kind for _, weight in firsts if weight.scheme} - kept

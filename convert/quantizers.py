@@ -109,7 +109,9 @@ def quantize_mse(weights: np.ndarray, bits: int, group_size: int, moments: np.nd
     total = RoundingError()
     for first in range(0, rows, step):  # what is in floats stays in the cache, and out of the memory budget
         part = slice(first, first + step)
-        integers, scales[part], biases[part], error = fit_groups(_finite(weights[part]), bits, group_size, importance)
+        integers, scales[part], biases[part], error = fit_groups(
+            widen_finite(weights[part]), bits, group_size, importance
+        )
         w_q[part] = pack_integers(integers, bits)
         total += error
     return QuantizedMatrix(w_q, scales, biases, total)
@@ -121,7 +123,7 @@ def quantize_gptq(
     """The least change of what the matrix does to its inputs; quantize_mse where moments are not [K, K]."""
     if moments is None or moments.ndim != 2:
         return quantize_mse(weights, bits, group_size, moments)
-    feedback = ErrorFeedback(_finite(weights), bits, group_size, moments)
+    feedback = ErrorFeedback(widen_finite(weights), bits, group_size, moments)
     feedback.run()
     error = measure_error(feedback.weights, feedback.rounded)
     return QuantizedMatrix(pack_integers(feedback.integers, bits), feedback.scales, feedback.biases, error)
@@ -133,7 +135,8 @@ def measure_error(weights: np.ndarray, rounded: np.ndarray) -> RoundingError:
     return RoundingError(float(np.vdot(off, off)), float(np.vdot(weights, weights)), float(np.abs(off).max()))
 
 
-def _finite(weights: np.ndarray) -> np.ndarray:
+def widen_finite(weights: np.ndarray) -> np.ndarray:
+    """widen, with a ValueError for NaN, infinity and what cannot be squared."""
     weights = widen(weights)
     if not np.abs(weights).max() < LARGEST_WEIGHT:  # a NaN is not below it
         raise ValueError("holds NaN, infinity or a range beyond bf16")

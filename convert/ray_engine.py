@@ -31,8 +31,7 @@ from moepack.convert.pipeline import Encoded, SourceHashes, encode_expert, find_
 from moepack.convert.plan import ConversionPlan, check_free_space
 from moepack.convert.report import Rounding
 from moepack.layout.errors import CheckpointError, MoepackError, UsageError
-from moepack.layout.geometry import LayerGeometry
-from moepack.layout.manifest import ExpertFile, block_geometry
+from moepack.layout.manifest import ExpertFile
 from moepack.layout.spec import PARTIAL_SUFFIX, expert_file_name
 from moepack.layout.writer import finish_partial, naming_failures
 
@@ -138,7 +137,7 @@ class SharedDirectory:
 
     def write_range(self, layer: int, first: int, count: int) -> WrittenRange:
         plan = self.plan
-        path, geometry = partial_path(plan, layer), layer_geometry(plan)
+        path, geometry = partial_path(plan, layer), plan.schemes[layer].geometry(plan.shape)
         written = []
         with naming_failures(path):
             path.parent.mkdir(exist_ok=True)
@@ -175,7 +174,7 @@ def record_layer(
 
     Raises CheckpointError naming a block that is not what its task wrote.
     """
-    geometry = layer_geometry(plan)
+    geometry = plan.schemes[layer].geometry(plan.shape)
     experts = [encoded for part in ranges for encoded in part.experts]
     strides = [geometry.block(expert).block_stride for expert in range(len(experts))]
     whole, block, filled, expert = hashlib.sha256(), hashlib.sha256(), 0, 0
@@ -196,9 +195,10 @@ def record_layer(
             raise CheckpointError(f"{where}: is longer than {geometry.size_bytes} bytes")
     if expert < len(experts):
         raise CheckpointError(f"{where}: the block of expert {expert} is not what was written: is it shared by all?")
-    name, tiers = layer_file(plan, layer), (plan.recipe.expert_schemes,)
+    name, schemes = layer_file(plan, layer), plan.schemes[layer]
+    kinds = (schemes.tiers, schemes.expert_tiers)
     digests = tuple(encoded.sha256 for encoded in experts)
-    entry = ExpertFile(name, layer, geometry.size_bytes, whole.hexdigest(), tiers, (0,) * len(experts), digests)
+    entry = ExpertFile(name, layer, geometry.size_bytes, whole.hexdigest(), *kinds, digests)
     hashes, rounding = SourceHashes(), Rounding()
     for encoded in experts:
         hashes.add(encoded.record)
@@ -214,11 +214,6 @@ def layer_file(plan: ConversionPlan, layer: int) -> str:
 def partial_path(plan: ConversionPlan, layer: int) -> Path:
     """Where a layer's file is written before it is whole."""
     return plan.out / (layer_file(plan, layer) + PARTIAL_SUFFIX)
-
-
-def layer_geometry(plan: ConversionPlan) -> LayerGeometry:
-    """Where the blocks of a layer's file lie."""
-    return LayerGeometry([block_geometry(plan.shape, plan.recipe.expert_schemes)], (0,) * plan.shape.num_experts)
 
 
 def _write_at(descriptor: int, data: memoryview, offset_bytes: int) -> None:

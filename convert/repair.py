@@ -37,8 +37,8 @@ def recipe_of(pack: Path) -> Recipe:
     """The settings that a pack was converted with. Raises DamagedPack, UnsupportedVersion, UsageError."""
     arguments = Manifest.read(pack).provenance.get("settings", {}).get("arguments")
     try:
-        return Recipe(**arguments)
-    except TypeError:
+        return Recipe.of_arguments(arguments)
+    except (AttributeError, TypeError):
         raise UsageError(f"{pack}: was converted by another moepack, which cannot be repeated: convert again") from None
 
 

@@ -9,6 +9,7 @@ layer L of the trunk with E experts of inputs D and inner width I:
     layers.L.weights   F32 [E]        the sum of their squared router weights
     layers.L.inputs    F32            of gate_proj and up_proj, each token times its squared weight: sums of squared
                                       inputs [E, D], or second moments [E, D, D], or [1, D, D] of the whole layer
+    layers.L.stream    F32 [1]        mean square of the hidden states after the layer
     layers.L.inner     F32            of down_proj, likewise: [E, I], [E, I, I]
 
 A sum divided by the sum of weights is a mean; an expert that few tokens chose leans on its layer's (`moments`).
@@ -103,11 +104,18 @@ class Calibration:
         """The statistics of one layer; empty if it has none (an MTP layer). The last one asked for is kept."""
         kept, values = self._layer
         if kept != layer:
-            names = ("tokens", "weights", "inputs", "inner")
+            names = ("tokens", "weights", "stream", "inputs", "inner")
             found = {name: self.read(f"layers.{layer}.{name}") for name in names}
             values = {name: array for name, array in found.items() if array is not None}
             self._layer = (layer, values)
         return values
+
+    def stream(self, layer: int) -> float:
+        """Mean square of the hidden states after a layer. Raises CalibrationError for a file of an earlier moepack."""
+        found = self.layer(layer).get("stream")
+        if found is None or not found[0] > 0:
+            raise CalibrationError(f"{self.path}: does not say how large the hidden states are: make it again")
+        return float(found[0])
 
     def moments(self, layer: int, expert: int, projection: str) -> np.ndarray | None:
         """Mean squares [K] or second moments [K, K] of a projection's inputs, float32; None where nothing is known.

@@ -72,7 +72,8 @@ def calibrate(
         hidden = run_layer(
             engine, layer, hidden, [len(window) for window in windows], statistics.observer(engine.model.ops)
         )
-        _save(folder, layer, statistics.arrays(), hidden)
+        stream = hidden.double().square().mean().float().reshape(1)
+        _save(folder, layer, {**statistics.arrays(), "stream": stream.numpy()}, hidden)
         on_layer(1)
     layers = {layer: dict(np.load(folder / f"layer_{layer}.npz")) for layer in range(a.num_hidden_layers)}
     arrays = [entry for layer, values in layers.items() for entry in statistics_arrays(layer, values)]

@@ -64,7 +64,7 @@ def test_a_block_that_did_not_arrive_is_named(source, tmp_path):
     output = SharedDirectory(plan)
     ranges = [output.write_range(0, *part) for part in split_layer(plan)]
     with open(ray_engine.partial_path(plan, 0), "r+b") as file:
-        file.seek(ray_engine.layer_geometry(plan).offsets[5] + 100)
+        file.seek(plan.schemes[0].geometry(plan.shape).offsets[5] + 100)
         file.write(b"\x00" * 64)
     with pytest.raises(CheckpointError, match="block of expert 5 is not what was written"):
         output.join_layer(0, *ranges)
