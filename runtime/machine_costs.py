@@ -91,11 +91,11 @@ def measure_machine(
         arithmetic = {}
         for one in candidates:
             stored = (one.scheme_of, one.block)
-            costs, run_token = rehearse(a, ops, *stored, chunk_tokens, on_step, one.cache_dtype(ops.cache_dtype))
+            costs, work = rehearse(a, ops, *stored, chunk_tokens, on_step, one.cache_dtype(ops.cache_dtype))
             arithmetic[one.title] = costs.scale(factor)
         if blocks:
-            disk = replace(disk, busy_bytes_s=measure_while_busy(blocks, settings, seconds, run_token))
-        disk = replace(disk, start_s=measure_start(run_token, settings.queue_depth))
+            disk = replace(disk, busy_bytes_s=measure_while_busy(blocks, settings, seconds, work))
+        disk = replace(disk, start_s=measure_start(work, settings.queue_depth))
         on_step(1)
     machine = Machine(memory_gb_s or here_gb_s, arithmetic, disk, settings, process_bytes, ops.cache_dtype)
     facts = {

@@ -7,12 +7,13 @@ native code finds them by itself; together, as hits are; or one by one, as misse
 
 What it cannot tell: how fast the disk is, and how the model routes. Random routers choose evenly.
 
-    costs, run_token = rehearse(architecture, ops, pack_schemes(pack), block=geometry, chunk_tokens=512)
+    costs, work = rehearse(architecture, ops, pack_schemes(pack), block=geometry, chunk_tokens=512)
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
@@ -53,7 +54,7 @@ def rehearse(
     on_step: Callable[[int], object] = lambda steps: None,
     cache_dtype: torch.dtype = torch.float32,
 ) -> tuple[Arithmetic, Callable[[], object]]:
-    """Time the parts of a token and of a chunk of a prompt, in rounds; their costs, and what computes such a token.
+    """Time the parts of a token and of a chunk of a prompt, in rounds; their costs, and what keeps all threads busy.
 
     scheme_of      how each resident matrix is stored
     block          how an expert is stored
@@ -110,7 +111,7 @@ def rehearse(
         chunk_experts_s=experts,
         meanwhile_s=min(sorted(store.meanwhile_s)[len(store.meanwhile_s) // 4], together_s - chosen * hit_s),
     )
-    return costs, tokens[f"{kinds[0]}, together"].rerun
+    return costs, functools.partial(ops.linear, x, head)
 
 
 class _Token:
@@ -120,18 +121,11 @@ class _Token:
         self, a: Architecture, weights: Any, store: Any, ops: Any, cache_dtype: torch.dtype, *, prefetch: bool
     ):
         self.model = Qwen35(a, weights, store, ops, prefetch)
-        self._how = (a, 2 * ROUNDS + 1, ops.zeros, cache_dtype)
-        self.state = SequenceState(*self._how)
+        self.state = SequenceState(a, 2 * ROUNDS + 1, ops.zeros, cache_dtype)
         self.token_ids = torch.tensor([1])
 
     def run(self) -> None:
         self.model(self.token_ids, self.state)
-
-    def rerun(self) -> None:
-        """Run it from an empty state, as often as one likes."""
-        with torch.inference_mode():
-            self.state = SequenceState(*self._how)
-            self.run()
 
 
 NUM_STEPS = 3

@@ -159,11 +159,11 @@ def test_a_rehearsal_times_the_parts_of_a_token(tiny_pack: Path) -> None:
     ops, _ = choose_backend("auto", threads=1)
     with Pack.open(tiny_pack) as pack:
         schemes, block = pack_schemes(pack), pack.geometry(0).block(0)
-        costs, run_token = rehearse(read_architecture(pack), ops, schemes, block, chunk_tokens=16)
-        busy = measure_while_busy(list_blocks(pack), ReadSettings(True, 2, True), 0.05, run_token)
+        costs, work = rehearse(read_architecture(pack), ops, schemes, block, chunk_tokens=16)
+        busy = measure_while_busy(list_blocks(pack), ReadSettings(True, 2, True), 0.05, work)
     assert sorted(busy) == [1, 2]
     assert min(busy.values()) > 0
-    assert 0 < measure_start(run_token, 2) < 1
+    assert 0 < measure_start(work, 2) < 1
     times = {name: value for name, value in vars(costs).items() if name.endswith("_s")}
     assert all(value >= 0 for value in times.values())
     assert min(costs.resident_s, costs.mixers_s, costs.head_s, costs.chunk_mixers_s, costs.chunk_experts_s) > 0
