@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moepack.layout.process import resident_set_bytes
 from moepack.runtime import Engine
 from moepack.runtime.guard import Policy
 from moepack.runtime.server import create_app, create_server, open_socket
 from moepack.runtime.service import Service, Settings
+
+BUDGET_BYTES = 2**29  # beside what this process has gathered from the tests before
 
 
 @dataclass
@@ -29,7 +32,8 @@ class Served:
 @contextlib.contextmanager
 def serve(pack: Path, policy: Policy = Policy(), settings: Settings = Settings(), **options: Any) -> Iterator[Served]:
     """Serve a pack until the block ends."""
-    with Engine.open(pack, memory="1GiB", threads=1, **options) as engine:
+    budget = resident_set_bytes() + BUDGET_BYTES
+    with Engine.open(pack, memory=budget, threads=1, **options) as engine:
         service = Service(engine, "demo", settings)
         listener = open_socket("127.0.0.1", 0)
         server = create_server(create_app(service, policy))
