@@ -1,10 +1,14 @@
-"""Quality of the demo model by bits of its routed experts: perplexity, distance to bf16, tool calls that are right.
+"""Quality of the demo model by how its routed experts are stored: perplexity, distance to bf16, tool calls, peers.
 
-Converts the checkpoint at each width (resident weights stay as they are, so that only the experts differ), evaluates
-each pack with `moe-run eval` in a process of its own, and prints a table in Markdown. With --reuse, results of an
-earlier run that was cut off are taken from the work folder.
+Converts the checkpoint each way (resident weights stay as they are, so that only the experts differ), evaluates each
+pack with `moe-run eval` in a process of its own, and prints a table in Markdown. With --reuse, results of an earlier
+run that was cut off are taken from the work folder.
 
     python benchmarks/quality.py --text book.txt --tools tests/data/tools.jsonl
+    python benchmarks/quality.py --text book.txt --calibration FILE --rounded DIR --no-tools --plot docs/quality.png
+
+A calibration (moe-run calibrate --full) adds error feedback and mixed bits; a checkpoint of round_experts.py adds a
+peer, --experts-per-token the model run with fewer. --plot needs matplotlib (extra `plot`).
 """
 
 from __future__ import annotations
@@ -14,68 +18,154 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 WIDTHS = (16, 8, 4, 3, 2)
-COLUMNS = ("experts", "perplexity", "KL mean", "KL 99 %", "top-1", "well-formed", "right function", "right call")
+MIXED = (4.5, 3.5, 3.25, 3.0, 2.5)
+COLUMNS = ("experts", "bits per weight", "perplexity", "KL mean", "KL 99 %", "top-1")
+TOOL_COLUMNS = ("well-formed", "right function", "right call")
+FEEDBACK, MIX, PEERS = "error feedback", "mixed bits", "peers"  # what a plot joins by a line
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to store the experts: the pack's name, what the table calls it, and how it is made and run."""
+
+    name: str
+    title: str
+    kind: str
+    convert: tuple[str, ...]
+    checkpoint: Path
+    evaluate: tuple[str, ...] = ()
 
 
 def main() -> None:
-    """Parse the arguments, evaluate every width, print the table."""
+    """Parse the arguments, evaluate every row, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo" / "checkpoint")
     parser.add_argument("--text", type=Path, default=ROOT / "tests" / "data" / "sampled.txt")
     parser.add_argument("--tools", type=Path, default=ROOT / "tests" / "data" / "tools.jsonl")
+    parser.add_argument("--no-tools", action="store_true", help="the text alone")
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--quantizer", default="minmax", help="as moe-convert has it")
+    parser.add_argument("--quantizer", default="minmax", help="of the rows without calibration, as moe-convert has it")
+    parser.add_argument("--calibration", type=Path, help="adds rows of error feedback and of mixed bits")
+    parser.add_argument("--rounded", type=Path, action="append", default=[], help="checkpoint of round_experts.py")
+    parser.add_argument("--experts-per-token", type=int, action="append", default=[], help="adds a row of bf16 with N")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "quality", help="folder for packs and results")
     parser.add_argument("--jobs", type=int, default=2, help="evaluations side by side, one thread each")
     parser.add_argument("--reuse", action="store_true", help="take results that are in the work folder already")
+    parser.add_argument("--plot", type=Path, help="PNG to draw")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    packs = {bits: convert(arguments, bits) for bits in WIDTHS}
-    jobs = [(bits, kind) for kind in ("tools", "text") for bits in WIDTHS]
+    rows = list_rows(arguments)
+    packs = {row: convert(arguments, row) for row in rows}
+    kinds = ("text",) if arguments.no_tools else ("tools", "text")
+    jobs = [(row, kind) for kind in kinds for row in rows]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        results = dict(zip(jobs, pool.map(lambda job: evaluate(arguments, packs, *job), jobs)))
-    print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
+        results = dict(zip(jobs, pool.map(lambda job: evaluate(arguments, packs[rows[0]], packs[job[0]], *job), jobs)))
+    columns = COLUMNS + (() if arguments.no_tools else TOOL_COLUMNS)
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    points = []
+    for row in rows:
+        bits = bits_per_weight(row, packs[row])
+        print(format_row(row, bits, results[row, "text"], results.get((row, "tools"), {}).get("tool_calls")))
+        points.append((row, bits, results[row, "text"]["kl_mean"]))
+    if arguments.plot:
+        draw(points, arguments.plot)
+
+
+def list_rows(arguments: argparse.Namespace) -> list[Row]:
+    """What to evaluate; bf16, which the others are compared with, first."""
+    source, group = arguments.checkpoint, arguments.group_size
+    rows = []
     for bits in WIDTHS:
-        print(format_row(bits, results[bits, "text"], results[bits, "tools"]["tool_calls"]))
+        options = ("--bits", str(bits), "--group-size", str(group), "--quantizer", arguments.quantizer)
+        title = "bf16" if bits == 16 else f"{bits} bits, {arguments.quantizer}"
+        rows.append(Row(f"experts{bits}_{arguments.quantizer}_{group}", title, arguments.quantizer, options, source))
+    if arguments.calibration:
+        known = ("--calibration", str(arguments.calibration))
+        for bits, size in ((4, group), (3, group), (2, group), (2, 32)):
+            options = ("--bits", str(bits), "--group-size", str(size), *known)
+            rows.append(Row(f"experts{bits}_gptq_{size}", f"{bits} bits, gptq, {size}", FEEDBACK, options, source))
+        for bpw in MIXED:
+            options = ("--bits", "mixed", "--bpw", str(bpw), *known)
+            rows.append(Row(f"mixed{bpw}", f"mixed, {bpw}", MIX, options, source))
+    for checkpoint in arguments.rounded:
+        scheme = json.loads((checkpoint / "rounding.json").read_text())["scheme"]
+        name = scheme.replace("/", "_")
+        rows.append(Row(name, scheme, f"{PEERS}: {scheme.partition('-')[0]}", ("--bits", "16"), checkpoint))
+    for count in arguments.experts_per_token:
+        chosen = ("--experts-per-token", str(count))
+        rows.append(Row(rows[0].name, f"bf16, {count} experts per token", "", rows[0].convert, source, chosen))
+    return rows
 
 
-def convert(arguments: argparse.Namespace, bits: int) -> Path:
-    """The pack of a width, converted unless it is there."""
-    pack = arguments.work / f"experts{bits}_{arguments.quantizer}_{arguments.group_size}.moepack"
-    command = [BIN / "moe-convert", arguments.checkpoint, pack, "--bits", str(bits), "--resident-bits", "16"]
-    subprocess.run(
-        [*command, "--group-size", str(arguments.group_size), "--quantizer", arguments.quantizer],
-        check=True,
-        stdout=sys.stderr,
-    )
+def convert(arguments: argparse.Namespace, row: Row) -> Path:
+    """The pack of a row, converted unless it is there."""
+    pack: Path = arguments.work / f"{row.name}.moepack"
+    command = [BIN / "moe-convert", row.checkpoint, pack, "--resident-bits", "16", *row.convert]
+    subprocess.run(command, check=True, stdout=sys.stderr)
     return pack
 
 
-def evaluate(arguments: argparse.Namespace, packs: dict[int, Path], bits: int, kind: str) -> dict[str, Any]:
+def evaluate(arguments: argparse.Namespace, original: Path, pack: Path, row: Row, kind: str) -> dict[str, Any]:
     """What `moe-run eval` says of a pack, on the text or on the tool prompts."""
     given = arguments.text if kind == "text" else arguments.tools
-    kept = arguments.work / f"{packs[bits].stem}_{kind}_{given.stem}.json"
+    name = "_".join((row.name, *(option.strip("-") for option in row.evaluate), kind, given.stem))
+    kept = arguments.work / f"{name}.json"
     if not (arguments.reuse and kept.exists()):
-        command = [BIN / "moe-run", "eval", packs[bits], f"--{kind}", given, "--threads", "1", "--exact", "--json"]
-        command += ["--memory", "2GiB"]
-        command += ["--reference", packs[16]] if kind == "text" else []
+        command = [BIN / "moe-run", "eval", pack, f"--{kind}", given, "--threads", "1", "--exact", "--json"]
+        command += ["--memory", "2GiB", *row.evaluate]
+        command += ["--reference", original] if kind == "text" else []
         kept.write_bytes(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     result: dict[str, Any] = json.loads(kept.read_bytes())
     return result
 
 
-def format_row(bits: int, text: dict[str, Any], tools: dict[str, Any]) -> str:
+def bits_per_weight(row: Row, pack: Path) -> float:
+    """Of the routed experts, scales and the like included; a peer's as its own bytes take them."""
+    if (row.checkpoint / "rounding.json").exists():
+        return float(json.loads((row.checkpoint / "rounding.json").read_text())["bits_per_weight"])
+    command = [BIN / "moe-inspect", "show", pack, "--json"]
+    facts = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return float(facts["experts"]["bits_per_weight"])
+
+
+def format_row(row: Row, bits: float, text: dict[str, Any], tools: dict[str, Any] | None) -> str:
     """One line of the table."""
-    cells = [f"{text['perplexity']:.3f}"]
+    cells = [f"{bits:.2f}", f"{text['perplexity']:.3f}"]
     cells += [f"{text[key]:.4f}" for key in ("kl_mean", "kl_p99", "top1_agreement")]
-    cells += [f"{tools[key]:.3f}" for key in ("well_formed", "right_function", "correct")]
-    return f"| {'bf16' if bits == 16 else f'{bits} bits'} | {' | '.join(cells)} |"
+    if tools is not None:
+        cells += [f"{tools[key]:.3f}" for key in ("well_formed", "right_function", "correct")]
+    return f"| {row.title} | {' | '.join(cells)} |"
+
+
+def draw(points: list[tuple[Row, float, float]], out: Path) -> None:
+    """KL against bits per weight, a line for each kind of row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row, bits, kl in points:
+        if row.kind and bits < WIDTHS[1] and not row.evaluate:
+            lines.setdefault(row.kind, []).append((bits, kl))
+            if row.kind.startswith(PEERS):
+                axes.annotate(row.title, (bits, kl), textcoords="offset points", xytext=(6, 4), fontsize=8)
+    for kind, line in lines.items():
+        is_peer = kind.startswith(PEERS)
+        axes.plot(*zip(*sorted(line)), marker="x" if is_peer else "o", linestyle=":" if is_peer else "-", label=kind)
+    axes.set(yscale="log", xlabel="bits per weight of the routed experts", ylabel="KL to bf16 (nats, mean)")
+    axes.grid(which="both", alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(out, dpi=120)
 
 
 if __name__ == "__main__":
