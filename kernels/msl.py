@@ -73,6 +73,8 @@ _CUDA_BUILTINS = {
     "simdgroup_index_in_threadgroup": "threadIdx.x / 32",
     "simdgroups_per_threadgroup": "blockDim.x / 32",
 }
+# Threadgroups that one of NVIDIA's multiprocessors shall hold at once, where the compiler would take more registers.
+_CUDA_GROUPS = {"experts_down": 2}
 
 
 class KernelTextError(ValueError):
@@ -375,7 +377,8 @@ def _cuda_entry(kernel: Signature) -> str:
         else f"{_pointer(parameter)} buffer{parameter.index}"
         for parameter in kernel.buffers
     ]
-    head = f'extern "C" __global__ void __launch_bounds__({kernel.max_threads}) {kernel.name}({", ".join(pointers)})'
+    bounds = f"{kernel.max_threads}, {_CUDA_GROUPS.get(kernel.name, 1)}"
+    head = f'extern "C" __global__ void __launch_bounds__({bounds}) {kernel.name}({", ".join(pointers)})'
     return f"{head} {{ metal::msl_take_turn(); metal_text::{kernel.name}({', '.join(values)}); }}"
 
 

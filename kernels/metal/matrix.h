@@ -57,10 +57,10 @@ struct Weights {  // a MatrixForm at a base
   uint columns;
 };
 
-struct Inputs {  // of half a unit
-  float x[HALF_UNIT];
-  float ones[2];  // their sums by the place in a pair
-  float total;
+struct Inputs {  // of one unit
+  float x[UNIT];
+  float ones[4];   // the sums of each half's, by the place in a pair
+  float total[2];  // of each half's
 };
 
 inline Weights weights_at(device const uchar* base, constant MatrixForm& form) {
@@ -110,32 +110,33 @@ inline uint move_pair(thread const uint* words, int i) {
   return left >= 0 ? word << (left & 31) : word >> (-left & 31);
 }
 
-// The inputs of half a unit, from the device's memory or the threadgroup's. Their sums are what the ones in the
-// mantissas add to a product: alike for all rows.
+// The inputs of a unit, from the device's memory or the threadgroup's. Their sums are what the ones in the mantissas
+// add to a product: alike for all rows.
 template <int BITS, typename Spread>
-inline void load_inputs(Spread x, uint half_unit, uint unit, uint units, thread Inputs& in) {
-  for (uint i = 0; i < QUADS / 2; i++) {
-    const float4 four = x[(half_unit * QUADS / 2 + i) * units + unit];
+inline void load_inputs(Spread x, uint unit, uint units, thread Inputs& in) {
+  for (uint i = 0; i < QUADS; i++) {
+    const float4 four = x[i * units + unit];
     in.x[4 * i] = four.x;
     in.x[4 * i + 1] = four.y;
     in.x[4 * i + 2] = four.z;
     in.x[4 * i + 3] = four.w;
   }
-  in.ones[0] = in.ones[1] = 0.0f;
-  for (uint j = 0; j < HALF_UNIT; j++) in.ones[j % pair_size<BITS>()] += in.x[j];
-  in.total = in.ones[0] + in.ones[1];
+  for (uint i = 0; i < 4; i++) in.ones[i] = 0.0f;
+  for (uint j = 0; j < UNIT; j++) in.ones[j / HALF_UNIT * 2 + j % pair_size<BITS>()] += in.x[j];
+  for (uint i = 0; i < 2; i++) in.total[i] = in.ones[2 * i] + in.ones[2 * i + 1];
 }
 
 // The sum of q x over half a unit. `one` is the bits of 1.0f.
 template <int BITS>
 inline float packed_dot(thread const uint* words, uint half_unit, thread const Inputs& in, uint one) {
   const int size = pair_size<BITS>(), pairs = int(HALF_UNIT) / size;
-  float sums[2] = {-in.ones[0], -in.ones[1]};  // what is to be taken off comes first: what is left keeps its bits
+  // What is to be taken off comes first: what is left keeps its bits.
+  float sums[2] = {-in.ones[2 * half_unit], -in.ones[2 * half_unit + 1]};
   for (int i = 0; i < pairs; i++) {
     const uint moved = move_pair<BITS>(words, int(half_unit) * pairs + i);
     for (int j = 0; j < size; j++) {
       const uint mask = ((1u << BITS) - 1u) << (23 - BITS * (size - j));
-      sums[j] = fma(as_type<float>((moved & mask) | one), in.x[i * size + j], sums[j]);
+      sums[j] = fma(as_type<float>((moved & mask) | one), in.x[half_unit * HALF_UNIT + i * size + j], sums[j]);
     }
   }
   if (size == 1) return sums[0] * float(1 << BITS);
@@ -220,13 +221,13 @@ inline void packed_products(
   for (uint unit = walk.first; unit < walk.end; unit += walk.step) {
     uint words[COUNT * EACH * BITS], scales[COUNT * EACH], biases[COUNT * EACH];
     load_rows<BITS, COUNT, EACH>(w, data_at, group_at, unit, words, scales, biases);
+    Inputs in;
+    load_inputs<BITS>(x, unit - walk.skipped, walk.units, in);
 #pragma unroll
     for (uint half_unit = 0; half_unit < 2; half_unit++) {
-      Inputs in;
-      load_inputs<BITS>(x, half_unit, unit - walk.skipped, walk.units, in);
 #pragma unroll
       for (uint r = 0; r < COUNT * EACH; r++) {
-        const float sum = fma(widen_bf16(biases[r]), in.total, sums[r]);
+        const float sum = fma(widen_bf16(biases[r]), in.total[half_unit], sums[r]);
         sums[r] = fma(widen_bf16(scales[r]), packed_dot<BITS>(words + r * BITS, half_unit, in, one), sum);
       }
     }
