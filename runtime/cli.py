@@ -27,7 +27,9 @@ if TYPE_CHECKING:  # imported where they are used: torch takes seconds, --help s
 
 PACK = typer.Argument(metavar="PACK", help="Directory that moe-convert wrote.", show_default=False)
 MEMORY = typer.Option(
-    None, "--memory", help="Budget of the whole process, as in 8GiB; with cuda of the GPU's memory.  [default: what there is]"
+    None,
+    "--memory",
+    help="Budget of the whole process, as in 8GiB; with cuda of the GPU's memory.  [default: what there is]",
 )
 DEVICE = typer.Option("auto", "--device", help="auto, cpu, metal or cuda; metal-emulated is for tests.")
 THREADS = typer.Option(None, "--threads", help="Threads of the arithmetic.  [default: one per core]", min=1)

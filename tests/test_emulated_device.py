@@ -21,6 +21,7 @@ import torch
 from conftest import make_pack
 from kernel_memory import lay_out
 from moepack.kernels import gpu_ops, launches, metal_device, msl, reference
+from moepack.kernels.cuda_device import CudaDevice
 from moepack.kernels.device import DeviceSlots
 from moepack.kernels.emulated_device import EmulatedDevice, EmulatedTensor
 from moepack.kernels.gpu_ops import GpuOps
@@ -31,6 +32,7 @@ from moepack.layout.errors import UsageError
 from moepack.layout.reader import Pack
 from moepack.runtime import Engine, SamplingParams
 from moepack.runtime.expert_store import ExpertStore
+from moepack.runtime.memory import default_budget_bytes, taken_bytes
 from test_native_matrices import quantized
 from tiny_checkpoint import TinyModel, write_checkpoint
 
@@ -272,6 +274,15 @@ def test_a_gpu_that_is_not_there_is_said(tiny_pack: Path) -> None:
             continue
         with pytest.raises(UsageError, match=f"--device {device}: torch finds no"):
             Engine.open(tiny_pack, device=device)
+
+
+def test_a_budget_is_of_the_gpus_own_memory_where_it_has_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaDevice, "memory", staticmethod(lambda: (2**30, 10 * 2**30)))
+    assert taken_bytes("cuda") == 2**30
+    assert default_budget_bytes("cuda") == 10 * 2**30
+    monkeypatch.setattr("moepack.runtime.memory.available_bytes", lambda: 2**50)
+    for device in ("cpu", "metal-emulated"):
+        assert default_budget_bytes(device) > 2**49
 
 
 def test_more_slots_than_two_buffers_hold_are_refused_with_the_numbers(fake_mps: list[str]) -> None:

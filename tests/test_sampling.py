@@ -226,6 +226,23 @@ def test_logits_that_are_no_numbers_are_an_error(bad: list[float], temperature: 
         Sampler(SamplingParams(temperature=temperature), []).next(floats(*bad))
 
 
+def test_a_likeliest_token_found_elsewhere_is_taken_where_nothing_changes_the_scores() -> None:
+    assert Sampler(SamplingParams(temperature=0, top_k=2), [0, 1]).takes_the_likeliest
+    for changed in (
+        {"temperature": 1},
+        {"repetition_penalty": 2},
+        {"presence_penalty": 1},
+        {"frequency_penalty": -1},
+        {"logit_bias": {1: 5}},
+    ):
+        assert not Sampler(SamplingParams(**{"temperature": 0, **changed}), [0, 1]).takes_the_likeliest
+    sampler = Sampler(SamplingParams(temperature=0), [])
+    assert sampler.take(2, 3.0) == sampler.next(floats(1, 2, 3))
+    for bad in (math.nan, INFINITY, -INFINITY):
+        with pytest.raises(MoepackError, match="no finite maximum"):
+            sampler.take(0, bad)
+
+
 def test_extreme_parameters_still_choose() -> None:
     logits = floats(1, 2, 3)
     for params in (
