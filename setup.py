@@ -21,14 +21,19 @@ class BuildLibrary(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
 
+    @staticmethod
+    def flags_of(source: str) -> list[str]:
+        """What one file needs beside the flags of all."""
+        if source.endswith("fit_groups.cpp"):
+            return ["-ffp-contract=off"]  # the same bytes on every machine
+        return ["-march=armv8.2-a+dotprod"] if IS_ARM_LINUX and source.endswith("isa_neon.cpp") else []
+
     def build_extension(self, ext: Extension) -> None:
-        """Some files need a target of their own, which setuptools knows for whole extensions only."""
+        """Flags of single files; setuptools knows only those of whole extensions."""
         compile_file = self.compiler._compile
 
         def compile_for_target(obj: str, src: str, suffix: str, cc_args: list, postargs: list, pp_opts: list) -> None:
-            target = ["-march=armv8.2-a+dotprod"] if IS_ARM_LINUX and src.endswith("isa_neon.cpp") else []
-            target += ["-ffp-contract=off"] if src.endswith("fit_groups.cpp") else []  # the same bytes on every machine
-            compile_file(obj, src, suffix, cc_args, [*postargs, *target], pp_opts)
+            compile_file(obj, src, suffix, cc_args, [*postargs, *self.flags_of(src)], pp_opts)
 
         self.compiler._compile = compile_for_target
         super().build_extension(ext)

@@ -91,7 +91,7 @@ class Pool {
     std::atomic<int> sleepers_{0};
     // The piece of work: its number, whether a worker may still come to it, how many are at it.
     std::atomic<uint64_t> gate_{0};
-    bool stopping_ = false;
+    std::atomic<bool> stopping_{false};  // a worker that comes late to a piece of work may look while it is set
     Erased work_ = nullptr;
     const void* context_ = nullptr;
 };
