@@ -241,3 +241,30 @@ def test_a_recorded_trace_can_be_replayed(
     refused = moe_run_here("generate", demo_pack(4), "hello", "--trace", tmp_path / "no" / "run.trace")
     assert refused.returncode == 2
     assert "cannot be written" in refused.stderr
+
+
+def test_stats_tell_the_plan_and_how_experts_are_read(moe_run_here: Callable[..., Result], tiny_pack: Path) -> None:
+    run = moe_run_here("generate", tiny_pack, "the", "--raw", "--max-tokens", 2, "--memory", "2GiB", "--stats")
+    assert run.returncode == 0
+    found = dict(re.findall(r"^(?:memory: )?(.+?)(?::|  ) *(.+)$", run.stderr, re.MULTILINE))
+    assert found["budget"] == "2.00 GiB"
+    assert int(found["num_slots"]) == 4 * 6
+    assert re.fullmatch(r"(direct|buffered), \d at a time, into (huge|plain) pages", found["expert reads"])
+    assert found["read settings"]
+    assert found["expert eviction"] == "lru"
+    assert "locked in memory" in found["resident weights"]
+
+
+def test_verified_reads_end_with_the_block_that_is_damaged(
+    moe_run_here: Callable[..., Result], tiny_copy: Path
+) -> None:
+    options = ("generate", tiny_copy, "the", "--raw", "--max-tokens", 2)
+    file = tiny_copy / "experts" / "layer_02.bin"
+    data = bytearray(file.read_bytes())
+    for block in range(0, len(data), len(data) // 6):
+        data[block + 5] ^= 4
+    file.write_bytes(data)
+    assert moe_run_here(*options).returncode == 0, "nobody has looked"
+    run = moe_run_here(*options, "--verify-reads")
+    assert run.returncode == 3
+    assert re.search(r"error: .*layer_02.bin: layer 2 expert \d at byte \d+: sha256 is", run.stderr)
