@@ -26,7 +26,7 @@ test: $(VENV)/.test ## The fast suite: real parts, no network, under 3 minutes o
 test-parity: $(VENV)/.parity ## Against transformers and MLX.
 	$(BIN)/pytest -m parity --timeout 1200 $(PYTEST_FLAGS)
 
-test-slow: $(VENV)/.slow ## Kills at random instants, full disks, memory limits.
+test-slow: $(VENV)/.slow ## Kills at random instants, full disks, memory limits, sanitizers.
 	$(BIN)/pytest -m slow --timeout 1200 $(PYTEST_FLAGS)
 
 test-metal: $(VENV)/.test ## On a Mac: every kernel against its reference, the demo's tokens, a report to post.
