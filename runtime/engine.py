@@ -1,7 +1,7 @@
 """An opened pack, ready to compute: the model with its weights, the expert store, the tokenizer.
 
-One sequence at a time; the arithmetic does not depend on the memory budget, so a small budget gives the same logits
-bit for bit as everything in memory.
+One thread at a time; several sequences may take turns, each with a state of its own. The arithmetic does not depend on
+the memory budget, so a small budget gives the same logits bit for bit as everything in memory.
 
     engine = Engine.open("model.moepack", memory="8GiB")
     for token_id in engine.generate(engine.tokenizer.encode("Hello"), SamplingParams(temperature=0, max_tokens=20)):
@@ -102,7 +102,7 @@ class Engine:
 
         memory              budget of the whole process, as "8GiB" or bytes; default: what the machine can give. With
                             a GPU that has memory of its own the budget is of that
-        device              auto, cpu, or reference (plain torch, slow, for comparison; its scratch is not planned for)
+        device              auto or one of kernels/backend.py; reference (plain torch) is slow, its scratch unplanned
         exact               float32 arithmetic; otherwise activations meet quantized weights as int8
         threads             threads of the arithmetic, for the whole process; default: one per core
         experts_per_token   run that many of the experts a token is routed to, instead of the model's number

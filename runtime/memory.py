@@ -1,6 +1,6 @@
 """The memory budget: what must be in memory, what is left for experts, and whether that is enough.
 
-A budget covers the whole process: interpreter and libraries (measured), resident weights, one sequence's state,
+A budget covers the whole process: interpreter and libraries (measured), resident weights, the sequences' states,
 scratch of the operations (bounded from the sizes), and the slots that hold experts. It is split once, before
 anything large is allocated; nothing allocated later grows beyond its share. Pages of files that the system
 caches for us come on top and are given back under pressure.
