@@ -396,7 +396,7 @@ def _make_table(sizes: list[int], plain_bytes: int) -> bytes:
 
 
 def _check_space(out: Path, layout: TarLayout) -> None:
-    folder = next(parent for parent in (out, *out.resolve().parents) if parent.is_dir())
+    folder = next(parent for parent in (out, *out.absolute().parents) if parent.is_dir())
     written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.is_dir() else 0
     needed, free = layout.size_bytes - written, shutil.disk_usage(folder).free
     if needed > free:

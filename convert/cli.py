@@ -55,6 +55,7 @@ from moepack.layout.errors import Interrupted, NotEnoughSpace, UsageError
 from moepack.layout.process import peak_rss_bytes
 from moepack.layout.sizes import format_size, parse_size
 from moepack.layout.spec import GROUP_SIZES, MANIFEST_NAME, PROJECTIONS, QUANTIZED_BITS, UNQUANTIZED_BITS
+from moepack.layout.writer import check_output
 
 ENGINES = ("local", "ray")
 RESIDENT_BITS = (4, 8, UNQUANTIZED_BITS)
@@ -149,7 +150,9 @@ def _planned(
         with tempfile.TemporaryDirectory(prefix="moepack-") as staging:
             plan = plan_conversion(Path(source), Path(staging), recipe, known)
             yield plan, UrlOutput(plan, out)
-    elif not is_hub_address(source):
+        return
+    check_output(Path(out))
+    if not is_hub_address(source):
         yield plan_conversion(Path(source), Path(out), recipe, known), None
     else:
         with Mirror.open(source, None if overwrite else Path(out)) as mirror:
@@ -208,6 +211,7 @@ def _ship(source: Path, out: Path, target: str, workers: int, as_json: bool) -> 
     """What neither reads nor makes weights: a pack to a checkpoint or an archive, an archive to a pack."""
     if target not in ("pack", "archive", *TARGETS):
         raise UsageError(f"--to {target}: expected one of pack, {', '.join(TARGETS)}, archive")
+    check_output(out)
     if target != "pack" and not (source / MANIFEST_NAME).exists():
         found = "an archive: unpack it first" if is_archive(source) else "no pack: convert the checkpoint to one first"
         raise UsageError(f"{source}: --to {target} needs a pack, this is {found}")

@@ -125,7 +125,7 @@ def check_output(out: Path, total_bytes: int) -> None:
     """Raise UsageError unless the output is new, empty or an unfinished export, NotEnoughSpace if it will not fit."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / JOURNAL_NAME).is_dir())):
         raise UsageError(f"{out}: exists and is no unfinished export: choose another directory")
-    folder = next(parent for parent in (out, *out.resolve().parents) if parent.is_dir())
+    folder = next(parent for parent in (out, *out.absolute().parents) if parent.is_dir())
     written = sum(path.stat().st_size for path in out.glob("*.safetensors*")) if out.is_dir() else 0
     free = shutil.disk_usage(folder).free
     if total_bytes - written > free:

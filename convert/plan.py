@@ -315,7 +315,7 @@ def finish_interrupted_removal(plan: ConversionPlan) -> None:
 
 def check_free_space(plan: ConversionPlan) -> tuple[int, int]:
     """(bytes still to write, bytes free). Raises NotEnoughSpace with both where they do not fit."""
-    folder = next(parent for parent in (plan.out, *plan.out.resolve().parents) if parent.is_dir())
+    folder = next(parent for parent in (plan.out, *plan.out.absolute().parents) if parent.is_dir())
     written = 0
     layers = range(len(plan.source.experts))
     names = [expert_file_name(layer, plan.shape.num_hidden_layers) for layer in layers]
@@ -407,6 +407,8 @@ def _is_ours(out: Path) -> bool:
 
 def _is_directory(out: Path) -> bool:
     for path in (out, *out.parents):
+        if path.is_symlink() and not path.exists():
+            raise UsageError(f"{path}: is a link that leads nowhere, expected a directory to write the pack into")
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path}: is a file, expected a directory to write the pack into")
     return out.exists()

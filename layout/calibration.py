@@ -65,14 +65,18 @@ class Calibration:
         raw = _read(path, tensors[FACTS]).tobytes()
         if hashlib.sha256(raw).digest() != _read(path, tensors[FACTS_DIGEST]).tobytes():
             raise CalibrationError(f"{path}: its facts do not fit their checksum: make it again with moe-run calibrate")
-        facts = parse_json_object(raw)
+        try:
+            facts = parse_json_object(raw)
+        except ValueError as error:
+            raise CalibrationError(f"{path}: facts: {error}: make it again with moe-run calibrate") from None
         if facts.get("magic") != CALIBRATION_MAGIC or not isinstance(facts.get("version"), int):
             raise CalibrationError(f"{path}: is no calibration file: make one with moe-run calibrate")
         if facts["version"] != CALIBRATION_VERSION:
             raise UnsupportedVersion(path, facts["version"], CALIBRATION_VERSION)
         listed = {name for name in tensors if name not in (FACTS, FACTS_DIGEST)}
-        if set(facts.get("sha256", ())) != listed:
-            raise CalibrationError(f"{path}: its tensors are not those that it lists: make it again")
+        digests, model = facts.get("sha256"), facts.get("model")
+        if not isinstance(model, dict) or not isinstance(digests, dict) or set(digests) != listed:
+            raise CalibrationError(f"{path}: its tensors or its model are not those that it lists: make it again")
         return cls(path, facts, tensors)
 
     @property
@@ -84,7 +88,7 @@ class Calibration:
         """Raise CalibrationError unless the file was made from this model's own checkpoint."""
         expected = describe_model(shape, source)
         if self.facts.get("model") != expected:
-            own = self.facts.get("model", {})
+            own = self.facts["model"]
             differing = next((key for key in expected if own.get(key) != expected[key]), "model")
             raise CalibrationError(
                 f"{self.path}: belongs to another model: {differing} is {str(own.get(differing))[:80]}, expected "

@@ -36,7 +36,7 @@ from moepack.layout.difference import compare_packs
 from moepack.layout.doctor import Finding, examine_disk, examine_machine
 from moepack.layout.errors import EXIT_DAMAGED, EXIT_FAILED, MoepackError, UsageError
 from moepack.layout.geometry import BlockGeometry
-from moepack.layout.machine import MAX_GB_S, Limits, known_machine, save_settings
+from moepack.layout.machine import MAX_GB_S, MIN_GB_S, Limits, known_machine, save_settings
 from moepack.layout.process import resident_set_bytes
 from moepack.layout.reader import Pack
 from moepack.layout.report import (
@@ -56,6 +56,7 @@ from moepack.layout.trace import Replay, Trace, compare_policies
 from moepack.layout.trace_file import read_trace
 from moepack.layout.trace_report import describe_trace
 from moepack.layout.verify import REDO, Problem, list_regions, verify_contents, verify_structure
+from moepack.layout.writer import check_output
 
 if TYPE_CHECKING:  # imported where it is used: looking into a pack needs neither checkpoints nor torch
     from moepack.convert.comparison import ExpertError
@@ -254,8 +255,8 @@ def _other_machine(
 def _check_speeds(ssd_gbps: float | None, mem_gbps: float | None) -> tuple[float | None, float | None]:
     """The speeds as they were given. Raises UsageError for impossible ones."""
     for option, value in (("--ssd-gbps", ssd_gbps), ("--mem-gbps", mem_gbps)):
-        if value is not None and not 0 < value < MAX_GB_S:
-            raise UsageError(f"{option} {value:g}: expected GB/s, above 0 and below {MAX_GB_S}")
+        if value is not None and not MIN_GB_S <= value < MAX_GB_S:
+            raise UsageError(f"{option} {value:g}: expected GB/s, from {MIN_GB_S:g} and below {MAX_GB_S}")
     return ssd_gbps, mem_gbps
 
 
@@ -342,6 +343,8 @@ def trace(
     guesses are, and where a token's time went beside the limits of the machine.
     """
     limits = Limits(*_check_speeds(ssd_gbps, mem_gbps)[::-1])
+    if out:
+        check_output(out)
     recorded = read_trace(file)
     sizes = [_parse_slots(text.strip(), recorded) for text in slots.split(",")]
     timeline = trace_token(recorded, token) if token is not None or out else None
@@ -382,6 +385,7 @@ def draw(
         raise UsageError(f"--colour {kind}: expected one of {', '.join(KINDS)}")
     if kind != "bits" and not trace:
         raise UsageError(f"--colour {kind} needs a recorded run: give --trace FILE")
+    check_output(out)
     with Pack.open(pack) as opened:
         manifest = opened.manifest
     recorded = read_trace(trace) if trace else None

@@ -22,7 +22,7 @@ SETTINGS_SUFFIX = ".plan.json"
 KIND, VERSION = "moepack settings", 1
 MAX_SETTINGS_BYTES = 2**20
 MAX_QUEUE_DEPTH = 64
-MAX_GB_S = 10_000
+MIN_GB_S, MAX_GB_S = 1e-6, 10_000
 MACHINES = Path(__file__).with_name("machines.json")
 
 
@@ -55,7 +55,7 @@ class Limits:
     def of_facts(cls, facts: Any) -> Limits:
         """From an object of a file; what is no speed is left out."""
         found: list[Any] = [facts.get(name) for name in ("memory_gb_s", "disk_gb_s")] if isinstance(facts, dict) else []
-        return cls(*(float(one) if type(one) in (int, float) and 0 < one < MAX_GB_S else None for one in found))
+        return cls(*(float(one) if type(one) in (int, float) and MIN_GB_S <= one < MAX_GB_S else None for one in found))
 
     def or_else(self, other: Limits) -> Limits:
         """These, and the other's where nothing is known."""

@@ -25,6 +25,7 @@ memory run in one native call: their fetches have the time of its end.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -34,6 +35,7 @@ import zstandard
 
 from moepack.layout.errors import UsageError
 from moepack.layout.trace import Guess, ReadTime, Request, Trace, Wait
+from moepack.layout.writer import check_output
 
 KIND, VERSION = "moepack routing", 2
 SIZES = ("num_hidden_layers", "num_experts", "num_experts_per_tok")
@@ -41,6 +43,7 @@ COMPRESSION_LEVEL = 3
 MAX_LINE_BYTES = 2**22  # far above a fetch of every expert
 PIECE_BYTES = 2**20
 MICRO = 1e6
+MAX_DIGITS = 18  # of an integer: more is no size, no time and no number of bytes
 
 
 class TraceWriter:
@@ -58,7 +61,8 @@ class TraceWriter:
 
     @classmethod
     def open(cls, path: Path, text_config: Mapping[str, Any], run: Mapping[str, Any] | None = None) -> TraceWriter:
-        """A new file, or an old one overwritten. Raises UsageError if it cannot be."""
+        """A new file, or an old one overwritten. Raises UsageError if it cannot be, or is one of a pack's."""
+        check_output(path)
         try:
             return cls(open(path, "wb"), text_config, run)
         except OSError as error:
@@ -215,7 +219,19 @@ def _next_piece(stream: Any) -> bytes:
 
 
 def _parse(path: Path, number: int, line: bytes) -> Any:
+    def bounded(digits: str) -> int:
+        if len(digits) > MAX_DIGITS:
+            raise ValueError(digits)
+        return int(digits)
+
+    def finite(text: str) -> float:
+        if not math.isfinite(number := float(text)):
+            raise ValueError(text)
+        return number
+
     try:
-        return json.loads(line)
+        return json.loads(line, parse_int=bounded, parse_float=finite, parse_constant=finite)
     except (ValueError, RecursionError):
-        raise UsageError(f"{path}: line {number}: not JSON: {line[:60].decode(errors='replace')!r}") from None
+        raise UsageError(
+            f"{path}: line {number}: not JSON, or a number too large: {line[:60].decode(errors='replace')!r}"
+        ) from None

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from moepack.layout.errors import CheckpointError, NotEnoughSpace, WriteError
+from moepack.layout.errors import CheckpointError, NotEnoughSpace, UsageError, WriteError
 from moepack.layout.geometry import BlockGeometry, LayerGeometry, Scheme
 from moepack.layout.manifest import (
     BlockSchemes,
@@ -30,7 +30,7 @@ from moepack.layout.manifest import (
     block_geometry,
 )
 from moepack.layout.sequential import SequentialFile
-from moepack.layout.spec import MANIFEST_NAME, PARTIAL_SUFFIX, RESIDENT_NAME, expert_file_name
+from moepack.layout.spec import EXPERTS_FOLDER, MANIFEST_NAME, PARTIAL_SUFFIX, RESIDENT_NAME, expert_file_name
 from moepack.layout.tensor_file import TensorSpec, layout_tensors
 
 NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -42,6 +42,14 @@ class HashedBlock(NamedTuple):
 
     data: bytes | bytearray | memoryview
     sha256: str
+
+
+def check_output(path: Path) -> None:
+    """Raise UsageError for a file to be written into a finished pack, which holds nothing but what it lists."""
+    folder = Path(os.path.realpath(path)).parent
+    for pack in (folder, folder.parent) if folder.name == EXPERTS_FOLDER else (folder,):
+        if (pack / MANIFEST_NAME).exists() and (pack / RESIDENT_NAME).exists():
+            raise UsageError(f"{path}: lies in the pack {pack}, which it would damage: give another place")
 
 
 @contextmanager

@@ -341,11 +341,13 @@ def calibrate(
     device: str = DEVICE,
 ) -> None:
     """Record what the experts of a 16- or 8-bit pack read. Stopped at any time, the same command goes on."""
+    from moepack.layout.writer import check_output
     from moepack.runtime import calibrate as calibration
     from moepack.runtime.engine import Engine
     from moepack.runtime.evaluate import WINDOW, encode_text, split_windows
     from moepack.runtime.prompt import read_text
 
+    check_output(out)
     passage = calibration.read_default_text() if text is None else read_text(text)
     budget = None if memory is None else parse_size(memory)
     engine = Engine.open(pack, memory=budget, device=device, exact=True, threads=threads, max_context=WINDOW)

@@ -257,6 +257,23 @@ def test_a_file_at_out(source, tmp_path):
     assert out.read_text() == "Mine."
 
 
+@pytest.mark.parametrize("target", ["nowhere", "out"])
+def test_a_link_that_leads_nowhere_at_out(source, tmp_path, target):
+    out = tmp_path / "out"
+    out.symlink_to(target)
+    for options in ((), ("--overwrite",), ("--dry-run",)):
+        assert_usage(run_convert(source, out, *GROUP, *options), out, "is a link that leads nowhere")
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_nothing_is_written_into_a_pack(source, pack):
+    before = files_of(pack)
+    for arguments in ((source, pack / "below", *GROUP), (pack, pack / "a.tar", "--to", "archive")):
+        assert_usage(run_convert(*arguments), pack, "lies in the pack")
+    assert_usage(run_convert(pack, pack / "experts" / "below", "--to", "mlx"), pack, "lies in the pack")
+    assert files_of(pack) == before
+
+
 @pytest.mark.parametrize("options", [(), ("--overwrite",), ("--dry-run",)])
 @pytest.mark.parametrize("names", [
     ["thesis.txt"], ["README.md", "LICENSE"], ["experts/people.txt"],

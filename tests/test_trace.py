@@ -117,12 +117,30 @@ def test_a_trace_that_was_cut_off_is_read_as_far_as_it_goes(tmp_path: Path) -> N
         (HEADER + '["fetch",-1,1,[3],[]]\n', "line 2: expected a time in whole microseconds"),
         (HEADER + '["wait",3,2]\n', "line 2: expected an end after its start"),
         (HEADER + '["read",1,2,0,[1],0,0]\n', "line 2: expected a number of bytes, and 0 or 1"),
+        (HEADER + f'["wait",1,{10**400}]\n', "line 2: not JSON, or a number too large"),
+        (HEADER.replace('"num_experts":6', f'"num_experts":{10**400}'), "line 1: not JSON, or a number too large"),
+        (HEADER.replace("{", '{"x":NaN,', 1), "line 1: not JSON, or a number too large"),
+        (HEADER.replace("{", '{"x":1e999,', 1), "line 1: not JSON, or a number too large"),
     ],
 )
 def test_a_bad_trace_is_refused_with_its_line(tmp_path: Path, text: str, error: str) -> None:
     path = write_lines(tmp_path / "run.trace", text)
     with pytest.raises(UsageError, match=f"run.trace: {error}"):
         read_trace(path)
+
+
+@pytest.mark.parametrize("place", ["manifest.json", "run.trace", "experts/layer_00.bin", "sub/../resident.safetensors"])
+def test_a_trace_is_never_written_into_a_pack(tmp_path: Path, place: str) -> None:
+    pack = tmp_path / "pack"
+    for name in ("manifest.json", "resident.safetensors", "experts/layer_00.bin", "sub/x"):
+        (pack / name).parent.mkdir(parents=True, exist_ok=True)
+        (pack / name).write_text("kept")
+    (tmp_path / "link").symlink_to(pack)
+    for path in (pack / place, tmp_path / "link" / place):
+        with pytest.raises(UsageError, match=r"lies in the pack .*: give another place"):
+            TraceWriter.open(path, CONFIG)
+    assert {file.read_text() for file in pack.rglob("*") if file.is_file()} == {"kept"}
+    TraceWriter.open(tmp_path / "run.trace", CONFIG).close()  # beside it
 
 
 def test_what_is_not_compressed_is_refused(tmp_path: Path) -> None:
