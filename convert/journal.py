@@ -64,6 +64,8 @@ class Journal:
             journal.folder.mkdir(exist_ok=True)
             earlier = journal.get(SETTINGS)
             if earlier is None:
+                for record in filter(Path.is_file, journal.folder.iterdir()):
+                    record.unlink()  # of steps whose settings nobody knows
                 journal.put(SETTINGS, settings)
             else:
                 check_settings(str(out), earlier, settings)
@@ -102,6 +104,8 @@ def _name_differences(earlier: dict[str, Any], settings: dict[str, Any]) -> str:
     texts: list[str] = []
     for group, with_values in (("arguments", True), ("source", False)):
         before, now = earlier.get(group) or {}, settings.get(group) or {}
+        if not isinstance(before, dict):  # damaged
+            continue
         keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         texts += [f"{key} {before.get(key)}, now {now.get(key)}" if with_values else key for key in keys]
     more = f" and {len(texts) - 4} more" if len(texts) > 4 else ""

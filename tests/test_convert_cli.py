@@ -245,6 +245,18 @@ def test_what_an_unfinished_conversion_lost_is_written_again(source, four_bits, 
         assert files_of(out) == files_of(four_bits)
 
 
+def test_steps_of_unreadable_settings_are_not_trusted(source, tmp_path):
+    begin(source, tmp_path / "pack")
+    settings = tmp_path / "pack" / JOURNAL_NAME / "settings.json"
+    settings.write_text('{"arguments": 5, "source": [1]}')
+    assert_usage(run_convert(source, tmp_path / "pack", *GROUP), "unfinished conversion with another arguments")
+    settings.write_bytes(b"")
+    options = (*GROUP, "--quantizer", "minmax")  # blocks of the same sizes, other bytes
+    assert run_convert(source, tmp_path / "pack", *options).code == 0
+    assert run_convert(source, tmp_path / "whole", *options).code == 0
+    assert files_of(tmp_path / "pack") == files_of(tmp_path / "whole")
+
+
 def test_a_file_at_out(source, tmp_path):
     out = tmp_path / "pack"
     out.write_text("Mine.")
