@@ -259,6 +259,8 @@ def _make_recipe(
             f"--bits {bits}: expected {'one' if bits == MIXED else 'none'} of --bpw and --target-size, found "
             f"{len(targets)}"
         )
+    if bits_per_weight is not None and not 0 < bits_per_weight <= UNQUANTIZED_BITS:
+        raise UsageError(f"--bpw {bits_per_weight:g}: expected a number above 0, at most {UNQUANTIZED_BITS}")
     return Recipe(
         bits=MIXED_BITS if bits == MIXED else int(bits),
         group_size=group_size or AUTO_GROUP_SIZE,

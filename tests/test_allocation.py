@@ -166,6 +166,7 @@ def test_a_block_is_redone_and_a_stacked_export_refused(source: Path, known: Pat
     (("--bits", "mixed", "--bpw", "3", "--target-size", "1GB"), "one of --bpw and --target-size"),
     (("--bits", "4", "--bpw", "3"), "none of --bpw and --target-size"),
     (("--bits", "mixed", "--bpw", "3"), "--calibration FILE of moe-run calibrate"),
+    *((("--bits", "mixed", "--bpw", n), f"--bpw {n}: expected a number") for n in ("nan", "inf", "0", "17")),
     (("--bits", "5"), "expected one of 2, 3, 4, 8, 16, mixed"),
 ])  # fmt: skip
 def test_options_that_do_not_go_together(source: Path, tmp_path: Path, options: tuple[str, ...], expected: str) -> None:
