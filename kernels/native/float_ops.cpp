@@ -12,13 +12,12 @@ namespace {
 
 constexpr int64_t SPLIT_FLOATS = 8192;  // less is done sooner by one thread than another is woken
 constexpr int64_t QUERY_ROWS = 128;     // rows of a block of queries: scores, packed queries and results stay in L2
+constexpr int64_t MOST_PARTIAL_FLOATS = 1 << 22;  // of attention, kept between calls: 16 MiB
 
 float* thread_scratch(int64_t floats) {
     static thread_local Scratch scratch;
     return scratch.get<float>(floats);
 }
-
-constexpr int64_t MOST_PARTIAL_FLOATS = 1 << 22;  // of attention, kept between calls: 16 MiB
 
 // Rows that make a share worth a thread.
 int64_t row_grain(int64_t width) { return width < SPLIT_FLOATS ? SPLIT_FLOATS / std::max(width, int64_t(1)) : 1; }

@@ -6,7 +6,7 @@ namespace moepack {
 
 enum Storage : int32_t { QUANTIZED = 0, BF16 = 1, F16 = 2, F32 = 3 };
 
-// Weights [rows, columns]. The fields are filled in by native_library.py: keep both in the same order.
+// Weights [rows, columns]. The fields are filled in by native_matrix.py: keep both in the same order.
 struct Matrix {
     const uint8_t* data;     // quantized: rows of columns * bits / 8 bytes, row after row; else plain values
     const uint16_t* scales;  // bf16 [rows, columns / group_size]; null unless quantized

@@ -48,19 +48,21 @@ struct ActivationBuffer {
     }
 };
 
-// The distinct ways in which the matrices of one call need x quantized: by bits and group size.
+// The distinct ways in which the matrices of one call need x quantized: by bits and group size. Of all of x, or where
+// `rows` is given of these rows of it, `tokens` in number.
 class Prepared {
   public:
-    // Not on a worker: the buffers belong to the calling thread.
-    void prepare(const float* x, int64_t tokens, const Matrix& m) {
-        if (find(m)) return;
+    // Does nothing for a matrix that meets x as it is. Not on a worker: the buffers belong to the calling thread.
+    void prepare(const Matrix& m, const float* x, const int64_t* rows, int64_t tokens, bool exact) {
+        if (!as_int8(m, exact) || find(m)) return;
         static thread_local ActivationBuffer buffers[LIMIT];
-        Activations& a = sets_[count_] = buffers[count_].shape(tokens, m, tokens == 1);
+        Activations& a = sets_[count_] = buffers[count_].shape(tokens, m, tokens == 1 && !rows);
         ++count_;
         const MatrixKernels& k = kernels().matrix;
-        Pool::get().split(tokens, 1, [&](int64_t begin, int64_t end) { k.quantize(a, x, nullptr, begin, end); });
+        Pool::get().split(tokens, 1, [&](int64_t begin, int64_t end) { k.quantize(a, x, rows, begin, end); });
     }
 
+    // What a matrix is to be multiplied with; null: x as it is.
     const Activations* find(const Matrix& m) const {
         for (int i = 0; i < count_; ++i)
             if (sets_[i].bits == m.bits && sets_[i].group_size == m.group_size) return &sets_[i];
@@ -73,10 +75,11 @@ class Prepared {
     int count_ = 0;
 };
 
-// out [tokens, out_stride] = x times rows [begin, end) of a matrix.
-void multiply_rows(const Matrix& m, const float* x, int64_t tokens, const Activations* a, float* out, int64_t out_stride, int64_t begin, int64_t end) {
+// out [tokens, out_stride] = a, or without it x or these rows of it, times rows [begin, end) of a matrix.
+void multiply_rows(const Matrix& m, const Activations* a, const float* x, const int64_t* rows, int64_t tokens, float* out, int64_t out_stride,
+                   int64_t begin, int64_t end) {
     const MatrixKernels& k = kernels().matrix;
-    if (!a) k.float_rows(m, x, nullptr, tokens, out, out_stride, begin, end);
+    if (!a) k.float_rows(m, x, rows, tokens, out, out_stride, begin, end);
     else if (a->one_token) k.dot_row_walk(m, *a, out, begin, end);
     else k.dot_tile(m, *a, out, out_stride, begin, end);
 }
@@ -94,7 +97,7 @@ API void moepack_linear(float* const* outs, const float* x, int64_t tokens, cons
     Prepared prepared;
     int64_t rows = 0;
     for (int64_t i = 0; i < count; ++i) {
-        if (as_int8(*matrices[i], exact)) prepared.prepare(x, tokens, *matrices[i]);
+        prepared.prepare(*matrices[i], x, nullptr, tokens, exact);
         rows += matrices[i]->rows;
     }
     // The matrices as one tall one, so that small ones do not leave a thread idle.
@@ -103,7 +106,7 @@ API void moepack_linear(float* const* outs, const float* x, int64_t tokens, cons
         for (int64_t i = 0; i < count; first += matrices[i++]->rows) {
             const Matrix& m = *matrices[i];
             const int64_t from = std::max(begin - first, int64_t(0)), to = std::min(end - first, m.rows);
-            if (from < to) multiply_rows(m, x, tokens, as_int8(m, exact) ? prepared.find(m) : nullptr, outs[i], m.rows, from, to);
+            if (from < to) multiply_rows(m, prepared.find(m), x, nullptr, tokens, outs[i], m.rows, from, to);
         }
     });
 }
@@ -117,7 +120,7 @@ constexpr int64_t PIECE_BYTES = 128 << 10;  // of weights, where experts are sha
 // ends an expert's gate and up quantizes the result for its down.
 class ExpertsRun {
   public:
-    ExpertsRun(const float* x, const Expert* const* experts, int64_t count, bool exact) : x_(x), exact_(exact) {
+    ExpertsRun(const float* x, const Expert* const* experts, int64_t count, bool exact) : x_(x) {
         static thread_local Scratch floats;
         static thread_local std::deque<Progress> progress;  // keeps the buffers, and their places
         static thread_local std::vector<Piece> pieces;
@@ -129,8 +132,7 @@ class ExpertsRun {
         for (int64_t e = 0; e < count; ++e) width = std::max(width, experts[e]->gate->rows);
         float* memory = floats.get<float>(2 * count * width);
         for (int64_t e = 0; e < count; ++e) {
-            for (const Matrix* m : {experts[e]->gate, experts[e]->up})
-                if (as_int8(*m, exact)) prepared_.prepare(x, 1, *m);
+            for (const Matrix* m : {experts[e]->gate, experts[e]->up}) prepared_.prepare(*m, x, nullptr, 1, exact);
             progress[e].start(*experts[e], memory + 2 * e * width, memory + (2 * e + 1) * width, exact);
         }
         const int64_t threads = Pool::get().size(), whole = (count - 1) / threads * threads;
@@ -187,8 +189,8 @@ class ExpertsRun {
 
     void run_gate_and_up(Progress& p, Rows rows) {
         const Matrix &gate = *p.expert->gate, &up = *p.expert->up;
-        multiply_rows(gate, x_, 1, as_int8(gate, exact_) ? prepared_.find(gate) : nullptr, p.hidden, 0, rows.begin, rows.end);
-        multiply_rows(up, x_, 1, as_int8(up, exact_) ? prepared_.find(up) : nullptr, p.up, 0, rows.begin, rows.end);
+        multiply_rows(gate, prepared_.find(gate), x_, nullptr, 1, p.hidden, 0, rows.begin, rows.end);
+        multiply_rows(up, prepared_.find(up), x_, nullptr, 1, p.up, 0, rows.begin, rows.end);
         gate_columns(p.hidden, p.up, 1, gate.rows, rows.begin, rows.end);
         if (p.unfinished.fetch_sub(1) > 1) return;
         if (p.quantized.columns) kernels().matrix.quantize(p.quantized, p.hidden, nullptr, 0, 1);
@@ -197,11 +199,11 @@ class ExpertsRun {
 
     static void run_down(Progress& p, Rows rows, float* out) {
         spin_until([&] { return p.unfinished.load() == READY; });  // the last of its gate and up is at work, if not done
-        multiply_rows(*p.expert->down, p.hidden, 1, p.quantized.columns ? &p.quantized : nullptr, out, 0, rows.begin, rows.end);
+        const Activations* quantized = p.quantized.columns ? &p.quantized : nullptr;
+        multiply_rows(*p.expert->down, quantized, p.hidden, nullptr, 1, out, 0, rows.begin, rows.end);
     }
 
     const float* x_;
-    bool exact_;
     Prepared prepared_;
     std::deque<Progress>* progress_;
     std::vector<Piece>* pieces_;
@@ -219,30 +221,18 @@ namespace {
 // out[tokens[i]] += weights[i] * expert(x[tokens[i]]) for at most TOKENS_AT_ONCE tokens.
 void add_expert_part(float* out, const float* x, const int64_t* tokens, const float* weights, int64_t count, const Expert& expert, bool exact) {
     static thread_local Scratch gates, ups, results;
-    static thread_local ActivationBuffer input_buffers[2], hidden_buffer;
-    const Matrix* inputs[] = {expert.gate, expert.up};
+    static thread_local ActivationBuffer hidden_buffer;
     const Matrix& down = *expert.down;
     const int64_t width = expert.gate->rows;
     float *gate = gates.get<float>(count * width), *up = ups.get<float>(count * width), *y = results.get<float>(count * down.rows);
-    float* const halves[] = {gate, up};
     const MatrixKernels& k = kernels().matrix;
     Pool& pool = Pool::get();
 
-    Activations in[2] = {};
-    for (int i = 0; i < 2; ++i) {
-        if (!as_int8(*inputs[i], exact)) continue;
-        if (i == 1 && in[0].columns && in[0].bits == inputs[1]->bits && in[0].group_size == inputs[1]->group_size) {
-            in[1] = in[0];
-            continue;
-        }
-        in[i] = input_buffers[i].shape(count, *inputs[i], false);
-        pool.split(count, 1, [&](int64_t begin, int64_t end) { k.quantize(in[i], x, tokens, begin, end); });
-    }
+    Prepared prepared;
+    for (const Matrix* m : {expert.gate, expert.up}) prepared.prepare(*m, x, tokens, count, exact);
     pool.split(width, ROW_GRAIN, [&](int64_t begin, int64_t end) {
-        for (int i = 0; i < 2; ++i) {
-            if (in[i].columns) k.dot_tile(*inputs[i], in[i], halves[i], width, begin, end);
-            else k.float_rows(*inputs[i], x, tokens, count, halves[i], width, begin, end);
-        }
+        multiply_rows(*expert.gate, prepared.find(*expert.gate), x, tokens, count, gate, width, begin, end);
+        multiply_rows(*expert.up, prepared.find(*expert.up), x, tokens, count, up, width, begin, end);
         gate_columns(gate, up, count, width, begin, end);
     });
     Activations hidden = {};
@@ -251,8 +241,7 @@ void add_expert_part(float* out, const float* x, const int64_t* tokens, const fl
         pool.split(count, 1, [&](int64_t begin, int64_t end) { k.quantize(hidden, gate, nullptr, begin, end); });
     }
     pool.split(down.rows, ROW_GRAIN, [&](int64_t begin, int64_t end) {
-        if (hidden.columns) k.dot_tile(down, hidden, y, down.rows, begin, end);
-        else k.float_rows(down, gate, nullptr, count, y, down.rows, begin, end);
+        multiply_rows(down, hidden.columns ? &hidden : nullptr, gate, nullptr, count, y, down.rows, begin, end);
         k.add_weighted(out, y, tokens, weights, count, down.rows, begin, end);
     });
 }
