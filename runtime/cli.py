@@ -22,6 +22,7 @@ from moepack.layout.sizes import parse_size
 if TYPE_CHECKING:  # imported where they are used: torch takes seconds, --help should not
     from tqdm import tqdm
 
+    from moepack.layout.reader import Pack
     from moepack.runtime.engine import Engine
     from moepack.runtime.generate import Generation
 
@@ -43,6 +44,9 @@ PREFETCH = typer.Option(
     "--prefetch/--no-prefetch",
     help="While the disk is idle, read what the next layer's router would pick now.  [default: if experts do not fit]",
 )
+THINK = typer.Option(None, "--think/--no-think", help="Let the model think first.  [default: the template's choice]")
+CONTEXT = typer.Option(None, "--context", help="Tokens to plan memory for.  [default: 16384]", min=64)
+MAX_TOKENS = typer.Option(None, "--max-tokens", help="Longest answer.  [default: 2048]", min=1)
 SNAPSHOT_MEMORY = typer.Option(
     None,
     "--snapshot-memory",
@@ -51,9 +55,8 @@ SNAPSHOT_MEMORY = typer.Option(
 SNAPSHOT_DIRECTORY = typer.Option(
     None, "--snapshot-dir", help="Keep such states on disk as well, for the next start. They hold what was said."
 )
-LONG_PROMPT = 256  # tokens from which the prefill shows a progress bar
-
 JSON = typer.Option(False, "--json", help="Print one JSON object on stdout.")
+LONG_PROMPT = 256  # tokens from which the prefill shows a progress bar
 
 app = create_app("moe-run")
 
@@ -76,10 +79,8 @@ def generate(
     token_ids: Path = typer.Option(None, "--token-ids", help="Read token ids from a file: JSON list or numbers."),
     raw: bool = typer.Option(False, "--raw", help="Feed the prompt as it is, without the chat template."),
     system: str = typer.Option(None, "--system", help="System message for the chat template."),
-    think: bool = typer.Option(
-        None, "--think/--no-think", help="Let the model think first.  [default: the template's choice]"
-    ),
-    max_tokens: int = typer.Option(None, "--max-tokens", help="Longest answer.  [default: 2048]", min=1),
+    think: bool = THINK,
+    max_tokens: int = MAX_TOKENS,
     temperature: float = typer.Option(None, help="0 is greedy.  [default: the model's own, as for the next three]"),
     top_p: float = typer.Option(None, help="Smallest set of tokens with this probability."),
     top_k: int = typer.Option(None, help="This many most probable tokens; 0 is off."),
@@ -110,7 +111,7 @@ def generate(
     budget = None if memory is None else parse_size(memory)
     with Pack.open(pack) as opened:  # everything about the prompt is known, and refused, before weights are loaded
         tokenizer, architecture = Tokenizer.load(pack), read_architecture(opened, experts_per_token)
-        _note_changes(architecture.num_experts_per_tok, opened.manifest.model["text_config"])
+        _note_changes(opened, architecture.num_experts_per_tok)
     source = PromptSource(prompt, prompt_file, token_ids, raw, system, think)
     ids = read_prompt(tokenizer, ChatTemplate.load(pack), source)
     limit = architecture.max_position_embeddings
@@ -150,14 +151,12 @@ def generate(
 def chat(
     pack: Path = PACK,
     system: str = typer.Option(None, "--system", help="System message."),
-    think: bool = typer.Option(
-        None, "--think/--no-think", help="Let the model think first.  [default: the template's choice]"
-    ),
+    think: bool = THINK,
     hide_thinking: bool = typer.Option(False, "--hide-thinking", help="Do not print what the model thinks."),
     tools: Path = typer.Option(None, "--tools", help="Tools file: programs that run after you agree to each call."),
     load: Path = typer.Option(None, "--load", help="Go on with a conversation that /save has written."),
-    context: int = typer.Option(None, "--context", help="Tokens to plan memory for.  [default: 16384]", min=64),
-    max_tokens: int = typer.Option(None, "--max-tokens", help="Longest answer.  [default: 2048]", min=1),
+    context: int = CONTEXT,
+    max_tokens: int = MAX_TOKENS,
     temperature: float = typer.Option(None, help="0 is greedy.  [default: the model's own]"),
     seed: int = typer.Option(0, help="Of the random choices."),
     exact: bool = EXACT,
@@ -170,28 +169,24 @@ def chat(
 ) -> None:
     """Talk with the model at the terminal: streaming, history, /help for its commands."""
     from moepack.runtime.conversation import Conversation
-    from moepack.runtime.engine import Engine
     from moepack.runtime.local_tools import LocalTools
-    from moepack.runtime.memory import default_budget_bytes, snapshot_share_bytes
     from moepack.runtime.terminal import ChatSettings, Terminal
 
     local_tools = None if tools is None else LocalTools.load(tools)
     conversation = Conversation() if load is None else Conversation.load(load)
     conversation.system = system or conversation.system
     conversation.thinking = conversation.thinking if think is None else think
-    budget = default_budget_bytes(device) if memory is None else parse_size(memory)
-    with Engine.open(
+    with _open_for_conversations(
         pack,
-        memory=budget,
+        memory,
+        snapshot_memory,
         device=device,
         exact=exact,
         threads=threads,
         experts_per_token=experts_per_token,
         max_context=context,
-        snapshot_bytes=snapshot_share_bytes(budget) if snapshot_memory is None else parse_size(snapshot_memory),
         snapshot_directory=snapshot_dir,
     ) as engine:
-        _note_changes(engine.architecture.num_experts_per_tok, engine.pack.manifest.model["text_config"])
         template = engine.chat_template()
         if template is None:
             raise UsageError(f"{pack}: has no chat template: moe-run generate --raw continues plain text")
@@ -209,7 +204,7 @@ def serve(
     constrain: bool = typer.Option(
         True, "--constrain/--no-constrain", help="Hold tool calls and JSON to their form; without, the model is bare."
     ),
-    context: int = typer.Option(None, "--context", help="Tokens to plan memory for.  [default: 16384]", min=64),
+    context: int = CONTEXT,
     max_tokens: int = typer.Option(2048, "--max-tokens", help="Longest answer where a request does not say.", min=1),
     max_waiting: int = typer.Option(256, "--max-waiting", help="Requests that may wait.", min=64),
     parallel: int = typer.Option(
@@ -227,8 +222,8 @@ def serve(
 ) -> None:
     """Serve the APIs of OpenAI and Anthropic on this machine, and a page to talk to the model."""
     from moepack.layout.reader import Pack
-    from moepack.runtime.engine import Engine, read_architecture
-    from moepack.runtime.memory import default_budget_bytes, snapshot_share_bytes, taken_bytes
+    from moepack.runtime.engine import read_architecture
+    from moepack.runtime.memory import taken_bytes
     from moepack.runtime.tokenizer import Tokenizer
 
     try:  # before the budget is split: what they take is part of the process
@@ -246,22 +241,20 @@ def serve(
     with Pack.open(pack) as opened:
         tokenizer, vocab_size = Tokenizer.load(pack), read_architecture(opened).vocab_size
     grammars = Grammars(tokenizer, vocab_size) if constrain else None
-    budget = default_budget_bytes(device) if memory is None else parse_size(memory)
-    with Engine.open(
+    with _open_for_conversations(
         pack,
-        memory=budget,
+        memory,
+        snapshot_memory,
         device=device,
         exact=exact,
         threads=threads,
         experts_per_token=experts_per_token,
         max_context=context,
+        snapshot_directory=snapshot_dir,
         tokenizer=tokenizer,
         process_bytes=taken_bytes(device) + SERVER_BYTES,
         sequences=parallel,
-        snapshot_bytes=snapshot_share_bytes(budget) if snapshot_memory is None else parse_size(snapshot_memory),
-        snapshot_directory=snapshot_dir,
     ) as engine:
-        _note_changes(engine.architecture.num_experts_per_tok, engine.pack.manifest.model["text_config"])
         settings = Settings(constrain, max_waiting, parallel, max_seconds, max_tokens, seed)
         service = Service(engine, name or pack.resolve().name.removesuffix(".moepack"), settings, grammars)
         policy = Policy(api_key, LOOPBACK if host in LOOPBACK else None)
@@ -296,7 +289,7 @@ def evaluate(
     """Measure a pack: perplexity on a text, distance to a reference pack, tool calls that come out right."""
     from moepack.runtime.engine import Engine
     from moepack.runtime.evaluate import WINDOW, encode_text, evaluate_text, evaluate_tools, read_tool_prompts
-    from moepack.runtime.memory import default_budget_bytes, taken_bytes
+    from moepack.runtime.memory import taken_bytes
     from moepack.runtime.prompt import read_text
     from moepack.runtime.tokenizer import Tokenizer
 
@@ -304,7 +297,7 @@ def evaluate(
         raise UsageError("expected --text FILE or --tools FILE, found neither")
     passage = None if text is None else encode_text(Tokenizer.load(pack), read_text(text))
     prompts = None if tools is None else read_tool_prompts(tools)
-    budget = default_budget_bytes(device) if memory is None else parse_size(memory)
+    budget = _read_budget(memory, device)
     common: dict[str, Any] = {"device": device, "exact": exact, "threads": threads}
     common["max_context"] = WINDOW if prompts is None else None
     if reference:
@@ -312,7 +305,7 @@ def evaluate(
     process = taken_bytes(device)
     share = process + max(0, budget - process) // 2 if reference else budget
     engine = Engine.open(pack, memory=share, experts_per_token=experts_per_token, **common)
-    _note_changes(engine.architecture.num_experts_per_tok, engine.pack.manifest.model["text_config"])
+    _note_changes(engine.pack, engine.architecture.num_experts_per_tok)
     other = None
     if reference:
         other = Engine.open(reference, memory=budget, process_bytes=engine.memory_plan.total_bytes, **common)
@@ -359,6 +352,27 @@ def calibrate(
         except KeyboardInterrupt:
             raise Interrupted(f"{out}: stopped; the same command goes on from here") from None
     log(f"{out}: {sum(map(len, windows))} tokens, {skipped} left out")
+
+
+def _read_budget(memory: str | None, device: str) -> int:
+    """Bytes of --memory, or what the machine can give. Raises UsageError."""
+    from moepack.runtime.memory import default_budget_bytes
+
+    return default_budget_bytes(device) if memory is None else parse_size(memory)
+
+
+def _open_for_conversations(
+    pack: Path, memory: str | None, snapshot_memory: str | None, *, device: str, **options: Any
+) -> Engine:
+    """An engine that keeps the states of earlier turns. options: those of Engine.open, as they are."""
+    from moepack.runtime.engine import Engine
+    from moepack.runtime.memory import snapshot_share_bytes
+
+    budget = _read_budget(memory, device)
+    snapshot_bytes = snapshot_share_bytes(budget) if snapshot_memory is None else parse_size(snapshot_memory)
+    engine = Engine.open(pack, memory=budget, device=device, snapshot_bytes=snapshot_bytes, **options)
+    _note_changes(engine.pack, engine.architecture.num_experts_per_tok)
+    return engine
 
 
 def _run_generation(engine: Engine, generation: Generation, progress: tqdm, as_json: bool) -> None:
@@ -416,9 +430,9 @@ def _record_trace(engine: Engine, path: Path | None) -> Iterator[None]:
             engine.store.recorder = None
 
 
-def _note_changes(experts_per_token: int, text_config: dict[str, Any]) -> None:
+def _note_changes(pack: Pack, experts_per_token: int) -> None:
     """What makes the answer another one than the model's is said, always."""
-    trained = text_config.get("num_experts_per_tok", experts_per_token)
+    trained = pack.manifest.model["text_config"].get("num_experts_per_tok", experts_per_token)
     if experts_per_token != trained:
         log(f"note: {experts_per_token} experts per token, the model was trained with {trained}: its answers change")
 
