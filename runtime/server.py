@@ -86,16 +86,14 @@ def create_app(service: Service, policy: Policy = Policy()) -> FastAPI:
 def _add_openai(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", **_form(openai_api.ChatRequest))
     async def chat(request: Request) -> Response:
-        form = _read_form(await request.body(), openai_api.ChatRequest)
-        completion = await _start(service, request, openai_api.prepare_chat, form)
+        form, completion = await _start(service, request, openai_api.ChatRequest, openai_api.prepare_chat)
         if form.stream:
             return EventStream(completion, openai_api.stream_chat(service, completion, form))
         return await _answer(service, request, completion, openai_api.answer_chat)
 
     @app.post("/v1/completions", **_form(openai_api.TextRequest))
     async def text(request: Request) -> Response:
-        form = _read_form(await request.body(), openai_api.TextRequest)
-        completion = await _start(service, request, openai_api.prepare_text, form)
+        form, completion = await _start(service, request, openai_api.TextRequest, openai_api.prepare_text)
         if form.stream:
             return EventStream(completion, openai_api.stream_text(service, completion, form))
         return await _answer(service, request, completion, openai_api.answer_text)
@@ -118,8 +116,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
 def _add_anthropic(app: FastAPI, service: Service) -> None:
     @app.post("/v1/messages", **_form(anthropic_api.MessagesRequest))
     async def messages(request: Request) -> Response:
-        form = _read_form(await request.body(), anthropic_api.MessagesRequest)
-        completion = await _start(service, request, anthropic_api.prepare_messages, form)
+        form, completion = await _start(service, request, anthropic_api.MessagesRequest, anthropic_api.prepare_messages)
         if form.stream:
             return EventStream(completion, anthropic_api.stream_messages(service, completion))
         return await _answer(service, request, completion, anthropic_api.answer_messages)
@@ -214,18 +211,22 @@ def _read_form(body: bytes, form: type[Form]) -> Form:
 
 
 async def _start(
-    service: Service, request: Request, prepare: Callable[[Service, Any, str], CompletionRequest], form: BaseModel
-) -> Completion:
-    """Make the prompt beside the event loop, then queue the request."""
+    service: Service,
+    request: Request,
+    form: type[Form],
+    prepare: Callable[[Service, Form, str], CompletionRequest],
+) -> tuple[Form, Completion]:
+    """Read the body, make the prompt beside the event loop, then queue the request."""
+    wanted = _read_form(await request.body(), form)
     key = request.headers.get("authorization") or request.headers.get("x-api-key")
     client = key or (request.client.host if request.client else "")
     try:
-        prepared = await asyncio.to_thread(prepare, service, form, client)
+        prepared = await asyncio.to_thread(prepare, service, wanted, client)
         completion = service.start(prepared)
     except MoepackError:
         service.metrics.requests.labels("refused").inc()
         raise
-    return completion
+    return wanted, completion
 
 
 async def _answer(
