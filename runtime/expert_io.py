@@ -2,7 +2,7 @@
 
 A thread per read in flight, each in one preadv with Python's lock released: four of them read an SSD at its limit while
 all cores compute (EXPERIMENTS.md). io_uring measured no better than threads and is left out. Reads that somebody waits
-for come first; hints run two at a time, and only while there are none of the others.
+for come first; a hint begins only while none of the others waits and at most one read runs.
 
     queue = ReadQueue(BlockReader(pack, ReadOptions()).read, depth=4)
     queue.submit(Read(layer=3, experts=(17,), buffers=[slot]))
@@ -106,7 +106,7 @@ class ReadQueue:
         self._execute, self.depth = execute, depth
         self._waiting: deque[Read] = deque()
         self._hints: deque[Read] = deque()
-        self._running: list[Read] = []
+        self._num_running = 0
         self._is_closed = False
         self._changed = threading.Condition()
         self._done: SimpleQueue[Read] = SimpleQueue()
@@ -156,7 +156,7 @@ class ReadQueue:
                 read.error = error
             read.ended_s = perf_counter()
             with self._changed:
-                self._running.remove(read)
+                self._num_running -= 1
                 if self._hints:
                     self._changed.notify()
             self._done.put(read)
@@ -166,11 +166,11 @@ class ReadQueue:
             while not self._is_closed:
                 if self._waiting:
                     read = self._waiting.popleft()
-                elif self._hints and len(self._running) < HINTS_AT_ONCE:
+                elif self._hints and self._num_running < HINTS_AT_ONCE:
                     read = self._hints.popleft()
                 else:
                     self._changed.wait()
                     continue
-                self._running.append(read)
+                self._num_running += 1
                 return read
         return None

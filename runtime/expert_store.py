@@ -136,7 +136,7 @@ class ExpertStore:
         self._places = self.places.numpy()  # the same memory: torch takes ten times as long to set a value
         self._free = list(range(num_slots - 1, -1, -1))
         self._held: dict[Key, _Held] = {}
-        self._num_layers = pack.manifest.shape.num_hidden_layers
+        self._num_layers = shape.num_hidden_layers
         self._policy = policy or LeastRecentlyUsed()
         self._fetch: _Fetch | None = None
         self._reads, self._hints = 0, 0  # under way, of all and of hints
@@ -219,8 +219,9 @@ class ExpertStore:
             self.recorder.note_guess(layer, expert_ids)
         if self._fetch and not self._fetch.is_planned:
             return  # it needs every slot itself
+        most = max(MAX_HINTS, self.num_slots // 4) if is_scan else MAX_HINTS
         for expert_id in expert_ids:
-            if self._hints == (max(MAX_HINTS, self.num_slots // 4) if is_scan else MAX_HINTS):
+            if self._hints >= most:  # more than that, if a scan's are still under way
                 return
             if (layer, expert_id) not in self._held:
                 slot = self._take_slot(may_wait=False)
