@@ -85,9 +85,7 @@ def export(
             try:
                 for name, tensors in shards.items():
                     if journal.get(name) is None or not (out / name).exists():
-                        write_shard(
-                            out / name, tensors, FORMAT[target], pool, workers, lambda size: on_bytes(size, total)
-                        )
+                        write_shard(out / name, tensors, FORMAT[target], pool, workers, count)
                         journal.put(name, {"size_bytes": sizes[name]})
                     else:
                         count(sizes[name])
@@ -115,10 +113,7 @@ def list_shards(pack: Pack, target: str) -> dict[str, list[ExportedTensor]]:
     make = _mlx_experts if target == "mlx" else _hf_experts
     groups = [list(make(pack, layer)) for layer in layers]
     groups.append(list(_residents(pack, target)))
-    pattern = (
-        "model-{:05d}-of-{:05d}.safetensors" if target == "mlx" else "model.safetensors-{:05d}-of-{:05d}.safetensors"
-    )
-    return {pattern.format(n, len(groups)): group for n, group in enumerate(groups, start=1)}
+    return {SHARD_NAMES[target].format(n, len(groups)): group for n, group in enumerate(groups, start=1)}
 
 
 def check_output(out: Path, total_bytes: int) -> None:

@@ -133,7 +133,7 @@ class _Conversion:
         on_bytes: Callable[[int], object],
         report: Report,
     ):
-        self.plan, self.journal, self.pool, self.on_bytes, self.report = plan, journal, pool, on_bytes, report
+        self.plan, self.journal, self.on_bytes, self.report = plan, journal, on_bytes, report
         self.hashes, self.rounding = SourceHashes(), Rounding()  # of the file that is being written
         self.residents = ResidentEncoder(plan)
         layers = range(len(plan.source.experts))

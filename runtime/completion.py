@@ -12,7 +12,6 @@ Ending or Failure. Not here: what any of it looks like to a client (openai_api.p
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
@@ -234,8 +233,3 @@ class Completion:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
         except RuntimeError:  # the loop has ended: the server is shutting down
             self.job.cancel()
-
-
-def waited_seconds(job: Job) -> float:
-    """Since the request came."""
-    return time.monotonic() - job.created
