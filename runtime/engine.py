@@ -26,7 +26,7 @@ from moepack.kernels.backend import choose_backend, describe_arithmetic, describ
 from moepack.layout.architecture import Architecture
 from moepack.layout.errors import DamagedPack, MemoryBudgetError, UsageError
 from moepack.layout.eviction import POLICIES, LeastRecentlyUsed
-from moepack.layout.machine import load_settings, settings_path
+from moepack.layout.machine import ReadSettings, load_settings, settings_path
 from moepack.layout.reader import Pack
 from moepack.layout.sizes import parse_size
 from moepack.layout.spec import MANIFEST_NAME
@@ -48,6 +48,7 @@ MOST_THREADS = 256  # far above any gain; thousands exhaust the system
 GENERATION_CONFIG = "generation_config.json"
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Engine:
     """A model ready to run. Make one with Engine.open.
 
@@ -58,25 +59,18 @@ class Engine:
     snapshots     states of prompts already read
     """
 
-    def __init__(
-        self,
-        pack: Pack,
-        architecture: Architecture,
-        model: Qwen35,
-        store: ExpertStore,
-        tokenizer: Tokenizer,
-        memory_plan: MemoryPlan,
-        max_context: int,
-        device: str,
-        weights_locked: bool,
-        snapshots: Snapshots,
-        read_settings: str = DEFAULT_SETTINGS,
-        settings_note: str | None = None,
-    ):
-        self.weights_locked, self.snapshots = weights_locked, snapshots
-        self.read_settings, self.settings_note = read_settings, settings_note
-        self.pack, self.architecture, self.model, self.store = pack, architecture, model, store
-        self.tokenizer, self.memory_plan, self.max_context, self.device = tokenizer, memory_plan, max_context, device
+    pack: Pack
+    architecture: Architecture
+    model: Qwen35
+    store: ExpertStore
+    tokenizer: Tokenizer
+    memory_plan: MemoryPlan
+    max_context: int
+    device: str
+    weights_locked: bool
+    snapshots: Snapshots
+    read_settings: str
+    settings_note: str | None
 
     @classmethod
     def open(
@@ -130,17 +124,8 @@ class Engine:
         process_bytes = taken_bytes(device) if process_bytes is None else process_bytes
         cache_dtype = _choose_cache_dtype(opened, ops)
         plan = plan_memory(opened, architecture, budget, context, process_bytes, snapshot_bytes, sequences, cache_dtype)
-        if policy not in POLICIES:
-            raise UsageError(f"eviction policy {policy!r}: expected one of {', '.join(POLICIES)}")
         settings, settings_note = load_settings(opened.directory)
-        store = ExpertStore(
-            opened,
-            plan.num_slots,
-            io=ReadOptions(settings.direct, settings.queue_depth) if settings else ReadOptions(),
-            policy=POLICIES[policy](),
-            verify_reads=verify_reads,
-            new_slots=ops.new_slots,
-        )
+        store = _open_store(opened, plan.num_slots, settings, policy, verify_reads, ops)
         weights = ResidentWeights.load(opened, architecture, ops)
         if ops.settles and store.holds_everything:
             store.load_all()
@@ -150,9 +135,20 @@ class Engine:
         arithmetic = f"{describe_arithmetic(ops)} {cache_dtype}"
         identity = f"{hash_manifest(opened)} {arithmetic} {architecture.num_experts_per_tok}".encode()
         snapshots = Snapshots(snapshot_bytes, identity, tokenizer.stop_token_ids, snapshot_directory)
-        used = f"of {settings_path(opened.directory)}" if settings else DEFAULT_SETTINGS
-        parts = (opened, architecture, model, store, tokenizer, plan, context, device, weights.is_locked, snapshots)
-        return cls(*parts, used, settings_note)
+        return cls(
+            pack=opened,
+            architecture=architecture,
+            model=model,
+            store=store,
+            tokenizer=tokenizer,
+            memory_plan=plan,
+            max_context=context,
+            device=device,
+            weights_locked=weights.is_locked,
+            snapshots=snapshots,
+            read_settings=f"of {settings_path(opened.directory)}" if settings else DEFAULT_SETTINGS,
+            settings_note=settings_note,
+        )
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Scores after every position: float32 [T, vocab_size], unmasked (rows beyond the tokenizer too).
@@ -316,6 +312,21 @@ def choose_threads(threads: int | None) -> int:
     if threads is not None and not 1 <= threads <= max(MOST_THREADS, cores):
         raise UsageError(f"--threads {threads}: expected 1 to {max(MOST_THREADS, cores)}")
     return threads or cores
+
+
+def _open_store(
+    pack: Pack, num_slots: int, settings: ReadSettings | None, policy: str, verify_reads: bool, ops: Any
+) -> ExpertStore:
+    if policy not in POLICIES:
+        raise UsageError(f"eviction policy {policy!r}: expected one of {', '.join(POLICIES)}")
+    return ExpertStore(
+        pack,
+        num_slots,
+        io=ReadOptions(settings.direct, settings.queue_depth) if settings else ReadOptions(),
+        policy=POLICIES[policy](),
+        verify_reads=verify_reads,
+        new_slots=ops.new_slots,
+    )
 
 
 def _choose_cache_dtype(pack: Pack, ops: Any) -> torch.dtype:
