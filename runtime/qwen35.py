@@ -54,13 +54,13 @@ class GatedDeltaNet:
 
     def __call__(self, x: torch.Tensor, state: DeltaState) -> torch.Tensor:
         a, ops, tokens = self.a, self.ops, x.shape[0]
-        qkv, gate, update, strength = ops.linears(x, self.in_projs)
+        qkv, gate, decay, strength = ops.linears(x, self.in_projs)
         mixed = ops.causal_conv(qkv, self.conv, state.conv_state)
         q, k, v = mixed.split([a.linear_key_dim, a.linear_key_dim, a.linear_value_dim], dim=-1)
         q, k = (heads.unflatten(-1, (a.linear_num_key_heads, -1)) for heads in (q, k))
         v = v.unflatten(-1, (a.linear_num_value_heads, -1))
-        decay, beta = ops.decay_and_strength(update, strength, self.a_log, self.dt_bias)
-        out = ops.gated_delta(q, k, v, decay, beta, state.recurrent_state)  # [T, H, Dv]
+        decay, strength = ops.decay_and_strength(decay, strength, self.a_log, self.dt_bias)
+        out = ops.gated_delta(q, k, v, decay, strength, state.recurrent_state)  # [T, H, Dv]
         out = ops.gated_rms_norm(out, gate.view(out.shape), self.norm, a.rms_norm_eps)
         return ops.linear(out.view(tokens, -1), self.out_proj)
 
