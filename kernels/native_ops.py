@@ -105,6 +105,9 @@ class NativeOps(FloatOps, TokenOps):
         return self.choose_experts(self.linear(x, router), num_chosen)
 
 
-def read_stream(memory: torch.Tensor) -> None:
-    """Read a tensor once with all threads: what memory delivers is the limit of the other operations."""
-    declare("read_stream", ADDRESS, INT, returns=INT)(memory.data_ptr(), memory.numel() * memory.element_size())
+def read_stream(memory: torch.Tensor) -> int:
+    """Read a tensor once with all threads: what memory delivers is the limit of the other operations.
+
+    Returns the sum of its 32-bit words (small ones: lanes wrap) but for less than 256 bytes at the end.
+    """
+    return declare("read_stream", ADDRESS, INT, returns=INT)(memory.data_ptr(), memory.numel() * memory.element_size())

@@ -224,4 +224,8 @@ def test_many_calls_from_several_python_threads() -> None:
 
 
 def test_read_stream_reads_all_of_it() -> None:
-    read_stream(torch.zeros(2**20, dtype=torch.uint8))
+    memory = torch.randint(0, 2**10, (2**18,), dtype=torch.int32)
+    for threads in (1, 2):
+        native_library.set_threads(threads)
+        assert read_stream(memory) == int(memory.sum())
+    native_library.set_threads(1)
