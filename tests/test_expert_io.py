@@ -64,3 +64,15 @@ def test_a_read_allocates_no_memory(demo_pack: Callable[[int], Path]) -> None:
         store.close()
     assert store.counts.misses - before >= 40 * 4
     assert peak < store.slot_bytes / 2, f"{peak} bytes at once"
+
+
+def test_guesses_add_nothing_to_the_hints_of_a_scan(tiny_pack: Path) -> None:
+    with Pack.open(tiny_pack) as pack:
+        store = ExpertStore(pack, 48)
+        for layer, is_scan in ((1, True), (2, True), (3, False)):
+            store.prefetch(layer, range(6), is_scan)
+        layers = [read.layer for _ in range(12) if (read := store._queue.next_done())]
+        assert sorted(layers) == [1] * 6 + [2] * 6
+        assert store._queue.cancel() == []
+        store.close()
+        assert store._queue.next_done(wait=False) is None
