@@ -54,11 +54,17 @@ def device_memory(device: str) -> tuple[int, int] | None:
 
 
 def describe_backend(ops: Any) -> str:
-    """A backend's arithmetic, instruction set and threads in words."""
+    """A backend's arithmetic, and its instruction set and threads or its GPU, in words."""
+    if isinstance(ops, GpuOps):
+        return describe_arithmetic(ops)
     threads = torch.get_num_threads() if ops is reference else count_threads()
     return f"{describe_arithmetic(ops)}, {threads} threads"
 
 
 def describe_arithmetic(ops: Any) -> str:
     """All that decides the bits of a backend's results, in words."""
-    return "reference, float32" if ops is reference else f"{'float32' if ops.exact else 'int8 activations'}, {isa()}"
+    if ops is reference:
+        return "reference, float32"
+    if isinstance(ops, GpuOps):
+        return f"float32, {ops.device.name}"
+    return f"{'float32' if ops.exact else 'int8 activations'}, {isa()}"

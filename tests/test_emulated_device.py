@@ -21,6 +21,7 @@ import torch
 from conftest import make_pack
 from kernel_memory import lay_out
 from moepack.kernels import gpu_ops, launches, metal_device, msl, reference
+from moepack.kernels.backend import describe_arithmetic, describe_backend
 from moepack.kernels.cuda_device import CudaDevice
 from moepack.kernels.device import DeviceSlots
 from moepack.kernels.emulated_device import EmulatedDevice, EmulatedTensor
@@ -86,6 +87,13 @@ def test_the_demo_model_streamed(demo_pack: Callable[[int], Path], bits: int, pr
     assert greedy(engine, 20) == expected
     assert engine.store.counts.misses > 300
     assert bool(engine.store.counts.prefetched) == prefetch
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_it_is_said_how_it_computes(exact: bool) -> None:
+    """Kept states go by these words too: those of the processor are not taken for a GPU's."""
+    ops = GpuOps(EmulatedDevice(), exact)
+    assert describe_backend(ops) == describe_arithmetic(ops) == "float32, Metal kernels emulated on the processor"
 
 
 def test_a_greedy_answer_takes_every_kernel(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
