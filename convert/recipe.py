@@ -173,9 +173,7 @@ class Forecast:
             resident_bytes=len(header) + sum(spec.size_bytes for spec in specs),
             num_weights=weights + experts_weights,
             payload_bytes=payload + experts_bytes,
-            experts_bits_per_weight=8
-            * sum(block.payload_bytes for block in blocks)
-            / sum(b.num_weights for b in blocks),
+            experts_bits_per_weight=8 * experts_bytes / experts_weights,
             resident_arrays=tuple(arrays),
             quantized=quantized,
         )
