@@ -151,13 +151,22 @@ def verify_contents(
     with ThreadPoolExecutor(READERS) as readers, ThreadPoolExecutor(workers) as pool:
         try:
             for _ in range(workers):
-                pool.submit(_check_runs, pack, todo, readers, stopped)
+                worker = pool.submit(_check_runs, pack, todo, readers, stopped)
+                worker.add_done_callback(lambda ended: _pass_on_error(ended, results))
             for run, result in zip(runs, results):
                 problems = result.result()
                 on_read(sum(region.size_bytes for region in run))
                 yield from problems
         finally:
             stopped.set()
+
+
+def _pass_on_error(worker: Future[None], results: list[Future[list[Problem]]]) -> None:
+    """What has ended a worker (no memory, say) ends the wait for what it had taken."""
+    if error := worker.exception():
+        for result in results:
+            if not result.done():
+                result.set_exception(error)
 
 
 def _join_neighbours(regions: list[Region]) -> list[list[Region]]:

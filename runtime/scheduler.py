@@ -160,9 +160,16 @@ class Scheduler:
         for client, jobs in list(self._queues.items()):
             for job in [job for job in jobs if job.is_cancelled]:
                 jobs.remove(job)
-                job.on_end(None, Cancelled())
+                self._end(job, None, Cancelled())
             if not jobs:
                 del self._queues[client]
+
+    @staticmethod
+    def _end(job: Job, generation: Generation | None, error: Exception | None) -> None:
+        try:
+            job.on_end(generation, error)
+        except Exception:  # one request's trouble: the engine's thread goes on with the others
+            logger.exception("the end of an answer could not be told")
 
     def _answer(self, job: Job) -> Iterator[None]:
         """One job, a token at a time: pauses after each."""
@@ -192,4 +199,4 @@ class Scheduler:
             logger.exception("a generation failed")
             error = caught
         self.running = tuple(other for other in self.running if other is not job)
-        job.on_end(job.generation, error)
+        self._end(job, job.generation, error)
