@@ -269,7 +269,7 @@ def test_a_budget_that_cannot_hold_the_model_is_refused_with_the_numbers(tiny_so
     [
         (["--machine", "pdp-11"], "--machine pdp-11: expected one of m1-ultra"),
         (["--machine", "m4-pro"], "--machine m4-pro: no source says this of it: give --ssd-gbps"),
-        (["--ssd-gbps", "0"], "--ssd-gbps 0: expected GB/s, above 0"),
+        (["--ssd-gbps", "0"], "--ssd-gbps 0: expected GB/s, from 1e-06"),
         (["--memory", "many"], "size 'many'"),
         (["--bits", "5"], "--bits 5 in groups of 64"),
         (["--hit-rate", "120%"], "--hit-rate 120%: expected a share"),
