@@ -150,20 +150,20 @@ static void quantize_row(Activations& a, const float* x, int64_t token) {
         const float most = largest(peak), scale = most / 127.0f;
         // Below this the reciprocal overflows; so small a group counts as zeros, its sum is kept all the same.
         const float inverse = most > 1e-35f ? 127.0f / most : 0.0f;
-        i32x16 counted = {};
+        u32x16 counted = {};  // unsigned: of a NaN these are any numbers, and their sum may wrap
         for (int64_t i = 0; i < a.group_size; i += LANES) {
             const f32x16 rounded = load(from + i) * inverse + 12582912.0f;  // 1.5 * 2^23: the low bits are the integer
-            const i32x16 value = (i32x16)rounded - 0x4b400000;
+            const u32x16 value = (u32x16)rounded - 0x4b400000u;
             counted += value;
-            const i8x16 bytes = __builtin_convertvector(value, i8x16);
+            const i8x16 bytes = __builtin_convertvector((i32x16)value, i8x16);
             memcpy(q + group * a.group_size + i, &bytes, sizeof bytes);
         }
-        int32_t count = 0;
+        uint32_t count = 0;
         for (int lane = 0; lane < LANES; ++lane) count += counted[lane];
         const float all = sum(total);
         a.scale[base + group] = scale;
         a.sum[base + group] = all;
-        a.residual[base + group] = middle * (all - scale * float(count));
+        a.residual[base + group] = middle * (all - scale * float(int32_t(count)));
     }
     for (int64_t group = a.groups; group < a.group_stride; ++group)
         a.scale[base + group] = a.sum[base + group] = a.residual[base + group] = 0.0f;
