@@ -41,7 +41,7 @@ class Device(ABC):
     place: torch.device
     can_capture = False  # whether capture works
     expert_pairs = 512  # tokens of experts that are computed together: planned for as scratch
-    widens_weights = False  # a prompt meets resident weights in torch's products, which are faster here, as measured
+    widens_weights = False  # whether a prompt meets resident weights, widened, in torch's products: if measured faster
 
     def __init__(self) -> None:
         self.epoch, self.done = 1, 0

@@ -42,7 +42,8 @@ VERIFY_READS = typer.Option(False, "--verify-reads", help="Check every block tha
 PREFETCH = typer.Option(
     None,
     "--prefetch/--no-prefetch",
-    help="While the disk is idle, read what the next layer's router would pick now.  [default: if experts do not fit]",
+    help="While the disk is idle, read what the next layer will need: for a prompt all of it, for a token what its "
+    "router would pick now.  [default: yes, but no guesses where all experts fit]",
 )
 THINK = typer.Option(None, "--think/--no-think", help="Let the model think first.  [default: the template's choice]")
 CONTEXT = typer.Option(None, "--context", help="Tokens to plan memory for.  [default: 16384]", min=64)
@@ -103,14 +104,26 @@ def generate(
     """Answer one prompt, streaming the text; ends with a line of statistics on stderr."""
     from moepack.layout.reader import Pack
     from moepack.runtime.chat import ChatTemplate
-    from moepack.runtime.engine import Engine, check_prompt, read_architecture
+    from moepack.runtime.engine import Engine, check_prompt, read_architecture, read_sampling
     from moepack.runtime.generate import answer_limit
     from moepack.runtime.prompt import PromptSource, read_prompt
     from moepack.runtime.tokenizer import Tokenizer
 
     budget = None if memory is None else parse_size(memory)
-    with Pack.open(pack) as opened:  # everything about the prompt is known, and refused, before weights are loaded
+    with Pack.open(pack) as opened:  # what is asked for is known, and refused, before weights are loaded
         tokenizer, architecture = Tokenizer.load(pack), read_architecture(opened, experts_per_token)
+        sampling = read_sampling(
+            opened,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            presence_penalty=presence_penalty,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            max_tokens=max_tokens,
+            ignore_eos=ignore_eos,
+        )
         _note_changes(opened, architecture.num_experts_per_tok)
     source = PromptSource(prompt, prompt_file, token_ids, raw, system, think)
     ids = read_prompt(tokenizer, ChatTemplate.load(pack), source)
@@ -127,17 +140,6 @@ def generate(
         tokenizer=tokenizer,
         verify_reads=verify_reads,
         prefetch=prefetch,
-    )
-    sampling = engine.default_sampling(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        presence_penalty=presence_penalty,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        max_tokens=max_tokens,
-        ignore_eos=ignore_eos,
     )
     if engine.settings_note:
         log(f"note: {engine.settings_note}")
@@ -252,7 +254,7 @@ def serve(
         max_context=context,
         snapshot_directory=snapshot_dir,
         tokenizer=tokenizer,
-        process_bytes=taken_bytes(device) + SERVER_BYTES,
+        process_bytes=taken_bytes(device, host_bytes=SERVER_BYTES),
         sequences=parallel,
     ) as engine:
         settings = Settings(constrain, max_waiting, parallel, max_seconds, max_tokens, seed)

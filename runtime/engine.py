@@ -222,8 +222,7 @@ class Engine:
 
     def default_sampling(self, **overrides: Any) -> SamplingParams:
         """The sampling that the model's makers suggest, with the given values in place of theirs."""
-        raw = self.pack.read_file(GENERATION_CONFIG)
-        return SamplingParams.from_generation_config(json.loads(raw) if raw else {}, **overrides)
+        return read_sampling(self.pack, **overrides)
 
     def chat_template(self) -> ChatTemplate | None:
         """The pack's chat template, None if it has none."""
@@ -300,6 +299,12 @@ def read_architecture(pack: Pack, experts_per_token: int | None = None) -> Archi
     if not 1 <= experts_per_token <= architecture.num_experts:
         raise UsageError(f"--experts-per-token {experts_per_token}: expected 1 to {architecture.num_experts}")
     return dataclasses.replace(architecture, num_experts_per_tok=experts_per_token)
+
+
+def read_sampling(pack: Pack, **overrides: Any) -> SamplingParams:
+    """The sampling that a model's makers suggest, with the given values in place of theirs. Raises UsageError."""
+    raw = pack.read_file(GENERATION_CONFIG)
+    return SamplingParams.from_generation_config(json.loads(raw) if raw else {}, **overrides)
 
 
 def hash_manifest(pack: Pack) -> str:

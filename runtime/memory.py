@@ -174,10 +174,13 @@ def default_budget_bytes(device: str = "cpu") -> int:
     return taken_bytes(device) + int(DEFAULT_SHARE * (own[1] if own else available_bytes()))
 
 
-def taken_bytes(device: str = "cpu") -> int:
-    """What this process has taken so far of the memory that a budget is of."""
+def taken_bytes(device: str = "cpu", host_bytes: int = 0) -> int:
+    """What this process has taken so far of the memory that a budget is of.
+
+    host_bytes   what it will take beside: of the machine's memory, so not counted where a GPU has its own
+    """
     own = device_memory(device)
-    return own[0] if own else resident_set_bytes()
+    return own[0] if own else resident_set_bytes() + host_bytes
 
 
 def available_bytes() -> int:

@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from conftest import make_pack
 from moepack.layout.trace_file import read_trace
 from moepack.runtime.cli import main
+from moepack.runtime.engine import Engine
 from moepack.runtime.tokenizer import Tokenizer
 from tiny_checkpoint import TinyModel, write_checkpoint
 
@@ -145,6 +147,15 @@ def test_bad_requests_get_one_line_and_their_exit_code(
     errors = [line for line in run.stderr.splitlines() if not line.startswith("note:")]
     assert len(errors) == 1, run.stderr
     assert run.stdout == ""
+
+
+def test_sampling_that_makes_no_sense_is_refused_before_weights_are_read(
+    moe_run_here: Callable[..., Result], tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "open", Mock(side_effect=AssertionError("weights are read")))
+    refused = moe_run_here("generate", tiny_pack, "hi", "--temperature", "nan")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "temperature" in refused.stderr
 
 
 def test_a_missing_damaged_or_future_pack_is_told_apart(
