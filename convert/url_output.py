@@ -107,8 +107,7 @@ class UrlOutput:
 
     def put(self, step: str, record: dict[str, Any]) -> None:
         """Note a step as finished."""
-        with self._writing(f"{JOURNAL_NAME}/{step}.json") as file:
-            file.write(json.dumps(record).encode())
+        self._write(f"{JOURNAL_NAME}/{step}.json", json.dumps(record).encode())
 
     # Before and after
 
@@ -157,10 +156,12 @@ class UrlOutput:
 
     def finish(self, manifest: Manifest, on_file: Callable[[str], object] = lambda name: None) -> None:
         """Upload what was made here; the manifest makes it a pack."""
-        for name in (RESIDENT_NAME, *(entry.file for entry in manifest.copied_files), MANIFEST_NAME):
+        for name in (RESIDENT_NAME, *(entry.file for entry in manifest.copied_files)):
             on_file(name)
             with open(self.plan.out / name, "rb") as source, self._writing(name) as target:
                 shutil.copyfileobj(source, target, UPLOAD_BYTES)
+        on_file(MANIFEST_NAME)
+        self._write(MANIFEST_NAME, (self.plan.out / MANIFEST_NAME).read_bytes())
         self.tidy()
 
     # The place
@@ -186,11 +187,19 @@ class UrlOutput:
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[Any]:
+        """A file piece by piece. What an error cuts off may stand there all the same, but nothing names it."""
+        with self._asking(name), self._fs.open(self._make_room(name), "wb") as file:
+            yield file
+
+    def _write(self, name: str, content: bytes) -> None:
+        """A file in one request: it is there whole, or not at all."""
         with self._asking(name):
-            path = self._path(name)
-            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            with self._fs.open(path, "wb") as file:
-                yield file
+            self._fs.pipe_file(self._make_room(name), content)
+
+    def _make_room(self, name: str) -> str:
+        path = self._path(name)
+        self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        return path
 
     def _read(self, name: str) -> bytes | None:
         with self._asking(name):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -111,6 +112,21 @@ def test_what_is_there_is_kept_and_only_packs_are_replaced(source, tmp_path, url
     assert not [name for name in fs.find(root) if JOURNAL_NAME in name]
     other.remove()
     assert fs.find(root) == []
+
+
+def test_a_manifest_is_there_whole_or_not_at_all(source, tmp_path, url, monkeypatch):
+    output = output_at(url, source, tmp_path / "staging")
+    with output.open() as journal:
+        write_layers(output, journal, range(3))
+    manifest = convert(output.stage(), 2, lambda size_bytes: None)
+    fs, _ = fsspec.core.url_to_fs(url)
+    with monkeypatch.context() as broken:
+        broken.setattr(type(fs), "pipe_file", Mock(side_effect=ConnectionError("reset by peer")))
+        with pytest.raises(WriteError, match=r"manifest\.json"):
+            output.finish(manifest)
+    assert output.find_finished() is None
+    output.finish(manifest)
+    assert output.find_finished() is not None
 
 
 def test_a_range_that_did_not_arrive_is_named(source, tmp_path, url):
