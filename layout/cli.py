@@ -342,7 +342,8 @@ def trace(
     lru, lfu and lrfu decide as moe-run can; belady knows the future: nothing hits more. Then who is popular, how good
     guesses are, and where a token's time went beside the limits of the machine.
     """
-    limits = Limits(*_check_speeds(ssd_gbps, mem_gbps)[::-1])
+    ssd_gbps, mem_gbps = _check_speeds(ssd_gbps, mem_gbps)
+    limits = Limits(memory_gb_s=mem_gbps, disk_gb_s=ssd_gbps)
     if out:
         check_output(out)
     recorded = read_trace(file)
