@@ -333,8 +333,10 @@ def trace(
     ),
     token: int = typer.Option(None, "--token", help="A decoded token, layer by layer; 1 is the first."),
     out: Path = typer.Option(None, "-o", "--out", help="PNG file for a picture of it.  [default token: a median one]"),
-    ssd_gbps: float = typer.Option(None, "--ssd-gbps", help="The disk's limit, GB/s.  [default: as the run knew it]"),
-    mem_gbps: float = typer.Option(None, "--mem-gbps", help="The memory's limit, GB/s of reading it."),
+    ssd_gbps: float | None = typer.Option(
+        None, "--ssd-gbps", help="The disk's limit, GB/s.  [default: as the run knew it]"
+    ),
+    mem_gbps: float | None = typer.Option(None, "--mem-gbps", help="The memory's limit, GB/s of reading it."),
     as_json: bool = JSON,
 ) -> None:
     """Replay a routing trace: which share of the experts would have been in memory, by policy and size of memory.
