@@ -223,21 +223,20 @@ class HubReader(ShardReader):
         self._wait_for(shard, self._digests)
         expected = self._digests[shard].get(_piece(tensor, offset, size))
         for _ in range(2):
-            raw = self._read_range(shard, offset, size, tensor)
+            raw = self._fetch_range(shard, offset, size)
             if expected in (None, hashlib.sha256(raw.data).hexdigest()):
-                return raw
+                return self._note(tensor, raw)
         raise CheckpointError(
             f"{self.repository.url(shard)}: {tensor} at byte {offset} differs from the file's first download, twice"
         )
 
     def _read_range(self, shard: str, offset: int, size: int, tensor: str) -> np.ndarray:
+        return self._note(tensor, self._fetch_range(shard, offset, size))
+
+    def _fetch_range(self, shard: str, offset: int, size: int) -> np.ndarray:
         record: Record | None = getattr(self._thread, "record", None)
         with (record or Record()).timed("read"):
-            raw = np.frombuffer(self.repository.read_range(shard, offset, size, lambda: self._stopped), np.uint8)
-        if record is not None:
-            with record.timed("hash"):
-                record.digests.append((tensor, hashlib.sha256(raw.data).digest()))
-        return raw
+            return np.frombuffer(self.repository.read_range(shard, offset, size, lambda: self._stopped), np.uint8)
 
     def _wait_for(self, shard: str, ready: Container[str]) -> None:
         with self._changed:

@@ -306,8 +306,7 @@ def encode_expert(plan: ConversionPlan, layer: int, expert: int) -> Encoded:
             rounding |= {projection: error} if error else {}
             size += place.weight.source_bytes * matrix.out_features // place.weight.num_rows
         block = assemble_block(geometry, arrays)
-        with record.timed("hash"):
-            digest = hashlib.sha256(block).hexdigest()
+        (digest,) = record.hash(block)
     return Encoded({"block": memoryview(block)}, size, rounding, digest, record)
 
 

@@ -4,7 +4,7 @@ A checkpoint is read once: cached, it would push out everything else that the ma
 direct read two to three times as fast, and keeping them saves zeroing them for each read. What will be asked for can be
 read ahead, by threads that do nothing else: one that computes is put aside by the system when its read is done, and the
 disk waits for it. What a thread reads can be recorded: time, and a digest of every range, from which a tensor's hash is
-made without a second pass over the source.
+made without a second pass over the source. Ranges are hashed when all of a piece of work have been read, two at a time.
 
     reader = ShardReader()
     reader.prefetch(path, offset, size)
@@ -14,7 +14,6 @@ made without a second pass over the source.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import weakref
 from collections import defaultdict
@@ -27,6 +26,7 @@ from time import perf_counter
 
 import numpy as np
 
+from moepack.kernels.native_hash import sha256_each
 from moepack.layout.geometry import align_up
 from moepack.layout.pages import Pages
 from moepack.layout.storage import DIRECT_ALIGNMENT, DataFile
@@ -44,6 +44,19 @@ class Record:
 
     digests: list[tuple[str, bytes]] = field(default_factory=list)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _ranges: list[tuple[str, np.ndarray]] = field(default_factory=list)  # read, not hashed yet
+
+    def note(self, tensor: str, raw: np.ndarray) -> None:
+        """A range was read. It stays in memory until the next call of hash."""
+        self._ranges.append((tensor, raw))
+
+    def hash(self, *others: bytearray) -> list[str]:
+        """Make the digests of what was read, and those of others (hexadecimal) beside them."""
+        ranges, self._ranges = self._ranges, []
+        with self.timed("hash"):
+            digests = sha256_each([*(raw for _, raw in ranges), *others])
+        self.digests += [(tensor, digest) for (tensor, _), digest in zip(ranges, digests)]
+        return [digest.hex() for digest in digests[len(ranges) :]]
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -84,10 +97,7 @@ class ShardReader:
         raw = np.frombuffer(pages.buffer, np.uint8, size, offset - start)
         raw.flags.writeable = False
         weakref.finalize(raw, self._give_back, pages)
-        if record is not None:
-            with record.timed("hash"):
-                record.digests.append((tensor, hashlib.sha256(raw.data).digest()))
-        return raw
+        return self._note(tensor, raw)
 
     def prefetch(self, path: Path, offset: int, size: int) -> None:
         """Read a range ahead; `read` gives it, and what else is wrong with it. Its memory waits until then."""
@@ -106,9 +116,10 @@ class ShardReader:
     @contextmanager
     def recording(self) -> Iterator[Record]:
         """Record what this thread reads until the end of the block."""
-        self._thread.record = Record()
+        record = self._thread.record = Record()
         try:
-            yield self._thread.record
+            yield record
+            record.hash()
         finally:
             del self._thread.record
 
@@ -138,6 +149,12 @@ class ShardReader:
             files, self._files = self._files, {}
         for file in files.values():
             file.close()
+
+    def _note(self, tensor: str, raw: np.ndarray) -> np.ndarray:
+        record: Record | None = getattr(self._thread, "record", None)
+        if record is not None:
+            record.note(tensor, raw)
+        return raw
 
     def _open(self, path: Path) -> DataFile:
         with self._lock:
