@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from laps import Meter, peak_rss_bytes
+from moepack.layout.summary import count_token_bytes
 from moepack.runtime import Engine, SamplingParams
 
 
@@ -57,15 +58,8 @@ def measure(arguments: argparse.Namespace, prompt: Sequence[int], warm_up: Seque
         "stats": vars(generation.stats()),
         "fixed_bytes": plan.total_bytes - plan.num_slots * plan.slot_bytes,
         "all_experts_bytes": a.num_hidden_layers * a.num_experts * plan.slot_bytes,
-        "touched_bytes_per_token": touched_bytes_per_token(engine),
+        "touched_bytes_per_token": count_token_bytes(engine.pack, a.num_experts_per_tok),
     }
-
-
-def touched_bytes_per_token(engine: Engine) -> int:
-    """Weights that one token needs: all resident ones but the embedding (a row of it), and the chosen experts."""
-    tensors, a = engine.pack.manifest.resident.tensors, engine.architecture
-    resident = sum(t.size_bytes for name, t in tensors.items() if not name.startswith("model.embed_tokens."))
-    return resident + a.num_hidden_layers * a.num_experts_per_tok * engine.memory_plan.slot_bytes
 
 
 if __name__ == "__main__":

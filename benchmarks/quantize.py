@@ -17,6 +17,7 @@ import numpy as np
 
 from moepack.convert.quantizers import define_minmax
 from moepack.kernels import native_library
+from moepack.kernels.native_hash import sha256_each
 from moepack.kernels.native_quantize import quantize_minmax
 from moepack.layout.quantized import float32_to_bf16
 
@@ -35,7 +36,9 @@ def main() -> None:
     print_row(
         "numpy", [measure(weights, lambda bits=bits: define_minmax(weights, bits, 64), 1) for bits in (2, 3, 4, 8)]
     )
-    print(f"\nsha256: {measure(weights, lambda: hashlib.sha256(weights.data).digest()):.2f} GB/s")
+    one_by_one = measure(weights, lambda: hashlib.sha256(weights.data).digest())
+    two_at_a_time = measure(weights, lambda: sha256_each(np.split(weights, 2)))
+    print(f"\nsha256: {one_by_one:.2f} GB/s, two messages at a time {two_at_a_time:.2f}")
 
 
 def run(weights: np.ndarray, bits: int) -> None:
