@@ -35,7 +35,8 @@ class TokenOps:
     """Whole parts of a layer for one token, as native_token.TokenOps has them for the processor."""
 
     device: Device
-    fuses_tokens, settles = True, True
+    # No lanes: what a token goes through is bound once, to memory of which there is one of each kind.
+    fuses_tokens, settles, has_lanes = True, True, False
 
     def __init__(self) -> None:
         self._repeats: list[Repeat] = []

@@ -181,7 +181,7 @@ class TokenOps:
     """Descriptions of a layer's parts, and the layers made of them. `exact` comes with the class this is part of."""
 
     exact: bool
-    fuses_tokens, settles = True, False
+    fuses_tokens, settles, has_lanes = True, False, True
 
     def __init__(self) -> None:
         self._run_token = declare("run_token", ADDRESS, ADDRESS, INT, returns=INT)

@@ -27,6 +27,7 @@ new_slots, new_pages, view_pages = HostSlots, Pages, view_host_pages  # memory f
 zeros = torch.zeros  # memory for activations and states
 settles = False  # whether it runs faster once every expert is in memory
 cache_dtype = torch.float32  # of keys and values
+has_lanes = True  # whether several tokens can be under way, each in a run of the layers (and steps) of its own
 fuses_tokens = False  # a backend that does has fuse_layers and its like: native_token.py
 ELEMENTS_PER_UNIT = {2: (1, 4), 3: (3, 8), 4: (1, 2), 8: (1, 1)}  # bits -> (bytes of a unit, elements in it)
 

@@ -1,7 +1,7 @@
 """An opened pack, ready to compute: the model with its weights, the expert store, the tokenizer.
 
-One thread at a time; several sequences may take turns, each with a state of its own. The arithmetic does not depend on
-the memory budget, so a small budget gives the same logits bit for bit as everything in memory.
+One thread at a time; several sequences may take turns, or steps together, each with a state of its own. The arithmetic
+does not depend on the memory budget, so a small budget gives the same logits bit for bit as everything in memory.
 
     engine = Engine.open("model.moepack", memory="8GiB")
     for token_id in engine.generate(engine.tokenizer.encode("Hello"), SamplingParams(temperature=0, max_tokens=20)):
@@ -131,7 +131,7 @@ class Engine:
             store.load_all()
         reads_ahead = prefetch if prefetch is not None else settings is None or settings.prefetch
         guesses = bool(prefetch) or (reads_ahead and not store.holds_everything)
-        model = Qwen35(architecture, weights, store, ops, prefetch=guesses, scans_ahead=reads_ahead)
+        model = Qwen35(architecture, weights, store, ops, guesses, reads_ahead, sequences)
         arithmetic = f"{describe_arithmetic(ops)} {cache_dtype}"
         identity = f"{hash_manifest(opened)} {arithmetic} {architecture.num_experts_per_tok}".encode()
         snapshots = Snapshots(snapshot_bytes, identity, tokenizer.stop_token_ids, snapshot_directory)

@@ -60,6 +60,12 @@ class StoreCounts:
     def __add__(self, other: StoreCounts) -> StoreCounts:
         return StoreCounts(*(one + another for one, another in zip(vars(self).values(), vars(other).values())))
 
+    def share(self, place: int, of: int) -> StoreCounts:
+        """The part of one of several who spent this together: numbers are divided, and all have waited."""
+        mine = {name: value * (place + 1) // of - value * place // of for name, value in vars(self).items()}
+        mine["misses"] = (self.hits + self.misses) // of - mine["hits"]
+        return StoreCounts(**{**mine, "io_wait_s": self.io_wait_s})
+
     def copy(self) -> StoreCounts:
         return StoreCounts(**vars(self))
 
@@ -182,10 +188,14 @@ class ExpertStore:
         return self._hand_out(fetch)
 
     @property
+    def has_room_for_all(self) -> bool:
+        """Whether no expert ever has to make room for another."""
+        return self.num_slots >= self._num_layers * self.places.shape[1]
+
+    @property
     def holds_everything(self) -> bool:
         """Whether nothing has to make room and nobody records: which experts are used is then of no interest."""
-        is_watched = self.on_fetch or self.recorder
-        return not is_watched and self.num_slots >= self._num_layers * self.places.shape[1]
+        return self.has_room_for_all and not (self.on_fetch or self.recorder)
 
     def load_all(self) -> None:
         """Read every expert, where there are slots for all."""

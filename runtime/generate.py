@@ -6,13 +6,18 @@ time spent in here is counted, not what the caller does between two tokens.
     generation = engine.generate(prompt_ids, sampling)
     for token_id in generation: ...
     generation.finish_reason, generation.stats()
+
+Several answers can take their steps together, so that their experts are read at the same time; each token is what it
+would be alone, and a read that fails ends the answers that need it.
+
+    step_together([one, another])       # next(one) and next(another) then take their tokens from it
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +34,14 @@ if TYPE_CHECKING:
     from moepack.runtime.engine import Engine
 
 DEFAULT_MAX_TOKENS = 2048
+
+
+class _Step(NamedTuple):
+    """An answer's part of a step that it took with others: its hidden state [1, D] or why it has none, and its cost."""
+
+    outcome: torch.Tensor | Exception
+    seconds: float
+    counts: StoreCounts
 
 
 class Constraint(Protocol):
@@ -73,18 +86,22 @@ class Generation(Iterator[int]):
         self._stop_ids = frozenset() if sampling.ignore_eos else engine.tokenizer.stop_token_ids
         self._prefill_counts, self._decode_counts = StoreCounts(), StoreCounts()
         self._step_seconds: list[float] = []  # the first includes the prefill
+        self._state: SequenceState | None = None  # from the first token to the last
+        self._joint: _Step | None = None
         self._steps = self._run(on_prefill)
 
     def __next__(self) -> int:
-        started, before = time.perf_counter(), self._engine.store.counts.copy()
+        joint, started, before = self._joint, time.perf_counter(), self._engine.store.counts.copy()
         with torch.inference_mode():
             token_id = next(self._steps)
-        spent = self._engine.store.counts.since(before)  # in here only: other answers may be written in between
-        if self._step_seconds:
+        seconds, spent = time.perf_counter() - started, self._engine.store.counts.since(before)
+        if joint:
+            seconds, spent = seconds + joint.seconds, spent + joint.counts
+        if self._step_seconds:  # what others cost in between does not count
             self._decode_counts += spent
         else:
             self._prefill_counts = spent
-        self._step_seconds.append(time.perf_counter() - started)
+        self._step_seconds.append(seconds)
         return token_id
 
     def stats(self) -> GenerationStats:
@@ -117,6 +134,7 @@ class Generation(Iterator[int]):
         state = engine.new_state(len(self._prompt_ids) + self._limit - 1)  # the last token is not fed back
         sampler = Sampler(self._sampling, self._prompt_ids)
         last = self._prefill(state, on_prefill)
+        self._state = state
         while True:
             scores = engine.model.logits(last)
             if sampler.takes_the_likeliest and self._constraint is None and self._sampling.top_logprobs is None:
@@ -133,11 +151,22 @@ class Generation(Iterator[int]):
                 self.finish_reason = "stop"
             elif len(self.token_ids) == self._limit:
                 self.finish_reason = "length"
+            if self.finish_reason:
+                self._state = None
             yield token_id
             if self.finish_reason:
                 engine.snapshots.flush()
                 return
-            last = engine.model(torch.tensor([token_id]), state)
+            last = self._take_step(state)
+
+    def _take_step(self, state: SequenceState) -> torch.Tensor:
+        """The hidden state [1, D] behind the last token: now, unless it has been computed together with others'."""
+        joint, self._joint = self._joint, None
+        if joint is None:
+            return self._engine.model(torch.tensor(self.token_ids[-1:]), state)
+        if isinstance(joint.outcome, Exception):
+            raise joint.outcome
+        return joint.outcome
 
     def _prefill(self, state: SequenceState, on_prefill: Callable[[float], object]) -> torch.Tensor:
         """Run the prompt from the longest snapshot on, keeping snapshots of it; the last hidden state [1, D]."""
@@ -151,6 +180,36 @@ class Generation(Iterator[int]):
             if position in points:
                 snapshots.keep(prompt_ids[:position], state)
         return hidden[-1:]
+
+
+def step_together(generations: Sequence[Generation]) -> None:
+    """The next step of those that are past their prompt and not at their end, with the fetches of all in one.
+
+    Each takes its token, or its error, with its next(). Does nothing for less than two, and where the backend has
+    memory for one token only. Generations of one engine.
+    """
+    ready = [(one, one._state) for one in generations if one._state is not None and one._joint is None]
+    if not ready:
+        return
+    engine = ready[0][0]._engine
+    lanes = engine.model.lanes
+    for first in range(0, len(ready), lanes):
+        some = ready[first : first + lanes]
+        if len(some) > 1:
+            _step(engine, [one for one, _ in some], [state for _, state in some])
+
+
+def _step(engine: Engine, generations: Sequence[Generation], states: Sequence[SequenceState]) -> None:
+    started, before = time.perf_counter(), engine.store.counts.copy()
+    outcomes: Sequence[torch.Tensor | Exception]
+    try:
+        with torch.inference_mode():
+            outcomes = engine.model.step_together([one.token_ids[-1] for one in generations], states)
+    except Exception as error:  # a defect of ours: the states are half a token on
+        outcomes = [error] * len(generations)
+    seconds, spent = time.perf_counter() - started, engine.store.counts.since(before)
+    for place, (one, outcome) in enumerate(zip(generations, outcomes)):
+        one._joint = _Step(outcome, seconds, spent.share(place, len(generations)))
 
 
 def answer_limit(num_prompt_tokens: int, max_tokens: int | None, max_context: int) -> int:

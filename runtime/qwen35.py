@@ -18,20 +18,24 @@ Symbols: T tokens, D hidden_size, H heads, Dh head size, I expert width, E exper
 
 State and activations are float32. All K experts that the router picks are run, with the weights it gives them.
 
+Several sequences may take a step together: layer by layer, with one fetch for the experts of all. Each has a lane of
+its own, where its token is computed as it would be alone.
+
     model = Qwen35(architecture, weights, store, ops)
     logits = model.logits(model(token_ids, state))
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from itertools import chain, pairwise, starmap
 from typing import Any
 
 import torch
 
 from moepack.kernels.matrix import Expert, Matrix
 from moepack.layout.architecture import LINEAR, Architecture
+from moepack.layout.errors import MoepackError
 from moepack.runtime.expert_store import ExpertStore
 from moepack.runtime.resident import ResidentWeights
 from moepack.runtime.state import DeltaState, KeyValueCache, SequenceState
@@ -103,7 +107,7 @@ class GatedAttention:
 class SparseMoe:
     """The router's K experts of a token, weighted, and the shared expert through its gate, added to the stream."""
 
-    def __init__(self, layer: int, a: Architecture, weights: ResidentWeights, store: ExpertStore, ops: Any):
+    def __init__(self, layer: int, a: Architecture, weights: ResidentWeights, store: ExpertStore, ops: Any, lanes: int):
         stem = f"model.layers.{layer}"
         self.layer, self.a, self.store, self.ops = layer, a, store, ops
         self.norm = weights.vector(f"{stem}.post_attention_layernorm.weight")
@@ -114,7 +118,7 @@ class SparseMoe:
         self.scans_ahead = False  # whether those of the next layer are read early when a prompt needs them all
         width = max(a.moe_intermediate_size, a.shared_expert_intermediate_size)
         sizes = (a.num_experts_per_tok, width, a.rms_norm_eps)
-        self.step = ops.expert_step(self.norm, self.router, self.shared_expert_gate, *sizes)
+        self.steps = [ops.expert_step(self.norm, self.router, self.shared_expert_gate, *sizes) for _ in range(lanes)]
         self.observe: Observer | None = None  # shown what each expert of several tokens reads (calibrate.py)
 
     def fuse(self) -> Any:
@@ -127,18 +131,56 @@ class SparseMoe:
 
         choice   norm(x), ids and weights, where the backend has chosen them by itself
         """
-        chosen = self.step.take(x, choice) if choice else self.step.choose(x)
-        row_of = {expert_id: row for row, expert_id in enumerate(chosen)}
-        batches = self.store.fetch(self.layer, chosen)  # the seam to the SSD: reads start here
+        self._run({0: self._choose(0, x, choice)})
+        self.steps[0].add()
+
+    def add_tokens(self, xs: dict[int, torch.Tensor], choices: dict[int, Any]) -> dict[int, MoepackError]:
+        """The same for a token in each of several lanes, with one fetch for all.
+
+        Returns the lanes whose experts cannot be read, each with its error; their x is left as it is.
+        """
+        chosen = {lane: self._choose(lane, x, choices.get(lane)) for lane, x in xs.items()}
+        try:
+            self._run(chosen)
+            failed: dict[int, MoepackError] = {}
+        except MoepackError:  # who can do without what cannot be read is to go on: once more, each alone
+            failed = dict(filter(None, starmap(self._run_alone, chosen.items())))
+        for lane in chosen.keys() - failed.keys():
+            self.steps[lane].add()
+        return failed
+
+    def _run_alone(self, lane: int, expert_ids: list[int]) -> tuple[int, MoepackError] | None:
+        try:
+            self._run({lane: expert_ids})
+        except MoepackError as error:
+            return lane, error
+        return None
+
+    def _choose(self, lane: int, x: torch.Tensor, choice: Any) -> list[int]:
+        return self.steps[lane].take(x, choice) if choice else self.steps[lane].choose(x)
+
+    def _run(self, chosen: dict[int, list[int]]) -> None:
+        """Run the experts that the lanes have chosen, each as soon as it is there, for all who want it."""
+        takers: dict[int, list[tuple[int, int]]] = {}  # by expert: lanes, and its row in each one's step
+        for lane, expert_ids in chosen.items():
+            for row, expert_id in enumerate(expert_ids):
+                takers.setdefault(expert_id, []).append((lane, row))
+        batches = self.store.fetch(self.layer, list(takers))  # the seam to the SSD: reads start here
+        self.store.counts.hits += sum(map(len, chosen.values())) - len(takers)  # one lane's miss is the next one's hit
         if self.next_router is not None:
-            self.store.prefetch(self.layer + 1, self.step.guess(self.next_router))
-        waiting, rows = [self.shared_expert], [len(chosen)]  # needs no read: it goes with what is in memory
+            guesses = [self.steps[lane].guess(self.next_router) for lane in chosen]
+            self.store.prefetch(self.layer + 1, list(chain.from_iterable(zip(*guesses))))  # each one's likeliest first
+        # The shared expert needs no read: it goes with what is in memory.
+        work = {lane: ([self.shared_expert], [len(expert_ids)]) for lane, expert_ids in chosen.items()}
         for batch in batches:  # first what is in memory, be it nothing, then what arrives
-            waiting += [expert for _, expert in batch]
-            rows += [row_of[expert_id] for expert_id, _ in batch]
-            self.step.run(waiting, rows)
-            waiting, rows = [], []
-        self.step.add()
+            for expert_id, expert in batch:
+                for lane, row in takers[expert_id]:
+                    experts, rows = work.setdefault(lane, ([], []))
+                    experts.append(expert)
+                    rows.append(row)
+            for lane, (experts, rows) in work.items():
+                self.steps[lane].run(experts, rows)
+            work = {}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x + experts(norm(x)) for T tokens: each expert once, in the order of ids, which is the file's."""
@@ -170,7 +212,7 @@ class SparseMoe:
 class DecoderLayer:
     """Mixer and experts, each behind a norm and added to the stream."""
 
-    def __init__(self, layer: int, a: Architecture, weights: ResidentWeights, store: ExpertStore, ops: Any):
+    def __init__(self, layer: int, a: Architecture, weights: ResidentWeights, store: ExpertStore, ops: Any, lanes: int):
         stem = f"model.layers.{layer}"
         self.a, self.ops = a, ops
         self.norm = weights.vector(f"{stem}.input_layernorm.weight")
@@ -179,18 +221,25 @@ class DecoderLayer:
             if a.layer_types[layer] == LINEAR
             else GatedAttention(f"{stem}.self_attn", a, weights, ops)
         )
-        self.experts = SparseMoe(layer, a, weights, store, ops)
+        self.experts = SparseMoe(layer, a, weights, store, ops, lanes)
 
     def __call__(self, x: torch.Tensor, state: DeltaState | KeyValueCache) -> torch.Tensor:
-        x = x + self.mixer(self.ops.rms_norm(x, self.norm, self.a.rms_norm_eps), state)
+        x = self.mix(x, state)
         if len(x) > 1:
             return self.experts(x)
         self.experts.add_one_token(x)
         return x
 
+    def mix(self, x: torch.Tensor, state: DeltaState | KeyValueCache) -> torch.Tensor:
+        """x + mixer(norm(x))"""
+        return x + self.mixer(self.ops.rms_norm(x, self.norm, self.a.rms_norm_eps), state)
+
 
 class Qwen35:
-    """The whole text model over resident weights and a store of experts."""
+    """The whole text model over resident weights and a store of experts.
+
+    lanes   how many sequences can take a step together
+    """
 
     def __init__(
         self,
@@ -200,18 +249,23 @@ class Qwen35:
         ops: Any,
         prefetch: bool = False,
         scans_ahead: bool = False,
+        sequences: int = 1,
     ):
         self.a, self.ops, self.store, self.prefetches = a, ops, store, prefetch
+        self.lanes = lanes = sequences if ops.has_lanes else 1
         self.embedding = weights.matrix("model.embed_tokens")
-        self.layers = layers = [DecoderLayer(layer, a, weights, store, ops) for layer in range(a.num_hidden_layers)]
+        self.layers = layers = [
+            DecoderLayer(layer, a, weights, store, ops, lanes) for layer in range(a.num_hidden_layers)
+        ]
         for layer, following in pairwise(layers):
             layer.experts.scans_ahead = scans_ahead
             layer.experts.next_router = following.experts.router if prefetch else None
-        self.fused: Any = None
+        self.fused: list[Any] = []  # by lane
         if ops.fuses_tokens:
             mixers = [layer.mixer.fuse(layer.norm) for layer in layers]
             routers = [layer.experts.fuse() for layer in layers]
-            self.fused = ops.fuse_layers(mixers, routers, [layer.experts.shared_expert for layer in layers])
+            shared_experts = [layer.experts.shared_expert for layer in layers]
+            self.fused = [ops.fuse_layers(mixers, routers, shared_experts) for _ in range(lanes)]
         self.norm = weights.vector("model.norm.weight")
         self.head = self.embedding if a.tie_word_embeddings else weights.matrix("lm_head")
 
@@ -228,16 +282,43 @@ class Qwen35:
                 after_layer()
         return self.ops.rms_norm(x, self.norm, self.a.rms_norm_eps)
 
+    def step_together(
+        self, token_ids: Sequence[int], states: Sequence[SequenceState]
+    ) -> list[torch.Tensor | MoepackError]:
+        """One token of each of at most `lanes` sequences, with the bits that each would have alone.
+
+        Returns the normed hidden state [1, D] of each, or why it has none: its experts cannot be read. Its state is
+        then of no use any more.
+        """
+        xs = {lane: self.ops.embed(self.embedding, torch.tensor([token_id])) for lane, token_id in enumerate(token_ids)}
+        for x, state, fused in zip(xs.values(), states, self.fused):
+            fused.start(x, state.tensors, self.store.places, state.next_position(), pauses=True)
+        results: dict[int, torch.Tensor | MoepackError] = {}
+        for number, layer in enumerate(self.layers):
+            choices = {}
+            for lane in xs:
+                if self.fused:
+                    self.fused[lane].run(number)
+                    choices[lane] = self.fused[lane].choice(number)
+                else:
+                    xs[lane] = layer.mix(xs[lane], states[lane].layers[number])
+            failed = layer.experts.add_tokens(xs, choices)
+            results |= failed
+            xs = {lane: x for lane, x in xs.items() if lane not in failed}
+        results |= {lane: self.ops.rms_norm(x, self.norm, self.a.rms_norm_eps) for lane, x in xs.items()}
+        return [results[lane] for lane in range(len(token_ids))]
+
     def _run_fused(self, x: torch.Tensor, state: SequenceState) -> None:
         """x [1, D] through all layers: the backend goes on by itself from a layer whose experts are not all in memory.
 
         Where experts are read ahead it pauses at each layer instead, so that reads start as early as can be.
         """
-        self.fused.start(x, state.tensors, self.store.places, state.next_position(), self.prefetches)
+        fused = self.fused[0]
+        fused.start(x, state.tensors, self.store.places, state.next_position(), self.prefetches)
         done = 0
-        while (reached := self.fused.run(done)) < len(self.layers):
+        while (reached := fused.run(done)) < len(self.layers):
             self._note_fused(done, reached)
-            self.layers[reached].experts.add_one_token(x, self.fused.choice(reached))
+            self.layers[reached].experts.add_one_token(x, fused.choice(reached))
             done = reached + 1
         self._note_fused(done, reached)
 
@@ -246,7 +327,7 @@ class Qwen35:
             self.store.counts.hits += (reached - done) * self.a.num_experts_per_tok
             return
         for layer in range(done, reached):
-            self.store.note_use(layer, self.fused.ids(layer))
+            self.store.note_use(layer, self.fused[0].ids(layer))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores of the next token: [T, D] -> [T, V], rows beyond the tokenizer included."""

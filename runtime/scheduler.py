@@ -1,8 +1,10 @@
 """One thread owns the engine; requests wait for it in a bounded queue, every client in turn.
 
-A few answers are written at the same time, a token of each in turn: nobody waits for another's long answer to end, and
-an expert that one has read is in memory for the others. Each has a state of its own, and a token is computed as it
-would be alone, so who else is served changes no answer. A prompt is read in one go, the others wait meanwhile.
+A few answers are written at the same time, a token of each in turn: nobody waits for another's long answer to end.
+Where experts are read from the disk they take the steps together (generate.py), so that what all of them miss is read
+at the same time; where all experts fit in memory that would only cost more calls, and each computes its own. Each has a
+state of its own, and a token is computed as it would be alone, so who else is served changes no answer; a block that
+cannot be read ends the answers that need it, and no other. A prompt is read in one go, the others wait meanwhile.
 
 A client that sends fifty requests does not keep another one waiting for all of them: the queue goes round the clients
 and takes the oldest request of each. What a request's tokens become is its own business: on_token runs in the engine's
@@ -24,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from moepack.layout.errors import MoepackError
-from moepack.runtime.generate import Constraint, Generation
+from moepack.runtime.generate import Constraint, Generation, step_together
 from moepack.runtime.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -145,6 +147,8 @@ class Scheduler:
                     job = self._take()
                     self.running = (*self.running, job)
                     answers.append(self._answer(job))
+            if not self.engine.store.has_room_for_all:
+                step_together([job.generation for job in self.running if job.generation])
             answers = [answer for answer in answers if next(answer, ENDED) is not ENDED]
 
     def _take(self) -> Job:
@@ -172,7 +176,7 @@ class Scheduler:
             logger.exception("the end of an answer could not be told")
 
     def _answer(self, job: Job) -> Iterator[None]:
-        """One job, a token at a time: pauses after each."""
+        """One job, a token at a time: pauses after each, with everything ready for the next."""
         error: Exception | None = None
         deadline = time.monotonic() + job.max_seconds
 

@@ -13,13 +13,16 @@ from moepack.runtime.engine import Engine
 from moepack.runtime.generate import Generation
 from moepack.runtime.sampling import SamplingParams
 from moepack.runtime.scheduler import Cancelled, Job, QueueFull, Scheduler
+from test_step_together import give_slots
 
 PROMPTS = [[1, 2, 3], [7] * 40, [9, 8] * 50]
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_pack: Path) -> Iterator[Engine]:
+@pytest.fixture(scope="module", params=[24, 8], ids=["all experts fit", "experts make room"])
+def engine(request: pytest.FixtureRequest, tiny_pack: Path) -> Iterator[Engine]:
+    """With a slot for each expert, where a token of each comes in turn, and without, where steps are taken together."""
     with Engine.open(tiny_pack, sequences=3, max_context=512, threads=1) as opened:
+        give_slots(opened, request.param)
         yield opened
 
 
