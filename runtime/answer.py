@@ -8,13 +8,17 @@ However the text is cut into pieces, those handed out join to the same answer. F
     parser = AnswerParser(opens_reasoning(prompt), tools)
     for piece in stream: show(parser.push(piece))       # ReasoningPiece, TextPiece, ToolCall
     show(parser.finish())
+
+A call is handed out when it is complete. While parser.streams_calls is set, as it may be where the form is forced, one
+that is begun is handed out as it grows: CallStart, ArgumentsPiece after ArgumentsPiece, and its ToolCall at the end.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from moepack.runtime.tool_schema import Tool, allowed_types, find_schema, read_value
@@ -44,7 +48,21 @@ class ToolCall:
     arguments: dict[str, Any]
 
 
-Piece = ReasoningPiece | TextPiece | ToolCall
+@dataclass(frozen=True)
+class CallStart:
+    """A call has begun, whose ToolCall follows, unless the answer ends before it."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class ArgumentsPiece:
+    """More of its arguments, as JSON: the pieces of a call join to write_arguments of its ToolCall's."""
+
+    text: str
+
+
+Piece = ReasoningPiece | TextPiece | CallStart | ArgumentsPiece | ToolCall
 
 
 class AnswerParser:
@@ -52,9 +70,11 @@ class AnswerParser:
 
     starts_inside   the prompt has opened the think block (see opens_reasoning); else only a leading <think> opens one
     tools           OpenAI's form: their schemas type the arguments. None: no calls are looked for, all is text
+    streams_calls   whether what is begun as a call will be one, and is handed out before it is complete; may change
     """
 
     def __init__(self, starts_inside: bool, tools: Sequence[Tool] | None = None):
+        self.streams_calls = False
         self._reasoning = _ReasoningReader(starts_inside)
         self._calls = None if tools is None else _CallReader(tools)
 
@@ -62,6 +82,11 @@ class AnswerParser:
     def in_reasoning(self) -> bool:
         """Whether the text so far ends within the reasoning."""
         return self._reasoning.is_inside
+
+    @property
+    def in_streamed_call(self) -> bool:
+        """Whether a call has been handed out in part."""
+        return self._calls is not None and self._calls.streamed is not None
 
     def push(self, text: str) -> list[Piece]:
         """What this text makes certain."""
@@ -75,7 +100,7 @@ class AnswerParser:
         reasoning, answer = parts
         pieces: list[Piece] = [ReasoningPiece(reasoning)] if reasoning else []
         if self._calls is not None:
-            pieces += self._calls.push(answer, is_final)
+            pieces += self._calls.push(answer, is_final, self.streams_calls)
         elif answer:
             pieces.append(TextPiece(answer))
         return pieces
@@ -112,6 +137,11 @@ def split_reasoning(text: str, starts_inside: bool) -> tuple[str | None, str]:
     """Reasoning (None if there is none) and the answer after it. Without a </think> all is reasoning so far."""
     reasoning, answer = _ReasoningReader(starts_inside).push(text, is_final=True)
     return reasoning or None, answer
+
+
+def write_arguments(arguments: Mapping[str, Any]) -> str:
+    """Arguments of a call as JSON, as clients get them."""
+    return json.dumps(arguments, ensure_ascii=False)
 
 
 def parse_tool_calls(text: str, tools: Sequence[Tool] | None = None) -> tuple[str, list[ToolCall]]:
@@ -177,23 +207,29 @@ class _ReasoningReader:
 _CALL_START = re.compile(r"<tool_call>\s*<function=([^>\n]+)>\s*")
 _CALL_END = re.compile(r"</function>\s*</tool_call>")
 _PARAMETER_START = re.compile(r"<parameter=([^>\n]+)>\n?")
+_VALUE_END = "</parameter>"
 # Of several </parameter>, the one that what follows shows to be markup and not part of the value.
 _PARAMETER_END = re.compile(r"</parameter>(?=\s*(?:<parameter=|</function>))\s*")
 
 
 class _CallReader:
-    """Splits an answer into text and calls. Blanks before a call, and after the last, do not belong to the text."""
+    """Splits an answer into text and calls. Blanks before a call, and after the last, do not belong to the text.
+
+    streamed   what has been handed out of the arguments of a call that is not complete; None if there is no such call
+    """
 
     def __init__(self, tools: Sequence[Tool]):
+        self.streamed: str | None = None
         self._tools = tools
         self._held, self._blanks = "", ""
         self._has_calls = False
 
-    def push(self, text: str, is_final: bool = False) -> list[Piece]:
+    def push(self, text: str, is_final: bool = False, streams_calls: bool = False) -> list[Piece]:
         """Text and calls that this text makes certain."""
         text, self._held = self._held + text, ""
         texts: list[str] = []
         pieces: list[Piece] = []
+        begun: _BegunCall | None = None
         while True:
             before, tag, rest = text.partition(CALL)
             if not tag:
@@ -205,21 +241,43 @@ class _CallReader:
             following = _CALL_START.search(rest) if _CALL_START.match(text, len(before)) else None
             limit = len(text) if following is None else len(text) - len(rest) + following.start()
             read = _read_call(text[len(before) : limit], self._tools)
-            if read is None and following is None and not is_final:
-                self._held = tag + rest
+            if isinstance(read, _BegunCall) and following is None and (not is_final or self.streamed is not None):
+                self._held, begun = tag + rest, read
                 break
-            if not read:
+            ended = self._end_call(*read) if isinstance(read, tuple) else None
+            if ended is None:
                 texts.append(tag)
-                text = rest
+                text, self.streamed = rest, None
                 continue
-            call, length = read
-            pieces += [*self._join(texts), call]
+            pieces += [*self._join(texts), *ended]
             texts, self._blanks, self._has_calls = [], "", True
-            text = text[len(before) + length :]
+            text = text[len(before) + read[1] :]
         pieces += self._join(texts)
+        if begun is not None and streams_calls and not is_final:
+            pieces += self._stream(begun)
         if is_final and self._blanks and not self._has_calls:
             pieces.append(TextPiece(self._blanks))
         return pieces
+
+    def _stream(self, call: _BegunCall) -> Iterator[Piece]:
+        """What is certain of a call, and was not handed out."""
+        if not call.name:
+            return
+        if self.streamed is None:
+            self.streamed = ""
+            yield CallStart(call.name)
+        certain = call.write_certain(self._tools)
+        if len(certain) > len(self.streamed):
+            yield ArgumentsPiece(certain[len(self.streamed) :])
+            self.streamed = certain
+
+    def _end_call(self, call: ToolCall, length: int) -> list[Piece] | None:
+        """The rest of a call that is complete; None if it is not the one that has been handed out in part."""
+        streamed, self.streamed = self.streamed, None
+        if streamed is None:
+            return [call]
+        arguments = write_arguments(call.arguments)
+        return [ArgumentsPiece(arguments[len(streamed) :]), call] if arguments.startswith(streamed) else None
 
     def _join(self, texts: list[str]) -> Iterator[TextPiece]:
         text = self._blanks + "".join(texts)
@@ -229,31 +287,66 @@ class _CallReader:
             yield TextPiece(certain)
 
 
-def _read_call(text: str, tools: Sequence[Tool]) -> tuple[ToolCall, int] | tuple[()] | None:
-    """The call at the start of a text and its length; () if there is none; None if more text could complete one."""
+@dataclass(frozen=True)
+class _BegunCall:
+    """What there is of a call that more text could complete: its name, the parameters that are complete, and the key
+    and the text so far of one that is not."""
+
+    name: str = ""
+    values: dict[str, str] = field(default_factory=dict)
+    key: str | None = None
+    value: str = ""
+
+    def write_certain(self, tools: Sequence[Tool]) -> str:
+        """As much of the arguments' JSON as no further text can change: of values that are text each character."""
+        schema, arguments = find_schema(self.name, tools), _read_arguments(self.name, self.values, tools)
+        certain = write_arguments(arguments).removesuffix("}")
+        if self.key is None or self.key in self.values or _types_of(self.key, schema) != {"string"}:
+            return certain
+        opened = write_arguments({self.key: _cut_at_end(self.value)}).removeprefix("{").removesuffix('"}')
+        return certain + (", " if arguments else "") + opened
+
+
+def _read_call(text: str, tools: Sequence[Tool]) -> tuple[ToolCall, int] | _BegunCall | None:
+    """The call at the start of a text and its length, or what there is of it; None if no text can make it a call."""
     start = _CALL_START.match(text)
     if start is None:
-        return None if _could_begin(text.removeprefix(CALL).lstrip(), "<function=", "") else ()
-    name, position, values = start[1].strip(), start.end(), {}
+        return _BegunCall() if _could_begin(text.removeprefix(CALL).lstrip(), "<function=", "") else None
+    name, position, values = start[1].strip(), start.end(), dict[str, str]()
     while parameter := _PARAMETER_START.match(text, position):
         end = _PARAMETER_END.search(text, parameter.end())
         if end is None:
-            return None
+            return _BegunCall(name, values, parameter[1].strip(), text[parameter.end() :])
         value = text[parameter.end() : end.start()].removesuffix("\n")
         if _PARAMETER_START.search(value):  # a missing </parameter>: two parameters would become one wrong value
-            return ()
+            return None
         values[parameter[1].strip()] = value
         position = end.end()
     finish = _CALL_END.match(text, position)
     if finish is None:
         rest = text[position:]
         could_end = _could_begin(rest, "</function>", "</tool_call>")
-        return None if could_end or _could_begin(rest, "<parameter=", "") else ()
+        return _BegunCall(name, values) if could_end or _could_begin(rest, "<parameter=", "") else None
+    return ToolCall(name, _read_arguments(name, values, tools)), finish.end()
+
+
+def _read_arguments(name: str, values: Mapping[str, str], tools: Sequence[Tool]) -> dict[str, Any]:
     schema = find_schema(name, tools)
+    return {key: read_value(value, _types_of(key, schema)) for key, value in values.items()}
+
+
+def _types_of(key: str, schema: dict[str, Any]) -> frozenset[str]:
     properties = schema.get("properties")
-    properties = properties if isinstance(properties, dict) else {}
-    arguments = {key: read_value(value, allowed_types(properties.get(key), schema)) for key, value in values.items()}
-    return ToolCall(name, arguments), finish.end()
+    return allowed_types(properties.get(key) if isinstance(properties, dict) else None, schema)
+
+
+def _cut_at_end(value: str) -> str:
+    """A value so far without what could turn out to be its end."""
+    cut = value.rfind(_VALUE_END)
+    rest = value[cut + len(_VALUE_END) :].lstrip()
+    if cut < 0 or not ("<parameter=".startswith(rest) or "</function>".startswith(rest)):
+        cut = len(value) - _count_overlap(value, _VALUE_END)
+    return value[:cut].removesuffix("\n")
 
 
 def _could_begin(text: str, tag: str, following: str) -> bool:

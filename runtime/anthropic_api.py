@@ -18,7 +18,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from moepack.layout.errors import UsageError
-from moepack.runtime.answer import ReasoningPiece, TextPiece, ToolCall
+from moepack.runtime.answer import (
+    ArgumentsPiece,
+    CallStart,
+    Piece,
+    ReasoningPiece,
+    TextPiece,
+    ToolCall,
+    write_arguments,
+)
 from moepack.runtime.completion import Completion, CompletionRequest, Ending, Pieces, Usage, Waiting
 from moepack.runtime.sampling import SamplingParams
 from moepack.runtime.service import Service
@@ -65,6 +73,7 @@ def prepare_messages(service: Service, request: MessagesRequest, client: str) ->
         stop=request.stop_sequences or (),
         client=client,
         template=_read_thinking(request.thinking),
+        streams=bool(request.stream),
     )
 
 
@@ -121,17 +130,21 @@ async def stream_messages(service: Service, completion: Completion) -> AsyncIter
 
 
 class _Blocks:
-    """The blocks of a stream: thinking and text grow, a call comes whole. index: of the next block."""
+    """The blocks of a stream, which grow. index: of the next block."""
 
     def __init__(self) -> None:
         self.index = 0
         self._open: str | None = None
 
-    def add(self, piece: ReasoningPiece | TextPiece | ToolCall) -> list[Json]:
+    def add(self, piece: Piece) -> list[Json]:
+        if isinstance(piece, CallStart):
+            return self._begin("tool_use", {**_open_call(piece), "input": {}})
+        if isinstance(piece, ArgumentsPiece):
+            return [self._delta({"type": "input_json_delta", "partial_json": piece.text})]
         if isinstance(piece, ToolCall):
-            delta = {"type": "input_json_delta", "partial_json": json.dumps(piece.arguments, ensure_ascii=False)}
-            opened = self._begin("tool_use", {**_open_call(piece), "input": {}})
-            return [*opened, self._delta(delta), *self.close()]
+            parts = (CallStart(piece.name), ArgumentsPiece(write_arguments(piece.arguments)))
+            is_new = self._open != "tool_use"  # it has not been handed out as it grew
+            return [event for part in parts if is_new for event in self.add(part)] + self.close()
         if isinstance(piece, ReasoningPiece):
             opened = self._begin("thinking", {"type": "thinking", "thinking": "", "signature": ""})
             return [*opened, self._delta({"type": "thinking_delta", "thinking": piece.text})]
@@ -260,7 +273,7 @@ def _head(service: Service) -> Json:
     return {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant", "model": service.name}
 
 
-def _open_call(call: ToolCall) -> Json:
+def _open_call(call: ToolCall | CallStart) -> Json:
     return {"type": "tool_use", "id": f"toolu_{secrets.token_hex(12)}", "name": call.name}
 
 

@@ -32,6 +32,7 @@ class CompletionRequest:
     is_chat         the answer is read for reasoning and calls; otherwise all of it is text
     tools           whose calls are looked for; None: none are
     stop            strings that end the text of the answer; reasoning and calls are not searched
+    streams_calls   hand out calls while they are written, as long as the constraint holds them to their form
     """
 
     prompt_ids: Sequence[int]
@@ -40,6 +41,7 @@ class CompletionRequest:
     is_chat: bool = True
     tools: Sequence[Tool] | None = None
     stop: Sequence[str] = ()
+    streams_calls: bool = False
     constraint: AnswerConstraint | None = None
     client: str = ""
     max_seconds: float = 3600.0
@@ -176,8 +178,10 @@ class Completion:
     # In the engine's thread
 
     def _take_token(self, token_id: int, generation: Generation) -> bool:
-        if self._parser and self._parser.in_reasoning:
-            self._reasoning_tokens += 1
+        constraint = self._request.constraint
+        if self._parser:
+            self._reasoning_tokens += self._parser.in_reasoning
+            self._parser.streams_calls = self._request.streams_calls and constraint is not None and constraint.holds
         pieces = self._read(self._decoder.push(token_id), is_final=False)
         self._send_pieces(pieces, generation)
         return self._stops.found is None
@@ -214,7 +218,8 @@ class Completion:
         rest = self._read(self._decoder.finish(), is_final=True)
         self._send_pieces(rest, generation)
         reason = "stop" if self._stops.found is not None else generation.finish_reason or "length"
-        is_cut = reason == "length" and rest  # within a call, say
+        is_in_call = self._parser is not None and self._parser.in_streamed_call
+        is_cut = reason == "length" and (rest or is_in_call)
         if self._has_calls and not is_cut:
             reason = "tool_calls"
         constraint = self._request.constraint

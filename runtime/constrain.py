@@ -85,6 +85,7 @@ class AnswerConstraint:
     schema          of the answer as JSON, {} for any object; None leaves it free
 
     num_constrained   tokens so far that were chosen under a grammar
+    holds             whether a call that begins is held to its form to its end
 
     Raises UsageError if the schema is one that llguidance cannot hold an answer to.
     """
@@ -121,6 +122,10 @@ class AnswerConstraint:
         form = "json" if self._schema is not None else ""
         calls = f"tools:{self._choice}" if self._tools else ""
         return "+".join(filter(None, (calls, form)))
+
+    @property
+    def holds(self) -> bool:
+        return self._phase != "free"
 
     def list_allowed(self) -> NDArray[np.bool_] | None:
         """Which tokens may come next, bool [V]; None if all may."""

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from moepack.layout.errors import UsageError
-from moepack.runtime.answer import ReasoningPiece, TextPiece, ToolCall
+from moepack.runtime.answer import ArgumentsPiece, CallStart, ReasoningPiece, TextPiece, ToolCall, write_arguments
 from moepack.runtime.completion import Completion, CompletionRequest, Ending, Failure, Pieces, Usage, Waiting
 from moepack.runtime.sampling import TokenLogprobs
 from moepack.runtime.service import Service, check_stop
@@ -133,6 +133,7 @@ def prepare_chat(service: Service, request: ChatRequest, client: str) -> Complet
         stop=request.stops,
         client=client,
         template=template,
+        streams=bool(request.stream),
     )
 
 
@@ -194,7 +195,7 @@ async def stream_chat(service: Service, completion: Completion, request: ChatReq
     head = _head(service, "chat.completion.chunk", "chatcmpl")
     if request.wants_usage:
         head["usage"] = None
-    calls = 0
+    calls = _CallDeltas()
 
     def chunk(delta: Json, logprobs: Any = None, finish_reason: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
@@ -211,9 +212,8 @@ async def stream_chat(service: Service, completion: Completion, request: ChatReq
                     yield chunk({"reasoning_content": piece.text}, logprobs)
                 elif isinstance(piece, TextPiece):
                     yield chunk({"content": piece.text}, logprobs)
-                else:
-                    yield chunk({"tool_calls": [{"index": calls, **_write_call(piece)}]}, logprobs)
-                    calls += 1
+                elif delta := calls.add(piece):
+                    yield chunk({"tool_calls": [delta]}, logprobs)
                 logprobs = None  # told once
         elif isinstance(event, Ending):
             service.note(completion, event)
@@ -224,6 +224,23 @@ async def stream_chat(service: Service, completion: Completion, request: ChatReq
         else:
             service.note(completion, event)
             yield _failure(event)
+
+
+class _CallDeltas:
+    """The calls of a stream: one that is handed out as it grows by its name and pieces of its arguments, else whole."""
+
+    def __init__(self) -> None:
+        self._index, self._is_open = -1, False
+
+    def add(self, piece: CallStart | ArgumentsPiece | ToolCall) -> Json | None:
+        """What to send; None if all of a call has been sent."""
+        if isinstance(piece, ArgumentsPiece):
+            return {"index": self._index, "function": {"arguments": piece.text}}
+        was_open, self._is_open = self._is_open, isinstance(piece, CallStart)
+        if isinstance(piece, ToolCall) and was_open:
+            return None
+        self._index += 1
+        return {"index": self._index, **_write_call(piece)}
 
 
 async def stream_text(service: Service, completion: Completion, request: TextRequest) -> AsyncIterator[str]:
@@ -315,8 +332,9 @@ def _head(service: Service, kind: str, prefix: str) -> Json:
     return {"id": identifier, "object": kind, "created": int(time.time()), "model": service.name}
 
 
-def _write_call(call: ToolCall) -> Json:
-    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
+def _write_call(call: ToolCall | CallStart) -> Json:
+    arguments = write_arguments(call.arguments) if isinstance(call, ToolCall) else ""
+    function = {"name": call.name, "arguments": arguments}
     return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 

@@ -113,12 +113,14 @@ class Service:
         stop: Sequence[str] = (),
         client: str = "",
         template: dict[str, Any] | None = None,
+        streams: bool = False,
     ) -> CompletionRequest:
         """A conversation as a request.
 
         choice     auto, none, required, or a tool's name
         schema     that the answer as JSON must fit, {} for any object
         template   arguments of the chat template, such as enable_thinking
+        streams    calls are sent while they are written
 
         Raises UsageError for whatever is wrong with it.
         """
@@ -136,6 +138,7 @@ class Service:
             starts_inside=inside,
             tools=tools if tools and choice != "none" else None,
             stop=check_stop(stop),
+            streams_calls=streams,
             constraint=constraint,
             client=client,
             max_seconds=self.settings.max_seconds,

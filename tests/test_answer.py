@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from moepack.runtime.answer import (
     AnswerParser,
+    ArgumentsPiece,
+    CallStart,
     Piece,
     ReasoningPiece,
     StopStrings,
@@ -19,6 +21,7 @@ from moepack.runtime.answer import (
     ToolCall,
     parse_tool_calls,
     split_reasoning,
+    write_arguments,
 )
 from moepack.runtime.chat import ChatTemplate
 
@@ -212,9 +215,15 @@ shreds = st.sampled_from(
 
 def read(text: str, cuts: list[int], starts_inside: bool, tools: Any) -> list[Piece]:
     """The pieces of a text given in parts, joined where nothing of another kind lies between."""
-    parser = AnswerParser(starts_inside, tools)
+    return join(push_all(AnswerParser(starts_inside, tools), text, cuts))
+
+
+def push_all(parser: AnswerParser, text: str, cuts: list[int]) -> list[Piece]:
     edges = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
-    pieces = [piece for a, b in itertools.pairwise(edges) for piece in parser.push(text[a:b])] + parser.finish()
+    return [piece for a, b in itertools.pairwise(edges) for piece in parser.push(text[a:b])] + parser.finish()
+
+
+def join(pieces: list[Piece]) -> list[Piece]:
     joined: list[Piece] = []
     for piece in pieces:
         last = joined[-1] if joined else None
@@ -239,6 +248,82 @@ def test_any_cut_gives_the_same_answer(starts_inside: bool, text: str, cuts: lis
     assert "".join(p.text for p in whole if isinstance(p, ReasoningPiece)) == (reasoning or "")
     assert "".join(p.text for p in whole if isinstance(p, TextPiece)) == rest
     assert [p for p in whole if isinstance(p, ToolCall)] == calls
+
+
+def split_streamed(pieces: list[Piece]) -> tuple[list[Piece], list[str]]:
+    """The pieces without those of calls that are not complete, and the arguments that were handed out in part.
+
+    Checks that a call is opened once, and that what was handed out of it joins to its arguments.
+    """
+    others: list[Piece] = []
+    streamed: list[str] = []
+    is_open = False
+    for piece in pieces:
+        if isinstance(piece, CallStart):
+            streamed.append("")
+            is_open, name = True, piece.name
+        elif isinstance(piece, ArgumentsPiece):
+            assert is_open
+            assert piece.text
+            streamed[-1] += piece.text
+        else:
+            if isinstance(piece, ToolCall) and is_open:
+                assert (piece.name, write_arguments(piece.arguments)) == (name, streamed[-1])
+            is_open = is_open and isinstance(piece, ReasoningPiece)
+            others.append(piece)
+    return others, streamed
+
+
+@given(st.lists(shreds, max_size=14).map("".join), st.lists(st.integers(0, 400), max_size=12))
+def test_handing_calls_out_as_they_grow_changes_nothing_else(text: str, cuts: list[int]) -> None:
+    """Whatever is written; a call that the end of the answer cuts is no text then."""
+    tools = [tool({"x": {"type": "string"}})]
+    for places in (cuts, list(range(len(text)))):
+        parser = AnswerParser(False, tools)
+        parser.streams_calls = True
+        pieces = push_all(parser, text, places)
+        others, _ = split_streamed(pieces)
+        if not parser.in_streamed_call:
+            assert join(others) == read(text, [], False, tools)
+
+
+values = st.text(st.sampled_from('a"\\\n\t</pé\u2028\U0001f600=>') | st.characters(codec="utf-8"), max_size=30)
+
+
+@given(
+    st.dictionaries(st.sampled_from(["x", "y", "n", "either"]), values, max_size=4),
+    st.lists(st.integers(0, 400), max_size=12),
+)
+def test_a_call_comes_in_pieces_of_its_arguments(raw: dict[str, str], cuts: list[int]) -> None:
+    """Text character by character, but for what could be its end; everything else with its last one."""
+    kinds = {"x": {"type": "string"}, "y": {"type": "string"}, "n": {"type": "number"}}
+    tools, text = [tool({**kinds, "either": {}})], "Well. " + written("f", **raw)
+    whole = read(text, [], False, tools)
+    parser = AnswerParser(False, tools)
+    parser.streams_calls = True
+    others, streamed = split_streamed(push_all(parser, text, cuts))
+    assert join(others) == whole
+    parser = AnswerParser(False, tools)
+    parser.streams_calls = True
+    others, streamed = split_streamed(push_all(parser, text, list(range(len(text)))))
+    if len(whole) == 2 and isinstance(whole[1], ToolCall):  # no value held a tag
+        assert streamed == [write_arguments(whole[1].arguments)]
+
+
+def test_text_of_a_call_comes_at_once_and_numbers_when_they_are_complete() -> None:
+    parser = AnswerParser(False, [tool({"city": {"type": "string"}, "days": {"type": "integer"}})])
+    parser.streams_calls = True
+    assert parser.push("So:\n\n<tool_call>\n<function=f") == [TextPiece("So:")]
+    assert parser.push(">\n<parameter=city>") == [CallStart("f"), ArgumentsPiece('{"city": "')]
+    assert parser.push('\nNew "Y') == [ArgumentsPiece('New \\"Y')]
+    assert parser.push("ork\n</par") == [ArgumentsPiece("ork")]
+    assert parser.push("ameter>\n<parameter=days>\n1") == [ArgumentsPiece('"')]
+    assert parser.push("2") == []
+    assert parser.in_streamed_call
+    assert parser.push("\n</parameter>\n</function>") == [ArgumentsPiece(', "days": 12')]
+    call = ToolCall("f", {"city": 'New "York', "days": 12})
+    assert parser.push("\n</tool_call>") == [ArgumentsPiece("}"), call]
+    assert parser.finish() == []
 
 
 def test_pieces_come_as_soon_as_they_are_certain() -> None:

@@ -87,8 +87,11 @@ def test_tools_from_call_to_answer(client: Anthropic) -> None:
     with client.messages.stream(
         model="demo", messages=ASK, tool_choice={"type": "any"}, extra_body={"temperature": 0}, **options
     ) as stream:
+        pieces = [event.partial_json for event in stream if event.type == "input_json"]
         streamed = [block for block in stream.get_final_message().content if block.type == "tool_use"]
     assert (streamed[0].name, streamed[0].input) == (call.name, call.input)
+    assert "".join(pieces) == json.dumps(call.input, ensure_ascii=False)
+    assert len(pieces) > 2
     result = {"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": '{"sky": "clear"}'}]}
     turns = [*ASK, {"role": "assistant", "content": first.content}, {"role": "user", "content": [result]}]
     last = ask(client, turns, tool_choice={"type": "none"}, **options)

@@ -78,7 +78,11 @@ def collect(chunks: Any) -> dict[str, Any]:
         for choice in chunk.choices:
             found["content"] += choice.delta.content or ""
             found["reasoning"] += getattr(choice.delta, "reasoning_content", None) or ""
-            found["calls"] += [(c.index, c.function.name, c.function.arguments) for c in choice.delta.tool_calls or []]
+            for call in choice.delta.tool_calls or []:
+                if call.id:
+                    found["calls"].append((call.index, call.function.name, [call.function.arguments]))
+                else:
+                    found["calls"][call.index][2].append(call.function.arguments)
             found["logprobs"] += choice.logprobs.content if choice.logprobs else []
             found["ends"] += [choice.finish_reason] if choice.finish_reason else []
     return found
@@ -175,10 +179,52 @@ def test_tools_are_called(served: Served, client: OpenAI, thinking: bool) -> Non
     arguments = json.loads(call.function.arguments)
     check_call(call.function.name, arguments)
     parts = collect(chat(client, ASK, tool_choice="required", stream=True, **options))
-    assert parts["calls"][0] == (0, call.function.name, call.function.arguments)
+    assert_same_calls(parts["calls"], answer.choices[0].message.tool_calls)
+    assert len(parts["calls"][0][2]) > 2, "name, then arguments, which do not come all at once"
     assert parts["ends"] == ["tool_calls"]
     assert answer.usage.constrained == "tools:required"
     assert 0 < answer.usage.constrained_tokens <= answer.usage.completion_tokens
+
+
+def assert_same_calls(streamed: list[tuple[int, str, list[str]]], whole: list[Any]) -> None:
+    expected = [(n, call.function.name, call.function.arguments) for n, call in enumerate(whole)]
+    assert [(index, name, "".join(pieces)) for index, name, pieces in streamed] == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_calls_of_any_arguments_stream_to_the_same_json(client: OpenAI, seed: int) -> None:
+    """Of a model that hardly knows what it writes: quotes, backslashes and line ends in text; nested JSON, numbers."""
+    properties = {
+        "text": {"type": "string"},
+        "more": {"type": "string"},
+        "either": {"type": ["string", "integer"]},
+        "list": {"type": "array", "items": {"type": "object"}},
+    }
+    parameters = {"type": "object", "properties": properties, "required": list(properties)}
+    tools = [{"type": "function", "function": {"name": "note", "parameters": parameters}}]
+    options = {"tools": tools, "tool_choice": "required", "temperature": 1.3, "seed": seed, "max_tokens": 400}
+    whole = chat(client, extra_body=BARE, **options)
+    parts = collect(chat(client, stream=True, extra_body=BARE, **options))
+    calls = whole.choices[0].message.tool_calls or []
+    assert_same_calls(parts["calls"][: len(calls)], calls)
+    assert parts["ends"] == [whole.choices[0].finish_reason]
+    if parts["ends"] == ["tool_calls"]:
+        assert (len(parts["calls"]), parts["content"]) == (len(calls), whole.choices[0].message.content or "")
+
+
+def test_a_call_that_is_cut_stays_unfinished_in_a_stream(client: OpenAI) -> None:
+    """As text where the whole answer is sent at once, for nothing else in it could be told to be half a call."""
+    options = {"tools": [WEATHER], "tool_choice": "required", "extra_body": BARE}
+    whole = chat(client, ASK, max_tokens=200, **options).choices[0].message.tool_calls[0].function
+    [length] = {len(chat(client, ASK, max_tokens=200, logprobs=True, **options).choices[0].logprobs.content)}
+    parts = collect(chat(client, ASK, stream=True, max_tokens=length - 8, **options))
+    [(_, name, pieces)] = parts["calls"]
+    assert (name, parts["content"], parts["ends"]) == (whole.name, "", ["length"])
+    assert whole.arguments.startswith("".join(pieces))
+    assert whole.arguments != "".join(pieces)
+    cut = chat(client, ASK, max_tokens=length - 8, **options).choices[0]
+    assert (cut.finish_reason, cut.message.tool_calls) == ("length", None)
+    assert cut.message.content.lstrip().startswith("<tool_call>")
 
 
 def check_call(name: str, arguments: dict[str, Any]) -> None:
