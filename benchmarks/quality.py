@@ -7,8 +7,9 @@ run that was cut off are taken from the work folder.
     python benchmarks/quality.py --text book.txt --tools tests/data/tools.jsonl
     python benchmarks/quality.py --text book.txt --calibration FILE --rounded DIR --no-tools --plot docs/quality.png
 
-A calibration (moe-run calibrate --full) adds error feedback and mixed bits; a checkpoint of round_experts.py adds a
-peer, --experts-per-token the model run with fewer. --plot needs matplotlib (extra `plot`).
+A calibration (moe-run calibrate --full) adds error feedback and mixed bits, a tuned file (moe-run calibrate --tune) the
+pack that it makes; a checkpoint of round_experts.py adds a peer, --experts-per-token the model run with fewer. --plot
+needs matplotlib (extra `plot`).
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moepack.layout.calibration import Calibration
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 WIDTHS = (16, 8, 4, 3, 2)
 MIXED = (4.5, 3.5, 3.25, 3.0, 2.5)
 COLUMNS = ("experts", "bits per weight", "perplexity", "KL mean", "KL 99 %", "top-1")
 TOOL_COLUMNS = ("well-formed", "right function", "right call")
-FEEDBACK, MIX, PEERS = "error feedback", "mixed bits", "peers"  # what a plot joins by a line
+FEEDBACK, MIX, TUNED, PEERS = "error feedback", "mixed bits", "tuned", "peers"  # what a plot joins by a line
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--quantizer", default="minmax", help="of the rows without calibration, as moe-convert has it")
     parser.add_argument("--calibration", type=Path, help="adds rows of error feedback and of mixed bits")
+    parser.add_argument("--tuned", type=Path, action="append", default=[], help="tuned file: adds a row of its pack")
     parser.add_argument("--rounded", type=Path, action="append", default=[], help="checkpoint of round_experts.py")
     parser.add_argument("--experts-per-token", type=int, action="append", default=[], help="adds a row of bf16 with N")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "quality", help="folder for packs and results")
@@ -94,6 +98,12 @@ def list_rows(arguments: argparse.Namespace) -> list[Row]:
         for bpw in MIXED:
             options = ("--bits", "mixed", "--bpw", str(bpw), *known)
             rows.append(Row(f"mixed{bpw}", f"mixed, {bpw}", MIX, options, source))
+    for file in arguments.tuned:
+        tuned = Calibration.open(file).facts["tuned"]["arguments"]
+        size = tuned.get("bits_per_weight") or tuned.get("target_bytes") or tuned["group_size"]
+        title = f"{tuned['bits']}{'' if tuned['bits'] == 'mixed' else ' bits'}, tuned, {size}"
+        options = ("--calibration", str(file))
+        rows.append(Row(f"tuned{tuned['bits']}_{size}", title, TUNED, options, source))
     for checkpoint in arguments.rounded:
         scheme = json.loads((checkpoint / "rounding.json").read_text())["scheme"]
         name = scheme.replace("/", "_")

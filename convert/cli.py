@@ -51,12 +51,13 @@ from moepack.layout.console import (
     print_table,
     run_app,
 )
-from moepack.layout.errors import Interrupted, NotEnoughSpace, UsageError
+from moepack.layout.errors import CalibrationError, Interrupted, NotEnoughSpace, UsageError
 from moepack.layout.process import peak_rss_bytes
 from moepack.layout.sizes import format_size, parse_size
 from moepack.layout.spec import GROUP_SIZES, MANIFEST_NAME, PROJECTIONS, QUANTIZED_BITS, UNQUANTIZED_BITS
 from moepack.layout.writer import check_output
 
+DEFAULT_BITS = "4"
 ENGINES = ("local", "ray")
 RESIDENT_BITS = (4, 8, UNQUANTIZED_BITS)
 
@@ -79,7 +80,9 @@ def convert_checkpoint(
     ),
     to: str = typer.Option("pack", help="pack; or from a pack: mlx or hf (a checkpoint), archive (one file)."),
     bits: str = typer.Option(
-        "4", help="Bits of the routed experts: 2, 3, 4, 8, 16 for bf16 as it is, or mixed: see --bpw, --target-size."
+        None,
+        help="Bits of the routed experts: 2, 3, 4, 8, 16 for bf16 as it is, or mixed: see --bpw, --target-size.  "
+        "[default: 4, or those of a tuned CALIBRATION]",
     ),
     bpw: float = typer.Option(None, help="With --bits mixed: bits per weight of the routed experts, scales included."),
     target_size: str = typer.Option(None, help="With --bits mixed: most that the whole pack may take, as in 160GB."),
@@ -236,7 +239,7 @@ def _ship(source: Path, out: Path, target: str, workers: int, as_json: bool) -> 
 
 
 def _make_recipe(
-    bits: str,
+    bits: str | None,
     group_size: int | None,
     resident_bits: int,
     quantizer: str,
@@ -244,6 +247,18 @@ def _make_recipe(
     bits_per_weight: float | None,
     target_bytes: int | None,
 ) -> Recipe:
+    if calibration is not None and calibration.tuned is not None:
+        given = (bits, group_size, bits_per_weight, target_bytes)
+        if quantizer != "auto" or any(value is not None for value in given):
+            raise UsageError(
+                f"--calibration {calibration.path}: is tuned, which settles the experts' bits and groups: leave out "
+                "--bits, --group-size, --quantizer, --bpw and --target-size"
+            )
+        try:
+            return Recipe.of_arguments({**calibration.tuned["arguments"], "resident_bits": resident_bits})
+        except (KeyError, TypeError) as error:
+            raise CalibrationError(f"{calibration.path}: arguments of the tuned pack: {error}: make it again") from None
+    bits = bits or DEFAULT_BITS
     choices: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("--bits", bits, (*map(str, (*QUANTIZED_BITS, UNQUANTIZED_BITS)), MIXED)),
         ("--group-size", group_size, (None, *GROUP_SIZES)),

@@ -34,7 +34,7 @@ from moepack.convert.checkpoint import Rows
 from moepack.convert.journal import Journal
 from moepack.convert.memory import DEFAULT_MEMORY, PIECE_BYTES, fit_threads
 from moepack.convert.plan import ConversionPlan, check_free_space, list_copied_files
-from moepack.convert.quantizers import QUANTIZERS
+from moepack.convert.quantizers import QUANTIZERS, measure_error, widen
 from moepack.convert.report import RESIDENT, Report, Rounding
 from moepack.convert.shard_reader import Record
 from moepack.convert.sources import Weight
@@ -42,6 +42,7 @@ from moepack.kernels.native_quantize import RoundingError
 from moepack.layout.errors import CheckpointError
 from moepack.layout.geometry import Scheme
 from moepack.layout.manifest import ExpertFile, Manifest, ResidentFile, block_geometry
+from moepack.layout.quantized import dequantize
 from moepack.layout.sizes import parse_size
 from moepack.layout.spec import RESIDENT_NAME, expert_file_name
 from moepack.layout.tensor_file import TensorSpec, layout_tensors
@@ -403,6 +404,13 @@ def _encode(
 
     Raises CheckpointError if a weight is not finite.
     """
+    tuned = plan.calibration.tuned_matrix(*place) if plan.calibration and place else None
+    if tuned is not None:
+        rows = weight.read_rows(plan.checkpoint, first, count)
+        with record.timed("quantize"):
+            assert scheme.group_size is not None
+            meant = dequantize(**tuned, bits=scheme.bits, group_size=scheme.group_size)
+            return tuned, measure_error(widen(rows.values), meant)
     if scheme.group_size is not None and weight.keeps_integers(scheme):
         kept = weight.read_integers(plan.checkpoint, first, count, scheme.group_size)
         for values in (kept.scales, kept.biases):

@@ -35,7 +35,7 @@ from moepack.convert.shard_reader import ShardReader
 from moepack.convert.sources import GptqWeight, Quantization
 from moepack.layout.architecture import Architecture
 from moepack.layout.calibration import Calibration
-from moepack.layout.errors import CheckpointError, MoepackError, NotEnoughSpace, UsageError
+from moepack.layout.errors import CalibrationError, CheckpointError, MoepackError, NotEnoughSpace, UsageError
 from moepack.layout.manifest import Manifest, ModelShape
 from moepack.layout.reader import Pack
 from moepack.layout.spec import (
@@ -208,11 +208,13 @@ def plan_conversion(
     }
     if calibration is not None:
         calibration.check_model(shape, settings["source"])
-        settings["calibration"] = calibration.facts["sha256"]
+        settings["calibration"] = calibration.identity
     schemes, allocation = _choose_schemes(recipe, checkpoint, source, shape, calibration)
     forecast = Forecast.of(recipe, source, shape, schemes)
     name = origin.name if origin else str(directory)
     notes = tuple(_notes(checkpoint, architecture, source, recipe, schemes))
+    if calibration is not None and calibration.tuned is not None:
+        notes += ("the routed experts are as they were tuned: moe-run calibrate --tune",)
     return ConversionPlan(
         *(checkpoint, architecture, source, recipe, schemes, allocation, forecast, shape, calibration, out),
         *(settings, notes, name),
@@ -223,6 +225,14 @@ def _choose_schemes(
     recipe: Recipe, checkpoint: Checkpoint, source: SourceMap, shape: ModelShape, calibration: Calibration | None
 ) -> tuple[tuple[LayerSchemes, ...], Allocation | None]:
     """The schemes of each layer's experts, and why, where bits are mixed. Raises UsageError, CalibrationError."""
+    if calibration is not None and calibration.tuned is not None:
+        layers = tuple(LayerSchemes(*layer) for layer in calibration.tuned_schemes())
+        if len(layers) != len(source.experts):
+            raise CalibrationError(
+                f"{calibration.path}: tells of {len(layers)} layers, the checkpoint has {len(source.experts)}: start "
+                "from a pack of this checkpoint with moe-run calibrate --tune"
+            )
+        return layers, None
     if recipe.bits != MIXED_BITS:
         return (LayerSchemes.uniform(recipe.expert_schemes, shape.num_experts),) * len(source.experts), None
     if calibration is None:

@@ -14,6 +14,12 @@ layer L of the trunk with E experts of inputs D and inner width I:
 
 A sum divided by the sum of weights is a mean; an expert that few tokens chose leans on its layer's (`moments`).
 
+A tuned file (moe-run calibrate --tune) has none of these but finished matrices instead, as a pack stores them, and in
+its facts what they are: `tuned` with the arguments of the conversion that they started from, the schemes of every
+layer, those of an MTP layer included, and how they were tuned. For each layer L of the trunk, expert E, projection P:
+
+    tuned.L.E.P.w_q, .scales, .biases    U32, BF16, BF16
+
     calibration = Calibration.open(Path("demo.calibration"))
     calibration.moments(layer=3, expert=17, projection="down_proj")
 """
@@ -29,13 +35,16 @@ from typing import Any
 import numpy as np
 
 from moepack.layout.errors import CalibrationError, UnsupportedVersion
-from moepack.layout.manifest import ModelShape
+from moepack.layout.geometry import MatrixGeometry, Scheme
+from moepack.layout.manifest import BlockSchemes, ModelShape, block_geometry
+from moepack.layout.quantized import bf16_to_float32
 from moepack.layout.reader import NUMPY_DTYPES
+from moepack.layout.spec import PROJECTIONS
 from moepack.layout.tensor_file import TensorSpec, layout_tensors, parse_json_object, read_tensor_header
 from moepack.layout.writer import atomic_file
 
 CALIBRATION_MAGIC = "moepack-calibration"
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2  # 1 is the same without tuned matrices
 FACTS, FACTS_DIGEST = "facts", "facts_sha256"
 PRIOR_TOKENS = 128.0  # tokens of the layer's own mean that an expert's statistics are mixed with
 Arrays = Mapping[str, np.ndarray]
@@ -44,7 +53,7 @@ Arrays = Mapping[str, np.ndarray]
 class Calibration:
     """An opened file. Tensors are read, and checked, when they are asked for; safe from several threads.
 
-    facts   model, tokens, text, and `full`: whether the moments are whole
+    facts   model, tokens, text, `full`: whether the moments are whole, and `tuned` of a tuned file
     """
 
     def __init__(self, path: Path, facts: dict[str, Any], tensors: dict[str, TensorSpec]):
@@ -71,7 +80,7 @@ class Calibration:
             raise CalibrationError(f"{path}: facts: {error}: make it again with moe-run calibrate") from None
         if facts.get("magic") != CALIBRATION_MAGIC or not isinstance(facts.get("version"), int):
             raise CalibrationError(f"{path}: is no calibration file: make one with moe-run calibrate")
-        if facts["version"] != CALIBRATION_VERSION:
+        if not 1 <= facts["version"] <= CALIBRATION_VERSION:
             raise UnsupportedVersion(path, facts["version"], CALIBRATION_VERSION)
         listed = {name for name in tensors if name not in (FACTS, FACTS_DIGEST)}
         digests, model = facts.get("sha256"), facts.get("model")
@@ -84,8 +93,22 @@ class Calibration:
         """Whether error feedback is possible: second moments of whole inputs, not their diagonals alone."""
         return bool(self.facts.get("full"))
 
+    @property
+    def tuned(self) -> dict[str, Any] | None:
+        """How the file's matrices were tuned; None of a file of statistics."""
+        return self.facts.get("tuned")
+
+    @property
+    def identity(self) -> Any:
+        """What tells the file from others, for a conversion's settings."""
+        if self.tuned is None:
+            return self.facts["sha256"]
+        return {key: value for key, value in self.facts.items() if key not in ("model", "sha256")} | {
+            "digests": hashlib.sha256(json.dumps(self.facts["sha256"], sort_keys=True).encode()).hexdigest()
+        }
+
     def check_model(self, shape: ModelShape, source: Mapping[str, Any]) -> None:
-        """Raise CalibrationError unless the file was made from this model's own checkpoint."""
+        """Raise CalibrationError unless the file was made from this model's own checkpoint and is whole."""
         expected = describe_model(shape, source)
         if self.facts.get("model") != expected:
             own = self.facts["model"]
@@ -94,6 +117,53 @@ class Calibration:
                 f"{self.path}: belongs to another model: {differing} is {str(own.get(differing))[:80]}, expected "
                 f"{str(expected[differing])[:80]}: make one from a pack of this checkpoint with moe-run calibrate"
             )
+        if self.tuned is not None:
+            self._check_matrices(shape)
+
+    def _check_matrices(self, shape: ModelShape) -> None:
+        """Raise CalibrationError unless every expert of the trunk has its tuned matrices, in their sizes."""
+        schemes = self.tuned_schemes()
+        if not all(len(expert_tiers) == shape.num_experts for _, expert_tiers in schemes):
+            raise CalibrationError(f"{self.path}: does not say what every expert is tuned as: make it again")
+        for layer, (tiers, expert_tiers) in enumerate(schemes[: shape.num_hidden_layers]):
+            matrices = [block_geometry(shape, tier).matrices for tier in tiers]
+            for expert, tier in enumerate(expert_tiers):
+                for projection, matrix in matrices[tier]:
+                    for name, *expected in tuned_arrays(layer, expert, projection, matrix):
+                        spec = self._tensors.get(name)
+                        found = spec and [spec.dtype, spec.shape]
+                        if found != expected:
+                            raise CalibrationError(
+                                f"{self.path}: {name}: expected {expected}, found {found}: make it again"
+                            )
+
+    def tuned_schemes(self) -> list[tuple[tuple[BlockSchemes, ...], tuple[int, ...]]]:
+        """Of every layer the kinds of block and the one of each expert, as in a manifest. Raises CalibrationError."""
+        assert self.tuned is not None
+        try:
+            return [
+                (
+                    tuple({name: Scheme(**tier[name]) for name in PROJECTIONS} for tier in layer["tiers"]),
+                    tuple(range(len(layer["tiers"]))[tier] for tier in layer["expert_tiers"]),
+                )
+                for layer in self.tuned["schemes"]
+            ]
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise CalibrationError(f"{self.path}: schemes of the tuned matrices: {error!r}: make it again") from None
+
+    def tuned_matrix(self, layer: int, expert: int, projection: str) -> dict[str, np.ndarray] | None:
+        """The arrays of a tuned matrix by the names that blocks use, None if the file has none (an MTP layer).
+
+        Raises CalibrationError if a scale or a bias is not finite.
+        """
+        stem = f"tuned.{layer}.{expert}.{projection}"
+        arrays = {name: self.read(f"{stem}.{name}") for name in ("w_q", "scales", "biases")}
+        found = {name: array for name, array in arrays.items() if array is not None}
+        if not found:
+            return None
+        if not all(np.isfinite(bf16_to_float32(found[name])).all() for name in ("scales", "biases")):
+            raise CalibrationError(f"{self.path}: {stem}: holds NaN or infinity: make it again")
+        return found
 
     def read(self, name: str) -> np.ndarray | None:
         """A tensor by name, compared with its checksum; None if the file has none of that name."""
@@ -168,6 +238,13 @@ def write_calibration(
         file.write(header)
         for spec in specs:
             file.write(own[spec.name] if spec.name in own else read(spec.name).tobytes())
+
+
+def tuned_arrays(
+    layer: int, expert: int, projection: str, matrix: MatrixGeometry
+) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of a tuned matrix's arrays."""
+    return [(f"tuned.{layer}.{expert}.{projection}.{name}", dtype, shape) for name, dtype, shape in matrix.arrays]
 
 
 def statistics_arrays(layer: int, values: Arrays) -> list[tuple[str, str, tuple[int, ...]]]:

@@ -26,10 +26,14 @@ from moepack.kernels.matrix import Expert
 from moepack.layout.calibration import describe_model, statistics_arrays, write_calibration
 from moepack.layout.errors import UsageError
 from moepack.layout.spec import UNQUANTIZED_BITS
-from moepack.runtime.engine import Engine
+from moepack.runtime.engine import Engine, hash_manifest
 from moepack.runtime.qwen35 import DecoderLayer
+from moepack.runtime.sampling import SamplingParams
 
 DEFAULT_TEXT = Path(__file__).with_name("calibration_text.txt.xz")
+END_OF_TEXT = "<|endoftext|>"  # what the family's texts are told apart by
+SAMPLED_SUFFIX = ".sampled.json"  # beside a pack: what it wrote itself
+FIRST_SEED = 100_000  # of text sampled here: the bundled one's is sampled with small ones
 LEAST_BITS = 8  # of the experts of a pack that statistics are taken from
 TOKENS_AT_ONCE = 16384  # given to a layer's experts together
 LARGEST_MOMENTS = 4 * 2**30  # bytes of one layer's full statistics of one kind, beyond which the experts share them
@@ -39,6 +43,33 @@ UNFINISHED = ".unfinished"  # what the folder of a run is called until it is don
 def read_default_text() -> str:
     """The bundled text: prose sampled from the demo model, code of this project, chats and tool calls."""
     return lzma.decompress(DEFAULT_TEXT.read_bytes()).decode()
+
+
+def sample_windows(
+    engine: Engine, tokens: int, size: int, on_tokens: Callable[[int], object] = lambda count: None
+) -> list[list[int]]:
+    """Text that the model writes itself, from nothing and at temperature 1: at least `tokens`, in windows of `size`.
+
+    The window at place i is drawn with seed FIRST_SEED + i. What is drawn is kept beside the pack, for later calls.
+
+    Raises UsageError if the vocabulary lacks the token that a text begins after.
+    """
+    first = engine.tokenizer.find(END_OF_TEXT)
+    if first is None:
+        raise UsageError(f"{engine.pack.directory}: has no token {END_OF_TEXT} to begin a text with: give --text FILE")
+    directory = engine.pack.directory
+    path = directory.with_name(directory.name + SAMPLED_SUFFIX)
+    origin = {"manifest": hash_manifest(engine.pack), "window": size}
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    windows = kept["windows"] if {key: kept.get(key) for key in origin} == origin else []
+    wanted = -(-tokens // size)
+    on_tokens(size * min(len(windows), wanted))
+    for place in range(len(windows), wanted):
+        sampling = SamplingParams(temperature=1, seed=FIRST_SEED + place, max_tokens=size - 1, ignore_eos=True)
+        windows.append([first, *engine.generate([first], sampling)])
+        write_json(path, {**origin, "windows": windows})
+        on_tokens(size)
+    return windows[:wanted]
 
 
 def calibrate(
@@ -61,7 +92,7 @@ def calibrate(
     facts = {
         "model": model_of(engine),
         "tokens": sum(map(len, windows)),
-        "text_sha256": _digest(windows),
+        "text_sha256": digest_windows(windows),
         "full": full,
     }
     hidden, first = _resume(folder, facts, engine, windows)
@@ -164,7 +195,8 @@ def _sums(experts: int, width: int, full: bool) -> torch.Tensor:
     return torch.zeros(experts if own else 1, width, width)
 
 
-def _digest(windows: Sequence[Sequence[int]]) -> str:
+def digest_windows(windows: Sequence[Sequence[int]]) -> str:
+    """The sha256 of windows of token ids."""
     digest = hashlib.sha256()
     for window in windows:
         digest.update(np.array([len(window), *window], dtype="<u4").tobytes())
@@ -182,7 +214,7 @@ def _resume(
             return torch.from_numpy(np.load(folder / f"hidden_{state['layers']}.npy")), state["layers"]
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(progress, {"facts": facts, "layers": 0})
+    write_json(progress, {"facts": facts, "layers": 0})
     hidden = embed_windows(engine, windows)
     np.save(folder / "hidden_0.npy", hidden.numpy())
     return hidden, 0
@@ -193,11 +225,12 @@ def _save(folder: Path, layer: int, arrays: dict[str, np.ndarray], hidden: torch
     np.savez(folder / f"layer_{layer}.npz", **arrays)  # type: ignore[arg-type]
     np.save(folder / f"hidden_{layer + 1}.npy", hidden.numpy())
     facts = json.loads((folder / "progress.json").read_text())["facts"]
-    _write_json(folder / "progress.json", {"facts": facts, "layers": layer + 1})
+    write_json(folder / "progress.json", {"facts": facts, "layers": layer + 1})
     (folder / f"hidden_{layer}.npy").unlink(missing_ok=True)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write a file whole or not at all."""
     partial = path.with_name(path.name + ".new")
     partial.write_text(json.dumps(value))
     os.replace(partial, path)

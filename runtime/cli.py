@@ -330,30 +330,61 @@ def calibrate(
     pack: Path = PACK,
     out: Path = typer.Option(..., "--out", "-o", help="File to write, for moe-convert --calibration."),
     text: Path = typer.Option(None, "--text", help="Text to run through the model.  [default: a bundled one]"),
+    sample: int = typer.Option(0, "--sample", help="Also this many tokens that the model writes itself.", min=0),
     full: bool = typer.Option(False, "--full", help="Whole second moments, which --quantizer gptq needs: larger."),
+    tune: Path = typer.Option(
+        None, "--tune", help="Quantized pack of the model: tune its experts by the answers of the whole model."
+    ),
+    steps: int = typer.Option(1000, "--steps", help="Of --tune, 512 tokens each.", min=1),
+    seed: int = typer.Option(0, "--seed", help="Of the order of windows with --tune.", min=0),
     threads: int = THREADS,
     memory: str = MEMORY,
     device: str = DEVICE,
 ) -> None:
     """Record what the experts of a 16- or 8-bit pack read. Stopped at any time, the same command goes on."""
+    from moepack.layout.reader import Pack
     from moepack.layout.writer import check_output
     from moepack.runtime import calibrate as calibration
     from moepack.runtime.engine import Engine
     from moepack.runtime.evaluate import WINDOW, encode_text, split_windows
     from moepack.runtime.prompt import read_text
+    from moepack.runtime.tune import check_memory
 
     check_output(out)
+    if tune and full:
+        raise UsageError("--full and --tune: expected one of them, statistics or tuned experts")
     passage = calibration.read_default_text() if text is None else read_text(text)
-    budget = None if memory is None else parse_size(memory)
+    budget = _read_budget(memory, device)
+    if tune:
+        with Pack.open(pack) as opened:
+            budget -= check_memory(opened, budget)
     engine = Engine.open(pack, memory=budget, device=device, exact=True, threads=threads, max_context=WINDOW)
-    windows, skipped = split_windows(encode_text(engine.tokenizer, passage), min(WINDOW, engine.max_context))
-    layers = engine.architecture.num_hidden_layers
-    with open_progress(layers, "calibrate", "layer") as progress:
-        try:
-            calibration.calibrate(engine, windows, out, full, progress.update)
-        except KeyboardInterrupt:
-            raise Interrupted(f"{out}: stopped; the same command goes on from here") from None
+    calibration.check_source(engine)
+    size = min(WINDOW, engine.max_context)
+    windows, skipped = split_windows(encode_text(engine.tokenizer, passage), size)
+    try:
+        if sample:
+            with open_progress(sample, "sample", "tok") as progress:
+                windows += calibration.sample_windows(engine, sample, size, progress.update)
+        if tune:
+            _tune(engine, tune, windows, out, steps, seed)
+        else:
+            with open_progress(engine.architecture.num_hidden_layers, "calibrate", "layer") as progress:
+                calibration.calibrate(engine, windows, out, full, progress.update)
+    except KeyboardInterrupt:
+        raise Interrupted(f"{out}: stopped; the same command goes on from here") from None
     log(f"{out}: {sum(map(len, windows))} tokens, {skipped} left out")
+
+
+def _tune(engine: Engine, start: Path, windows: list[Any], out: Path, steps: int, seed: int) -> None:
+    from moepack.layout.reader import Pack
+    from moepack.runtime.tune import Tuning, TuningPlan
+
+    with Pack.open(start) as opened, open_progress(steps, "tune", "step") as progress:
+        before, after = Tuning(engine, opened, windows, out, TuningPlan(steps, seed)).run(progress.update)
+    log(f"{out}: KL to {engine.pack.directory} on text kept apart {before:.4f}, now {after:.4f}")
+    if after >= before:
+        log(f"note: that is no gain: keep {start}, or give more text or --steps")
 
 
 def _read_budget(memory: str | None, device: str) -> int:

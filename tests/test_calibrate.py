@@ -158,10 +158,10 @@ def test_a_changed_byte_is_found(files: dict[str, Path], tmp_path: Path) -> None
 
 
 def test_a_later_version_is_refused(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moepack.layout.calibration.CALIBRATION_VERSION", 2)
+    monkeypatch.setattr("moepack.layout.calibration.CALIBRATION_VERSION", 3)
     calibrate(engine, WINDOWS[1:], tmp_path / "later")
     monkeypatch.undo()
-    with pytest.raises(UnsupportedVersion, match="version 2"):
+    with pytest.raises(UnsupportedVersion, match="version 3"):
         Calibration.open(tmp_path / "later")
 
 

@@ -1,0 +1,247 @@
+"""Tuning: the operations for learning against the reference's gradients, a real run, what convert makes of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import make_pack
+from convert_command import problems_of, run_convert
+from moepack.kernels import reference
+from moepack.kernels.differentiable import DifferentiableOps
+from moepack.kernels.matrix import Expert, Matrix
+from moepack.layout.calibration import Calibration
+from moepack.layout.errors import CalibrationError, MemoryBudgetError, UsageError
+from moepack.layout.manifest import Manifest
+from moepack.layout.reader import Pack
+from moepack.runtime import tune
+from moepack.runtime.calibrate import SAMPLED_SUFFIX, calibrate, sample_windows
+from moepack.runtime.engine import Engine
+from moepack.runtime.tune import KEPT_APART, Tuning, TuningPlan, check_memory
+from tiny_checkpoint import TinyModel, write_checkpoint
+
+MODEL = TinyModel(layers=2, full_attention_interval=2, experts=5)
+WINDOWS = [np.random.default_rng(seed).integers(0, 64, 70).tolist() for seed in range(KEPT_APART)]
+PLAN = TuningPlan(steps=30)
+OPTIONS = ("--bits", 2, "--group-size", 32, "--resident-bits", 16)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tune") / "source", MODEL)
+
+
+@pytest.fixture(scope="module")
+def engine(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return Engine.open(make_pack(source, tmp_path_factory.mktemp("pack16") / "pack", 16, 32, 16), exact=True, threads=1)
+
+
+@pytest.fixture(scope="module")
+def start(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("start") / "pack"
+    assert run_convert(source, out, *OPTIONS).code == 0
+    return out
+
+
+def run_tuning(engine: Engine, start: Path, out: Path, on_step: Callable[[int], object] = lambda steps: None) -> Any:
+    """A short run at a rate at which integers move nevertheless."""
+    with Pack.open(start) as pack, patch.object(tune, "LEVEL_RATE", 5e-3):
+        return Tuning(engine, pack, WINDOWS, out, PLAN).run(on_step)
+
+
+@pytest.fixture(scope="module")
+def tuned(engine: Engine, start: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float, float]:
+    out = tmp_path_factory.mktemp("tuned") / "file"
+    return out, *run_tuning(engine, start, out)
+
+
+def leaves(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(shape).requires_grad_() for shape in shapes]
+
+
+def assert_same_gradients(
+    one: Callable[..., torch.Tensor], other: Callable[..., torch.Tensor], inputs: list[torch.Tensor]
+) -> None:
+    """Equal results, and equal gradients of a random mixture of them."""
+    found = []
+    for function in (one, other):
+        out = function(*inputs)
+        direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        found.append([out.detach(), *torch.autograd.grad((out * direction).sum(), inputs)])
+    for mine, expected in zip(*found):
+        torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("tokens", [2, 64, 150])
+def test_the_delta_rule_and_its_gradient(tokens: int) -> None:
+    def run(ops: Any) -> Callable[..., torch.Tensor]:
+        return lambda q, k, v, decay, beta: ops.gated_delta(
+            q, k, v, -decay.square(), beta.sigmoid(), torch.zeros(4, 8, 16)
+        )
+
+    inputs = leaves((tokens, 2, 8), (tokens, 2, 8), (tokens, 4, 16), (tokens, 4), (tokens, 4))
+    assert_same_gradients(run(DifferentiableOps()), run(reference), inputs)
+
+
+def test_attention_and_its_gradient() -> None:
+    inputs = leaves((70, 4, 16), (2, 70, 16), (2, 70, 16))
+    assert_same_gradients(DifferentiableOps().attention, reference.attention, inputs)
+
+
+def test_chosen_experts_and_their_gradient() -> None:
+    router = torch.randn(7, 32)
+    router[6] = 0  # an expert that nobody chooses is among them
+
+    def add_one_by_one(x: torch.Tensor, scores: torch.Tensor, *matrices: torch.Tensor) -> torch.Tensor:
+        ids, weights = reference.choose_experts(scores, 2)
+        out = torch.zeros_like(x)
+        for expert in range(7):
+            tokens, places = (ids == expert).nonzero(as_tuple=True)
+            one = Expert(*(Matrix.from_floats(matrix[expert]) for matrix in matrices))
+            reference.add_expert(out, x, one, tokens, weights[tokens, places])
+        return out
+
+    def run_chosen(x: torch.Tensor, scores: torch.Tensor, *matrices: torch.Tensor) -> torch.Tensor:
+        return DifferentiableOps().run_chosen(x, *reference.choose_experts(scores, 2), *matrices)
+
+    x, scores, *matrices = leaves((40, 32), (40, 7), (7, 16, 32), (7, 16, 32), (7, 32, 16))
+    scores.data[:, 6] = -100
+    assert_same_gradients(run_chosen, add_one_by_one, [x, scores, *matrices])
+
+
+def test_the_rounded_model_is_the_one_that_runs(engine: Engine, start: Path, tmp_path: Path) -> None:
+    with Pack.open(start) as pack, Engine.open(start, exact=True, threads=1) as rounded:
+        learner = Tuning(engine, pack, WINDOWS, tmp_path / "out", PLAN)
+        expected = rounded.logits(WINDOWS[0])
+        found = learner.hidden(WINDOWS[0], is_final=True) @ learner.head.T
+        torch.testing.assert_close(found.detach(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+def test_the_answers_come_nearer(engine: Engine, tuned: tuple[Path, float, float]) -> None:
+    out, before, after = tuned
+    assert after < 0.98 * before
+    assert Calibration.open(out).facts["tuned"]["kl"] == [before, after]
+
+
+def test_convert_writes_what_was_tuned(
+    source: Path, engine: Engine, start: Path, tuned: tuple[Path, float, float], tmp_path: Path
+) -> None:
+    out, known = tmp_path / "pack", Calibration.open(tuned[0])
+    assert run_convert(source, out, "--resident-bits", 16, "--calibration", tuned[0]).code == 0
+    assert problems_of(out) == []
+    manifest, origin = Manifest.read(out), Manifest.read(start)
+    assert manifest.provenance["settings"]["arguments"] == origin.provenance["settings"]["arguments"]
+    assert manifest.provenance["settings"]["calibration"]["tuned"]["steps"] == PLAN.steps
+    assert manifest.expert_files[-1].sha256 == origin.expert_files[-1].sha256  # the MTP layer is as it was
+    moved = 0
+    with Engine.open(out, threads=1) as converted, Engine.open(start, threads=1) as first:
+        for layer, expert in ((0, 0), (1, 4)):
+            one, other = (
+                next(found for batch in e.store.fetch(layer, [expert]) for _, found in batch)
+                for e in (converted, first)
+            )
+            arrays = known.tuned_matrix(layer, expert, "down_proj")
+            np.testing.assert_array_equal(one.down_proj.data.numpy(), arrays["w_q"].view(np.uint8))
+            np.testing.assert_array_equal(
+                one.down_proj.scales.view(torch.int16).numpy(), arrays["scales"].view(np.int16)
+            )
+            moved += int((one.down_proj.data != other.down_proj.data).sum())
+    assert moved
+    block = run_convert(source, out, "--redo", "1:2", "--calibration", tuned[0])
+    assert (block.code, problems_of(out)) == (0, [])
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    engine: Engine, start: Path, tuned: tuple[Path, float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "SAVE_EVERY", 8)
+    out, done = tmp_path / "file", []
+
+    def stop(steps: int) -> None:
+        done.append(steps)
+        if sum(done) == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_tuning(engine, start, out, stop)
+    assert not out.exists()
+    rest: list[int] = []
+    run_tuning(engine, start, out, rest.append)
+    assert rest == [16] + [1] * 14
+    assert out.read_bytes() == tuned[0].read_bytes()
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_mixed_bits_are_tuned_as_they_are(source: Path, engine: Engine, tmp_path: Path) -> None:
+    known, start, out = (tmp_path / name for name in ("known", "start", "tuned"))
+    calibrate(engine, WINDOWS, known, full=True)
+    mixed = ("--bits", "mixed", "--bpw", 3.5, "--resident-bits", 16, "--calibration", known)
+    assert run_convert(source, start, *mixed).code == 0
+    assert len(Manifest.read(start).expert_files[0].tiers) > 1
+    run_tuning(engine, start, out)
+    assert run_convert(source, tmp_path / "pack", "--resident-bits", 16, "--calibration", out).code == 0
+    for one, other in zip(Manifest.read(tmp_path / "pack").expert_files, Manifest.read(start).expert_files):
+        assert (one.tiers, one.expert_tiers) == (other.tiers, other.expert_tiers)
+
+
+def test_a_tuned_file_settles_bits_and_groups(source: Path, tuned: tuple[Path, float, float], tmp_path: Path) -> None:
+    for given in (("--bits", 4), ("--group-size", 64), ("--quantizer", "mse"), ("--bpw", 3)):
+        result = run_convert(source, tmp_path / "pack", *given, "--calibration", tuned[0])
+        assert (result.code, list(tmp_path.iterdir())) == (2, [])
+        assert "leave out" in result.err
+
+
+def test_a_tuned_file_that_is_not_whole_is_refused(
+    source: Path, engine: Engine, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = tune.write_calibration
+
+    def leave_out(out: Path, facts: Any, arrays: list[Any], read: Any) -> None:
+        write(out, facts, arrays[:-1], read)
+
+    monkeypatch.setattr(tune, "write_calibration", leave_out)
+    run_tuning(engine, start, tmp_path / "tuned")
+    result = run_convert(source, tmp_path / "pack", "--calibration", tmp_path / "tuned")
+    assert (result.code, (tmp_path / "pack").exists()) == (1, False)
+    assert "tuned.1.4.down_proj.biases: expected ['BF16'" in result.err
+    known = Calibration.open(tmp_path / "tuned")
+    monkeypatch.setattr(known, "read", lambda name: np.full((1, 1), 0x7FC0, np.uint16))
+    with pytest.raises(CalibrationError, match="NaN"):
+        known.tuned_matrix(0, 0, "up_proj")
+
+
+def test_what_cannot_be_tuned(engine: Engine, start: Path, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "other", TinyModel(layers=2, full_attention_interval=2, experts=5, seed=9))
+    for pack, windows, expected in (
+        (make_pack(other, tmp_path / "pack", 2), WINDOWS, "another checkpoint"),
+        (engine.pack.directory, WINDOWS, "16 bits"),
+        (start, WINDOWS[1:], "at least 16"),
+    ):
+        with Pack.open(pack) as opened, pytest.raises(UsageError, match=expected):
+            Tuning(engine, opened, windows, tmp_path / "out", PLAN)
+    weights = 3 * 2 * 5 * engine.architecture.hidden_size * engine.architecture.moe_intermediate_size
+    with Pack.open(start) as opened:
+        assert check_memory(opened, 2**30) > 24 * weights
+        with pytest.raises(MemoryBudgetError, match="tune a smaller model"):
+            check_memory(opened, 24 * weights)
+
+
+def test_text_of_its_own_is_kept_beside_the_pack(engine: Engine) -> None:
+    path = engine.pack.directory.with_name(engine.pack.directory.name + SAMPLED_SUFFIX)
+    windows = sample_windows(engine, 100, 40)
+    assert [len(window) for window in windows] == [40, 40, 40]
+    assert len({tuple(window) for window in windows}) == 3
+    kept = json.loads(path.read_text())
+    counted: list[int] = []
+    assert sample_windows(engine, 60, 40, counted.append) == windows[:2]
+    assert (counted, kept["windows"]) == ([80], windows)
+    path.write_text(json.dumps({**kept, "manifest": "of another"}))
+    assert sample_windows(engine, 100, 40) == windows
