@@ -244,14 +244,14 @@ class _CallReader:
             if isinstance(read, _BegunCall) and following is None and (not is_final or self.streamed is not None):
                 self._held, begun = tag + rest, read
                 break
-            ended = self._end_call(*read) if isinstance(read, tuple) else None
-            if ended is None:
+            ended, length = self._end_call(read)
+            if not ended:
                 texts.append(tag)
-                text, self.streamed = rest, None
+                text = rest
                 continue
             pieces += [*self._join(texts), *ended]
             texts, self._blanks, self._has_calls = [], "", True
-            text = text[len(before) + read[1] :]
+            text = text[len(before) + length :]
         pieces += self._join(texts)
         if begun is not None and streams_calls and not is_final:
             pieces += self._stream(begun)
@@ -271,13 +271,17 @@ class _CallReader:
             yield ArgumentsPiece(certain[len(self.streamed) :])
             self.streamed = certain
 
-    def _end_call(self, call: ToolCall, length: int) -> list[Piece] | None:
-        """The rest of a call that is complete; None if it is not the one that has been handed out in part."""
+    def _end_call(self, read: tuple[ToolCall, int] | _BegunCall | None) -> tuple[list[Piece], int]:
+        """The rest of a call that is complete, and its length; nothing if it is none, or not the one that has been
+        handed out in part."""
         streamed, self.streamed = self.streamed, None
+        if not isinstance(read, tuple):
+            return [], 0
+        call, length = read
         if streamed is None:
-            return [call]
+            return [call], length
         arguments = write_arguments(call.arguments)
-        return [ArgumentsPiece(arguments[len(streamed) :]), call] if arguments.startswith(streamed) else None
+        return ([ArgumentsPiece(arguments[len(streamed) :]), call] if arguments.startswith(streamed) else []), length
 
     def _join(self, texts: list[str]) -> Iterator[TextPiece]:
         text = self._blanks + "".join(texts)

@@ -288,7 +288,7 @@ class _Printer:
                     self._write(piece.text, dim=True)
             elif isinstance(piece, TextPiece):
                 self._write(piece.text)
-            else:
+            elif isinstance(piece, ToolCall):
                 arguments = ", ".join(
                     f"{key}={json.dumps(v, ensure_ascii=False)}" for key, v in piece.arguments.items()
                 )
