@@ -1,9 +1,9 @@
 """The experts of one token on the CPU, as a share of the speed at which the same threads read memory.
 
-All chosen experts of a layer in one call, as in decode with everything in memory: gate and up, SiLU, down. Weights are
-random, in blocks like a pack's, in huge pages, and so many that no cache holds them; each call takes other ones. Every
-round reads memory and then runs the experts, so a share is of the limit in the same second; the table has medians of
-the rounds. Sizes are those of one layer of Qwen3.5-35B-A3B and 397B-A17B.
+All chosen experts of a layer in one native call, as in decode with everything in memory, which makes none from Python:
+gate and up, SiLU, down. Weights are random, in blocks like a pack's, in huge pages, and so many that no cache holds
+them; each call takes other ones. Every round reads memory and then runs the experts, so a share is of the limit in the
+same second; the table has medians of the rounds. Sizes are those of one layer of Qwen3.5-35B-A3B and 397B-A17B.
 
     python benchmarks/experts.py --threads 2
 """
@@ -11,6 +11,7 @@ the rounds. Sizes are those of one layer of Qwen3.5-35B-A3B and 397B-A17B.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -20,8 +21,9 @@ import torch
 
 from laps import Meter, others_cores
 from moepack.kernels.matrix import Expert
-from moepack.kernels.native_library import isa, set_threads
-from moepack.kernels.native_ops import NativeOps, read_stream
+from moepack.kernels.native_library import ADDRESS, INT, declare, isa, set_threads
+from moepack.kernels.native_matrix import place
+from moepack.kernels.native_ops import read_stream
 from moepack.layout.geometry import BlockGeometry, uniform_schemes
 from moepack.layout.pages import Pages
 
@@ -73,12 +75,15 @@ def measure(model: Model, bits: int) -> tuple[list[float], list[float], float]:
         [experts[place] for place in order[first : first + model.chosen]]
         for first in range(0, len(order), model.chosen)
     ]
-    ops, x, out = NativeOps(), torch.randn(1, model.hidden), torch.empty(model.chosen, model.hidden)
-    rows, moved = range(model.chosen), len(experts) * geometry.payload_bytes
+    x, out = torch.randn(1, model.hidden), torch.empty(model.chosen, model.hidden)
+    outs = (ADDRESS * model.chosen)(*[row.data_ptr() for row in out])
+    places = [(ADDRESS * model.chosen)(*map(place, some)) for some in chosen]
+    run_experts = declare("run_experts", ADDRESS, ADDRESS, ADDRESS, INT, ctypes.c_int)
+    moved = len(experts) * geometry.payload_bytes
 
     def run_all() -> None:
-        for some in chosen:
-            ops.run_experts(x, some, out, rows)
+        for some in places:
+            run_experts(outs, x.data_ptr(), some, model.chosen, False)
 
     run_all()
     meter = Meter()

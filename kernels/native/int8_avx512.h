@@ -32,7 +32,7 @@ template <int BITS> INLINE void unpack32(const uint8_t* packed, uint8_t* values)
 // ---- One token -----------------------------------------------------------------------------------------------------
 
 constexpr int planes_of(int bits) { return bits == 3 ? 1 : 8 / bits; }  // 3 bits: spread to bytes in the row's order
-constexpr int PREFETCH_BYTES = 4096, SCALES_AHEAD_BYTES = 1024;
+constexpr int PREFETCH_BYTES = 8192, SCALES_AHEAD_BYTES = 1024;
 
 // Put a token's values into the order of the planes: within each block of 64 * planes, value j * planes + k goes to
 // k * 64 + j.
@@ -77,42 +77,75 @@ template <int BITS> INLINE __m512i dot_block(__m512i packed, const int8_t* q) {
 
 INLINE __m512 widen_scales(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
 
-template <int BITS, int GROUP>
-static void walk_rows(const Matrix& m, const Activations& a, float* out, int64_t begin, int64_t end) {
+// What a row's integers and a token's make, as 16 sums of products.
+template <int BITS, int GROUP> INLINE __m512 walk_row(const Matrix& m, const Activations& a, int64_t row) {
     constexpr int BLOCK = 64 * planes_of(BITS), BLOCK_BYTES = BLOCK * BITS / 8, BLOCKS_OF_16_GROUPS = 16 * GROUP / BLOCK;
-    const int64_t groups = m.groups(), row_bytes = m.row_bytes();
+    constexpr __mmask64 WHOLE = ~__mmask64(0) >> (64 - BLOCK_BYTES);
+    const int64_t groups = m.groups();
     // Which of 16 groups the four values of a lane belong to, in block 0.
     const __m512i lane_group = _mm512_srli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                                  unsigned(__builtin_ctz(GROUP / (4 * planes_of(BITS)))));
-    for (int64_t row = begin; row < end; ++row) {
-        const uint8_t* packed = m.data + row * row_bytes;
-        const uint8_t* const row_end = packed + row_bytes;
-        const uint16_t *scales = m.scales + row * groups, *biases = m.biases + row * groups;
-        __builtin_prefetch((const char*)scales + SCALES_AHEAD_BYTES);
-        __builtin_prefetch((const char*)biases + SCALES_AHEAD_BYTES);
-        const int8_t* q = a.q;
-        __m512 sums = _mm512_setzero_ps(), offsets = _mm512_setzero_ps();
-        for (int64_t g = 0; g < groups; g += 16) {
-            const __mmask16 mask = groups - g < 16 ? __mmask16((1u << (groups - g)) - 1) : __mmask16(0xffff);
-            const __m512 scale = widen_scales(_mm256_maskz_loadu_epi16(mask, scales + g));
-            const __m512 bias = widen_scales(_mm256_maskz_loadu_epi16(mask, biases + g));
-            offsets = _mm512_fmadd_ps(scale, _mm512_load_ps(a.residual + g), offsets);
-            offsets = _mm512_fmadd_ps(bias, _mm512_load_ps(a.sum + g), offsets);
-            const __m512 both = _mm512_mul_ps(scale, _mm512_load_ps(a.scale + g));
-            for (int block = 0; block < BLOCKS_OF_16_GROUPS && packed < row_end; ++block) {
-                const int64_t left = row_end - packed;
-                const __mmask64 bytes = left < BLOCK_BYTES ? (__mmask64(1) << left) - 1 : ~__mmask64(0) >> (64 - BLOCK_BYTES);
-                __builtin_prefetch(packed + PREFETCH_BYTES);
-                const __m512i products = dot_block<BITS>(BLOCK_BYTES == 64 && left >= 64 ? _mm512_loadu_si512(packed) : _mm512_maskz_loadu_epi8(bytes, packed), q);
-                const int first_group = BLOCK >= GROUP ? block * (BLOCK / GROUP) : block / (GROUP / BLOCK > 0 ? GROUP / BLOCK : 1);
-                const __m512 factors = _mm512_permutexvar_ps(_mm512_add_epi32(lane_group, _mm512_set1_epi32(first_group)), both);
-                sums = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), factors, sums);
-                packed += BLOCK_BYTES;
-                q += BLOCK;
-            }
+    const uint8_t* packed = m.data + row * m.row_bytes();
+    const uint8_t* const row_end = packed + m.row_bytes();
+    const uint16_t *scales = m.scales + row * groups, *biases = m.biases + row * groups;
+    const int8_t* q = a.q;
+    __m512 sums = _mm512_setzero_ps(), offsets = _mm512_setzero_ps(), both;
+    const auto add_block = [&](int block, __m512i bytes) {
+        const int first_group = BLOCK >= GROUP ? block * (BLOCK / GROUP) : block / (GROUP / BLOCK > 0 ? GROUP / BLOCK : 1);
+        const __m512 factors = _mm512_permutexvar_ps(_mm512_add_epi32(lane_group, _mm512_set1_epi32(first_group)), both);
+        sums = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot_block<BITS>(bytes, q)), factors, sums);
+        packed += BLOCK_BYTES;
+        q += BLOCK;
+    };
+    for (int64_t g = 0; g < groups; g += 16) {
+        const __mmask16 mask = groups - g < 16 ? __mmask16((1u << (groups - g)) - 1) : __mmask16(0xffff);
+        __builtin_prefetch((const char*)(scales + g) + SCALES_AHEAD_BYTES);
+        __builtin_prefetch((const char*)(biases + g) + SCALES_AHEAD_BYTES);
+        const __m512 scale = widen_scales(_mm256_maskz_loadu_epi16(mask, scales + g));
+        const __m512 bias = widen_scales(_mm256_maskz_loadu_epi16(mask, biases + g));
+        offsets = _mm512_fmadd_ps(scale, _mm512_load_ps(a.residual + g), offsets);
+        offsets = _mm512_fmadd_ps(bias, _mm512_load_ps(a.sum + g), offsets);
+        both = _mm512_mul_ps(scale, _mm512_load_ps(a.scale + g));
+        const int64_t left = row_end - packed;
+        const int whole = int(smaller(BLOCKS_OF_16_GROUPS, left / BLOCK_BYTES));
+        for (int block = 0; block < whole; ++block) {
+            __builtin_prefetch(packed + PREFETCH_BYTES);
+            add_block(block, BLOCK_BYTES == 64 ? _mm512_loadu_si512(packed) : _mm512_maskz_loadu_epi8(WHOLE, packed));
         }
-        out[row] = _mm512_reduce_add_ps(_mm512_add_ps(sums, offsets));
+        if (whole < BLOCKS_OF_16_GROUPS && packed < row_end)
+            add_block(whole, _mm512_maskz_loadu_epi8((__mmask64(1) << (row_end - packed)) - 1, packed));
     }
+    return _mm512_add_ps(sums, offsets);
+}
+
+// The sums of each of 16 values' lanes, in the order of _mm512_reduce_add_ps: halves onto each other, down to one.
+INLINE __m512 reduce_16(const __m512 (&rows)[16]) {
+    __m512 halves[8], quarters[4], pairs[2];
+    for (int i = 0; i < 8; ++i) {
+        const __m512 a = rows[2 * i], b = rows[2 * i + 1];
+        halves[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+    for (int i = 0; i < 4; ++i) {
+        const __m512 a = halves[2 * i], b = halves[2 * i + 1];
+        quarters[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    for (int i = 0; i < 2; ++i) {
+        const __m512d a = _mm512_castps_pd(quarters[2 * i]), b = _mm512_castps_pd(quarters[2 * i + 1]);
+        pairs[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(pairs[0], pairs[1], 0x88), _mm512_shuffle_ps(pairs[0], pairs[1], 0xdd));
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), sums);
+}
+
+template <int BITS, int GROUP>
+static void walk_rows(const Matrix& m, const Activations& a, float* out, int64_t begin, int64_t end) {
+    int64_t row = begin;
+    for (; row + 16 <= end; row += 16) {
+        __m512 rows[16];
+        for (int r = 0; r < 16; ++r) rows[r] = walk_row<BITS, GROUP>(m, a, row + r);
+        _mm512_storeu_ps(out + row, reduce_16(rows));
+    }
+    for (; row < end; ++row) out[row] = _mm512_reduce_add_ps(walk_row<BITS, GROUP>(m, a, row));
 }
 
 template <int BITS> static void walk_rows_of(const Matrix& m, const Activations& a, float* out, int64_t begin, int64_t end) {

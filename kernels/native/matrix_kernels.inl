@@ -196,7 +196,7 @@ static int64_t read_stream(const uint8_t* from, int64_t size_bytes) {
             u32x16 value;
             memcpy(&value, from + i + part * 64, sizeof value);
             sums[part] += value;
-            __builtin_prefetch(from + i + part * 64 + 4096);
+            __builtin_prefetch(from + i + part * 64 + 8192);
         }
     const u32x16 total = sums[0] + sums[1] + sums[2] + sums[3];
     int64_t result = 0;
