@@ -212,6 +212,11 @@ def serve(
     parallel: int = typer.Option(
         2, "--parallel", help="Answers written at the same time, each with memory for --context.", min=1, max=64
     ),
+    read_ahead: bool = typer.Option(
+        True,
+        "--read-ahead/--no-read-ahead",
+        help="Read an answer for the conversation's next turn while nobody waits, with snapshots.",
+    ),
     max_seconds: float = typer.Option(3600, "--max-seconds", help="Longest time for one answer.", min=1),
     seed: int = typer.Option(0, help="Of the random choices where a request does not say.", min=0),
     exact: bool = EXACT,
@@ -257,7 +262,7 @@ def serve(
         process_bytes=taken_bytes(device, host_bytes=SERVER_BYTES),
         sequences=parallel,
     ) as engine:
-        settings = Settings(constrain, max_waiting, parallel, max_seconds, max_tokens, seed)
+        settings = Settings(constrain, max_waiting, parallel, max_seconds, max_tokens, seed, reads_ahead=read_ahead)
         service = Service(engine, name or pack.resolve().name.removesuffix(".moepack"), settings, grammars)
         policy = Policy(api_key, LOOPBACK if host in LOOPBACK else None)
         found = listener.getsockname()

@@ -12,9 +12,12 @@ Ending or Failure. Not here: what any of it looks like to a client (openai_api.p
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import contextlib
+import functools
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
+from moepack.layout.errors import UsageError
 from moepack.runtime.answer import AnswerParser, Piece, ReasoningPiece, StopStrings, TextPiece, ToolCall
 from moepack.runtime.constrain import AnswerConstraint
 from moepack.runtime.generate import Generation
@@ -33,6 +36,7 @@ class CompletionRequest:
     tools           whose calls are looked for; None: none are
     stop            strings that end the text of the answer; reasoning and calls are not searched
     streams_calls   hand out calls while they are written, as long as the constraint holds them to their form
+    expect          from the text of an answer to token ids that the next prompt of its conversation will begin with
     """
 
     prompt_ids: Sequence[int]
@@ -42,6 +46,7 @@ class CompletionRequest:
     tools: Sequence[Tool] | None = None
     stop: Sequence[str] = ()
     streams_calls: bool = False
+    expect: Callable[[str], Sequence[int]] | None = None
     constraint: AnswerConstraint | None = None
     client: str = ""
     max_seconds: float = 3600.0
@@ -232,6 +237,13 @@ class Completion:
             constrained_tokens=constraint.num_constrained if constraint else 0,
         )
         self._send(Ending(reason, self._stops.found, usage, generation.stats()))
+        if self._request.expect and generation.finish_reason == "stop":
+            text = self._scheduler.engine.tokenizer.decode(generation.token_ids[:-1])
+            self._scheduler.do_when_idle(functools.partial(self._read_ahead, self._request.expect, text))
+
+    def _read_ahead(self, expect: Callable[[str], Sequence[int]], text: str, check: Callable[[float], None]) -> None:
+        with contextlib.suppress(UsageError):  # a conversation at its end: too long, or not to be gone on with
+            self._scheduler.engine.read_ahead(expect(text), check)
 
     def _send(self, event: Event) -> None:
         try:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from moepack.kernels.backend import choose_backend, describe_arithmetic, describe_backend
+from moepack.kernels.reference import DELTA_CHUNK
 from moepack.layout.architecture import Architecture
 from moepack.layout.errors import DamagedPack, MemoryBudgetError, UsageError
 from moepack.layout.eviction import POLICIES, LeastRecentlyUsed
@@ -195,6 +196,25 @@ class Engine:
         for chunk in split_chunks(torch.tensor(token_ids, dtype=torch.int64), self.memory_plan.prefill_chunk, cuts):
             part = len(chunk) / self.architecture.num_hidden_layers
             yield self.model(chunk, state, functools.partial(on_progress, part))
+
+    @torch.inference_mode()
+    def read_ahead(self, token_ids: Sequence[int], on_progress: Callable[[float], object] = lambda tokens: None) -> int:
+        """Read what a prompt to come is expected to begin with, so that it goes on from there: snapshots.py.
+
+        Returns how many of the tokens that spares it. on_progress is prefill's; what it raises ends the reading.
+        """
+        end = 0 if self.snapshots.is_off else len(token_ids) // DELTA_CHUNK * DELTA_CHUNK
+        if not end:
+            return 0
+        self.check_prompt(token_ids)
+        state = self.new_state(end)
+        done = self.snapshots.restore(token_ids, state)
+        if done < end:
+            for _ in self.prefill(token_ids[done:end], state, on_progress):
+                pass
+            self.snapshots.keep(token_ids[:end], state)
+            self.snapshots.flush()
+        return end
 
     def new_state(self, max_positions: int) -> SequenceState:
         """State of a new sequence of at most max_positions tokens; within the plan up to max_context."""

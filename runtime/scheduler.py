@@ -13,6 +13,8 @@ thread, right after the token, and ends the answer by returning False, so where 
     scheduler = Scheduler(engine, max_waiting=256)
     job = scheduler.submit(Job(prompt_ids, sampling, client="...", on_token=..., on_end=...))
     job.cancel()                                        # takes effect within a step, or a layer of the prefill
+
+While nobody waits for an answer the thread can work ahead (do_when_idle), until the next job comes.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from moepack.runtime.engine import Engine
 
 ENDED = object()
+IdleTask = Callable[[Callable[[float], None]], object]
+PAUSE_SECONDS = 0.5  # without a job before work ahead begins: a client that asks on and on need not wait for its layer
 logger = logging.getLogger("moepack.serve")
 
 
@@ -95,6 +99,7 @@ class Scheduler:
         self._queues: OrderedDict[str, deque[Job]] = OrderedDict()  # by client, whose turn is next first
         self._changed = threading.Condition()
         self._is_closed = False
+        self._idle_task: IdleTask | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -126,6 +131,15 @@ class Scheduler:
             others = [jobs for client, jobs in self._queues.items() if client != job.client]
             return place + sum(min(len(jobs), place + 1) for jobs in others) + len(self.running)
 
+    def do_when_idle(self, task: IdleTask) -> None:
+        """Work for the engine's thread while there is no job: of several that have not begun, the newest.
+
+        task   called with a check to call now and then, which raises Cancelled once a job has come
+        """
+        with self._changed:
+            self._idle_task = task
+            self._changed.notify()
+
     def close(self) -> None:
         """Cancel all jobs and end the thread."""
         with self._changed:
@@ -140,16 +154,34 @@ class Scheduler:
         while True:
             with self._changed:
                 while not (answers or self._queues or self._is_closed):
-                    self._changed.wait()
-                if not (answers or self._queues):
+                    if not self._changed.wait(PAUSE_SECONDS if self._idle_task else None):
+                        break
+                if not (answers or self._queues) and self._is_closed:
                     return
                 while self._queues and len(answers) < self.max_running:
                     job = self._take()
                     self.running = (*self.running, job)
                     answers.append(self._answer(job))
-            if not self.engine.store.has_room_for_all:
+            if not answers:
+                self._work_ahead()
+            elif not self.engine.store.has_room_for_all:
                 step_together([job.generation for job in self.running if job.generation])
             answers = [answer for answer in answers if next(answer, ENDED) is not ENDED]
+
+    def _work_ahead(self) -> None:
+        task, self._idle_task = self._idle_task, None
+
+        def check(_: float = 0.0) -> None:
+            if self._queues or self._is_closed:
+                raise Cancelled
+
+        try:
+            if task is not None:
+                task(check)
+        except Cancelled:
+            pass
+        except Exception:  # nobody waits for it, and whoever needs the same finds the same error
+            logger.warning("what was to be done while idle failed", exc_info=True)
 
     def _take(self) -> Job:
         """The oldest job of the client whose turn it is; that client comes last then."""

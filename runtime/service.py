@@ -7,14 +7,16 @@ completion = service.start(request)
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from moepack.layout.errors import UsageError
-from moepack.runtime.answer import opens_reasoning
+from moepack.runtime.answer import opens_reasoning, parse_tool_calls, split_reasoning
 from moepack.runtime.completion import Completion, CompletionRequest, Ending, Event, Failure
 from moepack.runtime.constrain import AnswerConstraint, Grammars, is_writable
 from moepack.runtime.engine import Engine
@@ -43,6 +45,7 @@ class Settings:
     max_tokens      of an answer where the request does not say
     seed            where the request does not say
     quiet_seconds   after which a stream that has nothing to say says so
+    reads_ahead     while nobody waits, an answer is read as the conversation's next prompt will have it
     """
 
     constrain: bool = True
@@ -52,6 +55,7 @@ class Settings:
     max_tokens: int = 2048
     seed: int = 0
     quiet_seconds: float = 2.0
+    reads_ahead: bool = False
 
 
 class Service:
@@ -125,7 +129,8 @@ class Service:
         Raises UsageError for whatever is wrong with it.
         """
         check_tools(tools, choice)
-        prompt = self.render_chat(messages, tools, **template or {})
+        template = template or {}
+        prompt = self.render_chat(messages, tools, **template)
         inside = opens_reasoning(prompt)
         constraint = None
         if self._grammars and (tools or schema is not None):
@@ -139,10 +144,29 @@ class Service:
             tools=tools if tools and choice != "none" else None,
             stop=check_stop(stop),
             streams_calls=streams,
+            expect=functools.partial(self._expect, messages, tools, template) if self.settings.reads_ahead else None,
             constraint=constraint,
             client=client,
             max_seconds=self.settings.max_seconds,
         )
+
+    def _expect(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[Tool], template: dict[str, Any], text: str
+    ) -> list[int]:
+        """What the next prompt of a conversation begins with, if it goes on from an answer. Raises UsageError."""
+        inside = opens_reasoning(self.render_chat(messages, tools, **template))
+        reasoning, answer = split_reasoning(text, inside)
+        content, calls = parse_tool_calls(answer, tools) if tools else (answer, [])
+        functions = [{"name": call.name, "arguments": call.arguments} for call in calls]
+        message: dict[str, Any] = {"role": "assistant", "content": content, "reasoning_content": reasoning or ""}
+        if functions:
+            message["tool_calls"] = [{"type": "function", "function": function} for function in functions]
+        role = "tool" if functions else "user"
+        prompts = [
+            self.render_chat([*messages, message, {"role": role, "content": what}], tools, **template) for what in "ab"
+        ]
+        ids = map(self.engine.tokenizer.encode, prompts)
+        return [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*ids))]
 
     def start(self, request: CompletionRequest) -> Completion:
         """Queue a request. Called in the event loop. Raises QueueFull."""

@@ -2,13 +2,16 @@
 
 Every turn of a conversation begins with the turns before it, and every conversation with the same system message and
 tools. A recurrent state cannot be cut back to where two prompts part, so states are kept where prompts are expected
-to: after the first turn and before the answer. The template rewrites the turn before (it drops its reasoning), which
-is why nothing is kept after an answer.
+to: after the first turn and before the answer.
 
 Going on from a snapshot gives the same bits as reading the whole prompt: only states that a prefill has made are kept,
-at multiples of DeltaNet's chunk, and a decoded token, which is summed in another order, never is part of one. A
-snapshot is found by the sha256 of the tokens before it, the pack and the arithmetic. In memory the least recently used
-one makes room; with a directory they outlive the process, compressed and with a checksum.
+at multiples of DeltaNet's chunk. A decoded token is summed in another order, so with the state after an answer a
+request's tokens would depend on whether that was still in memory. Nor would it help often: the template drops the
+reasoning of the turns before. Instead the server reads an answer once more as the next prompt will have it, while
+nobody waits (Engine.read_ahead); where a request comes first, or no server is, that is read with the next prompt.
+
+A snapshot is found by the sha256 of the tokens before it, the pack and the arithmetic. In memory the least recently
+used one makes room; with a directory they outlive the process, compressed and with a checksum.
 
     snapshots = Snapshots(budget_bytes=2**28, identity=b"pack and arithmetic", turn_ends=tokenizer.stop_token_ids)
     done = snapshots.restore(token_ids, state)          # tokens that need not be computed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -90,6 +90,29 @@ def test_clients_take_turns(engine: Engine) -> None:
     start_together(scheduler, [*many, Answer("b0", journal, PROMPTS[0], 2, "b")])
     scheduler.close()
     assert [entry for entry in journal if "ends" in entry] == ["a0 ends", "b0 ends", "a1 ends", "a2 ends"]
+
+
+def test_idle_work_ends_when_a_job_comes(engine: Engine) -> None:
+    scheduler, begun, ends = Scheduler(engine), threading.Event(), list[str]()
+
+    def work(check: Callable[[float], None]) -> None:
+        begun.set()
+        try:
+            while True:
+                check(0.0)
+        finally:
+            ends.append("idle work")
+
+    scheduler.do_when_idle(work)
+    assert begun.wait(60)
+    start_together(scheduler, [Answer("a", ends, PROMPTS[0], 2)])
+    assert ends == ["idle work", "a", "a", "a ends"]
+    begun.clear()
+    scheduler.do_when_idle(lambda check: 1 / 0)
+    scheduler.do_when_idle(work)
+    assert begun.wait(60), "a task that fails is logged, and no more"
+    scheduler.close()
+    assert ends[4:] == ["idle work"]
 
 
 def test_closing_cancels_what_runs_and_what_waits(engine: Engine) -> None:

@@ -52,6 +52,23 @@ def test_a_second_turn_computes_what_is_new_and_gives_the_same_tokens(tiny_pack:
     assert other.cached_tokens == 64  # the system message, up to the last multiple of 64 in its 100 tokens
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_was_read_ahead_is_not_read_again_and_gives_the_same_tokens(tiny_pack: Path, exact: bool) -> None:
+    """The answer as the next prompt has it, read while nobody waited."""
+    cold, warm = (Engine.open(tiny_pack, exact=exact, snapshot_bytes=size) for size in (0, ROOM))
+    list(warm.generate(FIRST, GREEDY))
+    progress: list[float] = []
+    assert warm.read_ahead(SYSTEM + QUESTION + ANSWER, progress.append) == 320  # of 340 tokens
+    assert round(sum(progress)) == 320 - 192, "from the snapshot before the answer on"
+    assert warm.read_ahead(SYSTEM + QUESTION + ANSWER, progress.append) == 320
+    assert round(sum(progress)) == 320 - 192, "once"
+    second = warm.generate(SECOND, GREEDY)
+    assert list(second) == list(cold.generate(SECOND, GREEDY))
+    assert second.cached_tokens == 320
+    assert cold.read_ahead(SECOND) == 0
+    assert warm.read_ahead(SECOND[:63]) == 0
+
+
 @pytest.mark.parametrize("length", [65, 66, 127, 128, 129, 130, 193, 257])
 def test_going_on_is_reading_all_bit_for_bit(tiny_pack: Path, length: int) -> None:
     ids = turn(length, 4)
