@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,11 +25,12 @@ from moepack.layout.manifest import Manifest
 from moepack.layout.reader import Pack
 from moepack.runtime import tune
 from moepack.runtime.calibrate import SAMPLED_SUFFIX, calibrate, sample_windows
+from moepack.runtime.cli import main
 from moepack.runtime.engine import Engine
 from moepack.runtime.tune import KEPT_APART, Tuning, TuningPlan, check_memory
 from tiny_checkpoint import TinyModel, write_checkpoint
 
-MODEL = TinyModel(layers=2, full_attention_interval=2, experts=5)
+MODEL = TinyModel(layers=2, full_attention_interval=2, experts=5, max_positions=128)
 WINDOWS = [np.random.default_rng(seed).integers(0, 64, 70).tolist() for seed in range(KEPT_APART)]
 PLAN = TuningPlan(steps=30)
 OPTIONS = ("--bits", 2, "--group-size", 32, "--resident-bits", 16)
@@ -219,7 +222,7 @@ def test_a_tuned_file_that_is_not_whole_is_refused(
 
 
 def test_what_cannot_be_tuned(engine: Engine, start: Path, tmp_path: Path) -> None:
-    other = write_checkpoint(tmp_path / "other", TinyModel(layers=2, full_attention_interval=2, experts=5, seed=9))
+    other = write_checkpoint(tmp_path / "other", replace(MODEL, seed=9))
     for pack, windows, expected in (
         (make_pack(other, tmp_path / "pack", 2), WINDOWS, "another checkpoint"),
         (engine.pack.directory, WINDOWS, "16 bits"),
@@ -245,3 +248,28 @@ def test_text_of_its_own_is_kept_beside_the_pack(engine: Engine) -> None:
     assert (counted, kept["windows"]) == ([80], windows)
     path.write_text(json.dumps({**kept, "manifest": "of another"}))
     assert sample_windows(engine, 100, 40) == windows
+
+
+@pytest.mark.parametrize(("more", "code", "said"), [
+    (("--sample", 100, "--steps", 3), 0, "on text kept apart"),
+    (("--full",), 2, "expected one of them"),
+    (("--memory", "1MiB"), 1, "tune a smaller model"),
+])  # fmt: skip
+def test_the_command(
+    engine: Engine,
+    start: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[Any, ...],
+    code: int,
+    said: str,
+) -> None:
+    text, out = tmp_path / "text", tmp_path / "out"
+    text.write_text("in the of and the fox " * 300)
+    options = ("--tune", start, "--text", text, "--threads", 1, "-o", out, *more)
+    monkeypatch.setattr(sys, "argv", [str(part) for part in ("moe-run", "calibrate", engine.pack.directory, *options)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert (end.value.code or 0, out.exists()) == (code, code == 0)
+    assert said in capsys.readouterr().err
