@@ -116,6 +116,8 @@ def convert_checkpoint(
     Safe to stop at any time: the same command goes on where it ended, and writes the same bytes.
     """
     workers = workers or os.cpu_count() or 1
+    if not source or not out:
+        raise UsageError("SRC or OUT is empty: expected a checkpoint and a place for the pack")
     if is_url(out) and (engine != "ray" or redo or to != "pack"):
         raise UsageError(f"{out}: only a conversion with --engine ray writes to a URL: give a directory")
     if not is_hub_address(source) and (to != "pack" or is_archive(Path(source))):

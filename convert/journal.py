@@ -93,8 +93,9 @@ def check_settings(out: str, earlier: dict[str, Any], settings: dict[str, Any]) 
     """Raise UsageError naming what differs where an unfinished conversion had other settings."""
     if earlier != settings:
         changed = sorted(key for key in {*earlier, *settings} if earlier.get(key) != settings.get(key))
+        found = " and ".join(f"{'other' if key == 'arguments' else 'another'} {key}" for key in changed)
         raise UsageError(
-            f"{out}: holds an unfinished conversion with another {', '.join(changed)}"
+            f"{out}: holds an unfinished conversion with {found}"
             f"{_name_differences(earlier, settings)}: repeat its command, or start over with --overwrite"
         )
 

@@ -45,7 +45,10 @@ class HashedBlock(NamedTuple):
 
 
 def check_output(path: Path) -> None:
-    """Raise UsageError for a file to be written into a finished pack, which holds nothing but what it lists."""
+    """Raise UsageError where no output can be: below a file, or in a finished pack, which holds only what it lists."""
+    above = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+    if not above.is_dir():
+        raise UsageError(f"{path}: {above} is a file: give a place in a directory")
     folder = Path(os.path.realpath(path)).parent
     for pack in (folder, folder.parent) if folder.name == EXPERTS_FOLDER else (folder,):
         if (pack / MANIFEST_NAME).exists() and (pack / RESIDENT_NAME).exists():

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
+import numpy as np
 import torch
 
 from moepack.kernels.matrix import Expert
@@ -31,6 +32,7 @@ from moepack.runtime.expert_io import BlockReader, Read, ReadOptions, ReadQueue
 JOINED_BYTES = 4 * 2**20  # neighbours read in one call, in order: small blocks come twice as fast
 READ_AHEAD_BYTES = 32 * 2**20  # how far reads run ahead of the consumer, in order
 MAX_HINTS = 8  # reads that nobody has asked for yet
+FILL_HINTS = 32  # the same, where all experts have room and come in for the first time
 
 Batch = list[tuple[int, Expert]]
 
@@ -238,6 +240,14 @@ class ExpertStore:
                 if slot is None:
                     return
                 self._start(layer, (expert_id,), (slot,), is_hint=True)
+
+    def fill(self) -> None:
+        """Hint that all experts will be fetched sooner or later, where there is room for all of them."""
+        for layer, expert_id in zip(*(places.tolist() for places in np.nonzero(self._places[: self._num_layers] == 0))):
+            if self._hints >= FILL_HINTS:
+                return
+            if (layer, expert_id) not in self._held:
+                self._start(layer, (expert_id,), (self._free.pop(),), is_hint=True)
 
     def describe(self) -> dict[str, str | int | bool]:
         """How this store reads and keeps, for people."""

@@ -170,6 +170,8 @@ class SparseMoe:
         if self.next_router is not None:
             guesses = [self.steps[lane].guess(self.next_router) for lane in chosen]
             self.store.prefetch(self.layer + 1, list(chain.from_iterable(zip(*guesses))))  # each one's likeliest first
+        elif self.scans_ahead and self.store.has_room_for_all:
+            self.store.fill()
         # The shared expert needs no read: it goes with what is in memory.
         work = {lane: ([self.shared_expert], [len(expert_ids)]) for lane, expert_ids in chosen.items()}
         for batch in batches:  # first what is in memory, be it nothing, then what arrives

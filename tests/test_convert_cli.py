@@ -225,7 +225,7 @@ def test_an_unfinished_conversion_with_other_settings_is_kept(source, other_sour
     out = tmp_path / "pack"
     begin(source, out, bits=2)
     before = files_of(out / "experts")
-    assert_usage(run_convert(source, out, *GROUP), out, "unfinished conversion with another arguments", "--overwrite")
+    assert_usage(run_convert(source, out, *GROUP), out, "unfinished conversion with other arguments", "--overwrite")
     assert_usage(run_convert(other_source, out, *GROUP, "--bits", 2), out, "another source", "--overwrite")
     assert files_of(out / "experts") == before
 
@@ -249,7 +249,7 @@ def test_steps_of_unreadable_settings_are_not_trusted(source, tmp_path):
     begin(source, tmp_path / "pack")
     settings = tmp_path / "pack" / JOURNAL_NAME / "settings.json"
     settings.write_text('{"arguments": 5, "source": [1]}')
-    assert_usage(run_convert(source, tmp_path / "pack", *GROUP), "unfinished conversion with another arguments")
+    assert_usage(run_convert(source, tmp_path / "pack", *GROUP), "unfinished conversion with other arguments")
     settings.write_bytes(b"")
     options = (*GROUP, "--quantizer", "minmax")  # blocks of the same sizes, other bytes
     assert run_convert(source, tmp_path / "pack", *options).code == 0
@@ -262,11 +262,16 @@ def test_a_file_at_out(source, tmp_path):
     out.write_text("Mine.")
     for options in ((), ("--overwrite",), ("--dry-run",)):
         assert_usage(run_convert(source, out, *GROUP, *options), out, "is a file, expected a directory")
-    below = run_convert(source, out / "below", *GROUP)
-    assert below.code in (1, 2)
-    assert len(below.errors) == 1
-    assert str(out) in below.errors[0]
+    for options in ((), ("--dry-run",), ("--to", "archive")):
+        assert_usage(
+            run_convert(source, out / "below", *GROUP, *options), out, "is a file: give a place in a directory"
+        )
     assert out.read_text() == "Mine."
+
+
+@pytest.mark.parametrize("arguments", [("", "out"), ("somewhere", "")])
+def test_nothing_is_no_place(arguments):
+    assert_usage(run_convert(*arguments), "SRC or OUT is empty")
 
 
 @pytest.mark.parametrize("target", ["nowhere", "out"])

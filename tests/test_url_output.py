@@ -100,7 +100,7 @@ def test_what_is_there_is_kept_and_only_packs_are_replaced(source, tmp_path, url
         write_layers(output, journal, range(3))
     other = output_at(url, source, tmp_path / "other", bits=2)
     with (
-        pytest.raises(UsageError, match="unfinished conversion with another arguments \\(bits 4, now 2\\)"),
+        pytest.raises(UsageError, match="unfinished conversion with other arguments \\(bits 4, now 2\\)"),
         other.open(),
     ):
         pass
