@@ -13,6 +13,7 @@ not in memory, and goes on behind it when the caller has run that layer's expert
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -128,7 +129,8 @@ class FusedLayers:
             weights=ctypes.addressof(self._weights),
         )
         self._kept: Any = None  # what the native description of a token points to
-        self._described: Any = None  # the states that the native ones are of
+        # The first of the states that the native ones are of. Whose answer has ended is not kept in memory by it.
+        self._described: Callable[[], torch.Tensor | None] = lambda: None
 
     def start(
         self,
@@ -142,13 +144,13 @@ class FusedLayers:
 
         x         [1, D]
         states    of each layer: conv_state and recurrent_state, or keys and values [Hkv, max_positions, Dh]; the
-                  same list for every token of a sequence is described once
+                  same tensors for every token of a sequence are described once
         experts   int64 [layers, E]: address of the description of each expert that is in memory, 0 for others
         position  of the token; the caches get it there
         pauses    stop after each layer's router, so that the caller sees what was chosen as early as can be
         """
         turn = angles(position, 1, *self._rope) if self._rope else None
-        if states is not self._described:
+        if states[0][0] is not self._described():
             self._describe(states)
         run, self._kept = self._run, (x, experts, turn)
         run.experts, run.angles = experts.data_ptr(), turn.data_ptr() if turn is not None else None
@@ -161,7 +163,7 @@ class FusedLayers:
                 native.head_stride, native.is_bf16 = first.stride(0), first.dtype == torch.bfloat16
             else:
                 native.conv, native.recurrent = first.data_ptr(), second.data_ptr()
-        self._described = states
+        self._described = weakref.ref(states[0][0])
 
     def run(self, first: int) -> int:
         """Go on with layer `first`. Returns the layer whose experts are chosen but not run; their number if all are."""

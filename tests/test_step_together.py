@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -165,6 +166,18 @@ def test_a_defect_ends_the_answers_of_its_step_alone(
         with pytest.raises(TypeError):
             next(generation)
     assert list(later), "a token alone does not go that way"
+
+
+def test_an_answer_that_has_ended_keeps_no_state(open_engine: Callable[..., Engine]) -> None:
+    """The budget holds the states of so many answers as are written at the same time, and no others."""
+    engine = open_engine(slots=8)
+    generations = start_all(engine)
+    states = []
+    for generation in generations:
+        next(generation)
+        states += [weakref.ref(tensor) for layer in generation._state.tensors for tensor in layer]
+    assert run_together(generations) == {}
+    assert [state() for state in states if state() is not None] == []
 
 
 def test_a_backend_of_one_lane_takes_turns(open_engine: Callable[..., Engine]) -> None:
