@@ -21,6 +21,7 @@ def reading_threads() -> int:
 
 def test_threads_end_with_the_store(tiny_pack: Path) -> None:
     pack = Pack.open(tiny_pack)
+    gc.collect()  # other tests' forgotten stores
     before = reading_threads()
     store = ExpertStore(pack, 4, io=ReadOptions(queue_depth=3))
     assert reading_threads() == before + 3
