@@ -255,7 +255,7 @@ class _CallReader:
         pieces += self._join(texts)
         if begun is not None and streams_calls and not is_final:
             pieces += self._stream(begun)
-        if is_final and self._blanks and not self._has_calls:
+        if is_final and self._blanks and not self._has_calls and self.streamed is None:
             pieces.append(TextPiece(self._blanks))
         return pieces
 

@@ -186,7 +186,9 @@ class Completion:
         constraint = self._request.constraint
         if self._parser:
             self._reasoning_tokens += self._parser.in_reasoning
-            self._parser.streams_calls = self._request.streams_calls and constraint is not None and constraint.holds
+            self._parser.streams_calls = (
+                self._request.streams_calls and constraint is not None and constraint.holds_call
+            )
         pieces = self._read(self._decoder.push(token_id), is_final=False)
         self._send_pieces(pieces, generation)
         return self._stops.found is None

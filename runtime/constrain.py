@@ -85,7 +85,7 @@ class AnswerConstraint:
     schema          of the answer as JSON, {} for any object; None leaves it free
 
     num_constrained   tokens so far that were chosen under a grammar
-    holds             whether a call that begins is held to its form to its end
+    holds_call        whether a call is being written that is held to its form to its end
 
     Raises UsageError if the schema is one that llguidance cannot hold an answer to.
     """
@@ -124,8 +124,8 @@ class AnswerConstraint:
         return "+".join(filter(None, (calls, form)))
 
     @property
-    def holds(self) -> bool:
-        return self._phase != "free"
+    def holds_call(self) -> bool:
+        return self._phase == "call"
 
     def list_allowed(self) -> NDArray[np.bool_] | None:
         """Which tokens may come next, bool [V]; None if all may."""

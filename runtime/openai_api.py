@@ -20,7 +20,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from moepack.layout.errors import UsageError
-from moepack.runtime.answer import ArgumentsPiece, CallStart, ReasoningPiece, TextPiece, ToolCall, write_arguments
+from moepack.runtime.answer import (
+    ArgumentsPiece,
+    CallStart,
+    Piece,
+    ReasoningPiece,
+    TextPiece,
+    ToolCall,
+    write_arguments,
+)
 from moepack.runtime.completion import Completion, CompletionRequest, Ending, Failure, Pieces, Usage, Waiting
 from moepack.runtime.sampling import TokenLogprobs
 from moepack.runtime.service import Service, check_stop
@@ -195,7 +203,7 @@ async def stream_chat(service: Service, completion: Completion, request: ChatReq
     head = _head(service, "chat.completion.chunk", "chatcmpl")
     if request.wants_usage:
         head["usage"] = None
-    calls = _CallDeltas()
+    deltas = _Deltas()
 
     def chunk(delta: Json, logprobs: Any = None, finish_reason: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
@@ -208,13 +216,9 @@ async def stream_chat(service: Service, completion: Completion, request: ChatReq
         elif isinstance(event, Pieces):
             logprobs = _write_logprobs(service.engine.tokenizer, event.logprobs) if event.logprobs else None
             for piece in event.pieces or [TextPiece("")]:
-                if isinstance(piece, ReasoningPiece):
-                    yield chunk({"reasoning_content": piece.text}, logprobs)
-                elif isinstance(piece, TextPiece):
-                    yield chunk({"content": piece.text}, logprobs)
-                elif delta := calls.add(piece):
-                    yield chunk({"tool_calls": [delta]}, logprobs)
-                logprobs = None  # told once
+                if delta := deltas.add(piece):
+                    yield chunk(delta, logprobs)
+                    logprobs = None  # told once
         elif isinstance(event, Ending):
             service.note(completion, event)
             yield chunk({}, finish_reason=event.finish_reason)
@@ -226,21 +230,25 @@ async def stream_chat(service: Service, completion: Completion, request: ChatReq
             yield _failure(event)
 
 
-class _CallDeltas:
-    """The calls of a stream: one that is handed out as it grows by its name and pieces of its arguments, else whole."""
+class _Deltas:
+    """What a stream tells. A call comes whole, or, if it is handed out as it grows, by its name and then in pieces."""
 
     def __init__(self) -> None:
-        self._index, self._is_open = -1, False
+        self._index, self._is_in_call = -1, False
 
-    def add(self, piece: CallStart | ArgumentsPiece | ToolCall) -> Json | None:
-        """What to send; None if all of a call has been sent."""
+    def add(self, piece: Piece) -> Json | None:
+        """The delta to send; None if all of a call has been sent."""
+        was_in_call, self._is_in_call = self._is_in_call, isinstance(piece, (CallStart, ArgumentsPiece))
+        if isinstance(piece, ReasoningPiece):
+            return {"reasoning_content": piece.text}
+        if isinstance(piece, TextPiece):
+            return {"content": piece.text}
         if isinstance(piece, ArgumentsPiece):
-            return {"index": self._index, "function": {"arguments": piece.text}}
-        was_open, self._is_open = self._is_open, isinstance(piece, CallStart)
-        if isinstance(piece, ToolCall) and was_open:
+            return {"tool_calls": [{"index": self._index, "function": {"arguments": piece.text}}]}
+        if isinstance(piece, ToolCall) and was_in_call:
             return None
         self._index += 1
-        return {"index": self._index, **_write_call(piece)}
+        return {"tool_calls": [{"index": self._index, **_write_call(piece)}]}
 
 
 async def stream_text(service: Service, completion: Completion, request: TextRequest) -> AsyncIterator[str]:

@@ -326,6 +326,13 @@ def test_text_of_a_call_comes_at_once_and_numbers_when_they_are_complete() -> No
     assert parser.finish() == []
 
 
+def test_blanks_before_a_call_that_is_cut_are_not_told_behind_it() -> None:
+    parser = AnswerParser(False, [tool({"city": {"type": "string"}})])
+    parser.streams_calls = True
+    assert parser.push("So:\n\n<tool_call>\n<function=f>\n")[0] == TextPiece("So:")
+    assert parser.finish() == []
+
+
 def test_pieces_come_as_soon_as_they_are_certain() -> None:
     parser = AnswerParser(True, [])
     assert parser.push("\nLet me") == [ReasoningPiece("Let me")]

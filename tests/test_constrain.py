@@ -139,6 +139,19 @@ def test_a_call_begun_in_free_text_is_held(grammars: Grammars) -> None:
     assert whole
 
 
+def test_what_looks_like_a_call_inside_of_json_is_not_held_to_be_one(grammars: Grammars) -> None:
+    constraint = AnswerConstraint(grammars, False, TOOLS, "auto", schema={})
+    for token_id in tokenizer.encode('{"a": "<tool_call'):
+        constraint.push(token_id)
+    for token_id in tokenizer.encode(">\n<function=ping>"):
+        constraint.push(token_id)
+    assert not constraint.holds_call
+    constraint = AnswerConstraint(grammars, False, TOOLS, "auto")
+    for token_id in tokenizer.encode("So: <tool_call>\n<function=ping>\n"):
+        constraint.push(token_id)
+    assert constraint.holds_call
+
+
 def test_what_an_answer_may_begin_with(grammars: Grammars) -> None:
     stop = next(iter(tokenizer.stop_token_ids))
     call_id = tokenizer.find("<tool_call>")

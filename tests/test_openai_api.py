@@ -15,8 +15,17 @@ import pytest
 from openai import OpenAI
 
 from moepack.runtime import SamplingParams
-from moepack.runtime.answer import opens_reasoning, parse_tool_calls, split_reasoning
+from moepack.runtime.answer import (
+    ArgumentsPiece,
+    CallStart,
+    TextPiece,
+    ToolCall,
+    opens_reasoning,
+    parse_tool_calls,
+    split_reasoning,
+)
 from moepack.runtime.guard import Policy
+from moepack.runtime.openai_api import _Deltas
 from moepack.runtime.service import Settings
 from served import Served, serve, wait_until
 
@@ -225,6 +234,20 @@ def test_a_call_that_is_cut_stays_unfinished_in_a_stream(client: OpenAI) -> None
     cut = chat(client, ASK, max_tokens=length - 8, **options).choices[0]
     assert (cut.finish_reason, cut.message.tool_calls) == ("length", None)
     assert cut.message.content.lstrip().startswith("<tool_call>")
+
+
+def test_a_call_after_what_was_begun_as_one_and_is_none() -> None:
+    """The grammar of a call can fail within it; the rest is then text, and later calls come whole."""
+    pieces = CallStart("f"), ArgumentsPiece('{"a'), TextPiece("<tool_call>"), ToolCall("g", {}), ToolCall("h", {})
+    deltas = _Deltas()
+    told = [deltas.add(piece) for piece in pieces]
+    calls = [delta["tool_calls"][0] for delta in told if delta and "tool_calls" in delta]
+    assert [(call["index"], call["function"].get("name")) for call in calls] == [
+        (0, "f"),
+        (0, None),
+        (1, "g"),
+        (2, "h"),
+    ]
 
 
 def check_call(name: str, arguments: dict[str, Any]) -> None:
