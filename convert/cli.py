@@ -249,18 +249,8 @@ def _make_recipe(
     bits_per_weight: float | None,
     target_bytes: int | None,
 ) -> Recipe:
-    if calibration is not None and calibration.tuned is not None:
-        given = (bits, group_size, bits_per_weight, target_bytes)
-        if quantizer != "auto" or any(value is not None for value in given):
-            raise UsageError(
-                f"--calibration {calibration.path}: is tuned, which settles the experts' bits and groups: leave out "
-                "--bits, --group-size, --quantizer, --bpw and --target-size"
-            )
-        try:
-            return Recipe.of_arguments({**calibration.tuned["arguments"], "resident_bits": resident_bits})
-        except (KeyError, TypeError) as error:
-            raise CalibrationError(f"{calibration.path}: arguments of the tuned pack: {error}: make it again") from None
-    bits = bits or DEFAULT_BITS
+    given = (bits, group_size, bits_per_weight, target_bytes)
+    bits = DEFAULT_BITS if bits is None else bits
     choices: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("--bits", bits, (*map(str, (*QUANTIZED_BITS, UNQUANTIZED_BITS)), MIXED)),
         ("--group-size", group_size, (None, *GROUP_SIZES)),
@@ -270,6 +260,16 @@ def _make_recipe(
     for option, value, allowed in choices:
         if value not in allowed:
             raise UsageError(f"{option} {value}: expected one of {', '.join(str(one) for one in allowed if one)}")
+    if calibration is not None and calibration.tuned is not None:
+        if quantizer != "auto" or any(value is not None for value in given):
+            raise UsageError(
+                f"--calibration {calibration.path}: is tuned, which settles the experts' bits and groups: leave out "
+                "--bits, --group-size, --quantizer, --bpw and --target-size"
+            )
+        try:
+            return Recipe.of_arguments({**calibration.tuned["arguments"], "resident_bits": resident_bits})
+        except (KeyError, TypeError) as error:
+            raise CalibrationError(f"{calibration.path}: arguments of the tuned pack: {error}: make it again") from None
     targets = [target for target in (bits_per_weight, target_bytes) if target is not None]
     if len(targets) != (bits == MIXED):
         raise UsageError(

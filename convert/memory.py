@@ -23,7 +23,7 @@ DEFAULT_MEMORY = "4GiB"
 PIECE_BYTES = 8 * 2**20  # source bytes of a resident matrix dealt with at a time
 READS_AHEAD = 2  # pieces beyond those that the workers compute: they are read meanwhile
 ALLOCATOR_BYTES = 48 * 2**20  # arenas, thread stacks, the manifest as it grows
-# Per weight of the matrix at hand; the others work in numpy, in several copies of float32.
+# Per weight of the matrix at hand; the others, and the error of tuned weights, work in several copies of float32.
 WORKING_BYTES = {"minmax": 4, "mse": 4}
 WORKING_BYTES_ELSE = 48
 
@@ -48,6 +48,8 @@ def thread_bytes(plan: ConversionPlan) -> int:
     stored = [place.weight for layer in plan.source.experts for place in layer[0].values()]
     each = max(weight.source_bytes / math.prod(weight.shape) + weight.working_bytes for weight in stored)
     source = max(sum(Pages.round_up(int(size * each)) for size in sizes), Pages.round_up(PIECE_BYTES))
-    working = max(*sizes, PIECE_BYTES // 2) * WORKING_BYTES.get(plan.recipe.quantizer, WORKING_BYTES_ELSE)
+    is_tuned = plan.calibration is not None and plan.calibration.tuned is not None
+    per_weight = WORKING_BYTES_ELSE if is_tuned else WORKING_BYTES.get(plan.recipe.quantizer, WORKING_BYTES_ELSE)
+    working = max(*sizes, PIECE_BYTES // 2) * per_weight
     # The arrays of the block, the block itself, and one that waits for its turn to be written.
     return source + working + 3 * block.block_stride

@@ -408,6 +408,7 @@ def _encode(
     if tuned is not None:
         rows = weight.read_rows(plan.checkpoint, first, count)
         with record.timed("quantize"):
+            _check_finite(rows, where)
             assert scheme.group_size is not None
             meant = dequantize(**tuned, bits=scheme.bits, group_size=scheme.group_size)
             return tuned, measure_error(widen(rows.values), meant)

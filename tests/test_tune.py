@@ -200,6 +200,9 @@ def test_a_tuned_file_settles_bits_and_groups(source: Path, tuned: tuple[Path, f
         result = run_convert(source, tmp_path / "pack", *given, "--calibration", tuned[0])
         assert (result.code, list(tmp_path.iterdir())) == (2, [])
         assert "leave out" in result.err
+    result = run_convert(source, tmp_path / "pack", "--resident-bits", 5, "--calibration", tuned[0])
+    assert (result.code, list(tmp_path.iterdir())) == (2, [])
+    assert "--resident-bits 5: expected one of 4, 8, 16" in result.err
 
 
 def test_a_tuned_file_that_is_not_whole_is_refused(
@@ -254,6 +257,7 @@ def test_text_of_its_own_is_kept_beside_the_pack(engine: Engine) -> None:
     (("--sample", 100, "--steps", 3), 0, "on text kept apart"),
     (("--full",), 2, "expected one of them"),
     (("--memory", "1MiB"), 1, "tune a smaller model"),
+    (("--device", "metal-emulated"), 2, "on the processor"),
 ])  # fmt: skip
 def test_the_command(
     engine: Engine,
@@ -273,3 +277,16 @@ def test_the_command(
         main()
     assert (end.value.code or 0, out.exists()) == (code, code == 0)
     assert said in capsys.readouterr().err
+
+
+def test_what_cannot_be_tuned_is_refused_before_text_is_sampled(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("moepack.runtime.calibrate.sample_windows", None)
+    pack = str(engine.pack.directory)
+    options = ("--tune", pack, "--sample", "100", "--threads", "1", "-o", str(tmp_path / "out"))
+    monkeypatch.setattr(sys, "argv", ["moe-run", "calibrate", pack, *options])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert "experts of 16 bits" in capsys.readouterr().err
