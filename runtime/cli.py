@@ -353,11 +353,13 @@ def calibrate(
     from moepack.runtime.engine import Engine
     from moepack.runtime.evaluate import WINDOW, encode_text, split_windows
     from moepack.runtime.prompt import read_text
-    from moepack.runtime.tune import check_memory
+    from moepack.runtime.tune import check_memory, check_start
 
     check_output(out)
     if tune and full:
         raise UsageError("--full and --tune: expected one of them, statistics or tuned experts")
+    if tune and device not in ("auto", "cpu"):
+        raise UsageError(f"--device {device}: --tune learns on the processor: leave it out")
     passage = calibration.read_default_text() if text is None else read_text(text)
     budget = _read_budget(memory, device)
     if tune:
@@ -365,6 +367,9 @@ def calibrate(
             budget -= check_memory(opened, budget)
     engine = Engine.open(pack, memory=budget, device=device, exact=True, threads=threads, max_context=WINDOW)
     calibration.check_source(engine)
+    if tune:
+        with Pack.open(tune) as start:
+            check_start(engine, start)  # before hours of sampling
     size = min(WINDOW, engine.max_context)
     windows, skipped = split_windows(encode_text(engine.tokenizer, passage), size)
     try:

@@ -35,7 +35,6 @@ from moepack.kernels.matrix import Expert, Matrix
 from moepack.layout.calibration import describe_model, tuned_arrays, write_calibration
 from moepack.layout.errors import MemoryBudgetError, UsageError
 from moepack.layout.geometry import MatrixGeometry
-from moepack.layout.manifest import Manifest
 from moepack.layout.quantized import float32_to_bf16, pack_integers
 from moepack.layout.reader import Pack
 from moepack.layout.sizes import format_size
@@ -140,7 +139,7 @@ class Tuning:
 
     def __init__(self, engine: Engine, start: Pack, windows: Sequence[Sequence[int]], out: Path, plan: TuningPlan):
         self.engine, self.out, self.plan, self.folder = engine, out, plan, out.with_name(out.name + UNFINISHED)
-        self.arguments = check_start(engine, start.manifest, start.directory)
+        self.arguments = check_start(engine, start)
         self.schemes = [file.as_json() for file in start.manifest.expert_files]
         self.kept = [list(window) for window in windows[KEPT_APART - 1 :: KEPT_APART]]
         learned = [list(window) for place, window in enumerate(windows) if (place + 1) % KEPT_APART]
@@ -265,7 +264,7 @@ class Tuning:
     def _parameter_groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = []
         for _, _, part in self._parts():
-            rate = LINE_RATE * float(part.scales.detach().mean())
+            rate = LINE_RATE * float(part.scales.detach().abs().mean())
             groups += [{"params": [part.levels], "first_rate": LEVEL_RATE}]
             groups += [{"params": [part.scales, part.biases], "first_rate": rate}]
         return groups
@@ -311,8 +310,9 @@ class Tuning:
         write_calibration(self.out, {**self.facts, "tuned": tuned}, arrays, read)
 
 
-def check_start(engine: Engine, manifest: Manifest, where: Path) -> dict[str, Any]:
+def check_start(engine: Engine, start: Pack) -> dict[str, Any]:
     """The arguments that the pack to start from was converted with. Raises UsageError if it is not fit for it."""
+    manifest, where = start.manifest, start.directory
     settings = manifest.provenance.get("settings", {})
     if describe_model(manifest.shape, settings.get("source", {})) != model_of(engine):
         raise UsageError(f"--tune {where}: is of another checkpoint than {engine.pack.directory}: convert the same one")
@@ -331,6 +331,7 @@ def check_memory(pack: Pack, budget_bytes: int) -> int:
     chosen = config["num_experts_per_tok"] * (3 * shape.hidden_size + 5 * shape.moe_intermediate_size)
     position = shape.num_hidden_layers * (chosen + 32 * shape.hidden_size)  # floats kept for the way back
     needed = BYTES_PER_WEIGHT * weights + 4 * STEP_TOKENS * position + 4 * 6 * STEP_TOKENS * config["vocab_size"]
+    needed += ResidentWeights.size_bytes(pack) + 4 * shape.hidden_size * config["vocab_size"]  # once more; the head
     if needed > budget_bytes:
         raise MemoryBudgetError(
             f"--tune holds {weights:,} weights of experts with their gradients and moments: {format_size(needed)}, the "
