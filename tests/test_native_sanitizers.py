@@ -22,7 +22,7 @@ from conftest import INSTRUCTION_SETS
 from native_core_build import COMPILER, NATIVE, compile_core
 
 TESTS = Path(__file__).resolve().parent
-WATCHED = ("test_native_matrices.py", "test_native_floats.py", "test_native_quantize.py")
+WATCHED = ("test_native_matrices.py", "test_native_floats.py", "test_native_quantize.py", "test_native_hash.py")
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
     "UBSAN_OPTIONS": "print_stacktrace=1",
