@@ -243,7 +243,8 @@ class ExpertStore:
 
     def fill(self) -> None:
         """Hint that all experts will be fetched sooner or later, where there is room for all of them."""
-        for layer, expert_id in zip(*(places.tolist() for places in np.nonzero(self._places[: self._num_layers] == 0))):
+        missing = np.argwhere(self._places[: self._num_layers] == 0)
+        for layer, expert_id in missing[: 2 * FILL_HINTS].tolist():  # some of them are on their way
             if self._hints >= FILL_HINTS:
                 return
             if (layer, expert_id) not in self._held:
