@@ -9,8 +9,9 @@ and all other weights stay. Adam, its rates falling to zero along a cosine; the 
 Every 16th window is kept apart: the KL there, before and after, is the honest one.
 
 Limits: all experts are in memory as floats, with gradients and Adam's moments: BYTES_PER_WEIGHT each. That is for
-models of up to a few billion weights; a larger one is refused, and calibrate without --tune takes any. The answer is
-that of one machine and thread count: sums are in the order of the linear algebra library at hand.
+models of up to a few billion weights; a larger one is refused, and calibrate without --tune takes any. Learning takes
+one core, whatever --threads says: torch's other threads would fight with the native ones. The answer is that of one
+machine: sums are in the order of the linear algebra library at hand.
 
     Tuning(engine, Pack.open("demo2.moepack"), windows, Path("demo2.tuned"), TuningPlan(steps=1000)).run()
 """
