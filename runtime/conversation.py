@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from moepack.layout.errors import UsageError
 from moepack.runtime.answer import Piece, ReasoningPiece, TextPiece, ToolCall
 from moepack.runtime.chat import ChatTemplate, Message
-from moepack.runtime.prompt import read_text
+from moepack.runtime.prompt import common_beginning, read_text
 from moepack.runtime.tool_schema import Tool
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -70,11 +70,15 @@ class Conversation:
                 return str(question)
         return None
 
-    def render(self, template: ChatTemplate) -> str:
-        """The prompt for the next answer."""
+    def render(self, template: ChatTemplate, *more: Message) -> str:
+        """The prompt for the next answer, after more messages if there are any."""
         head = [{"role": "system", "content": self.system}] if self.system else []
         thinking = {} if self.thinking is None else {"enable_thinking": self.thinking}
-        return template.render([*head, *self.messages], self.tools or None, **thinking)
+        return template.render([*head, *self.messages, *more], self.tools or None, **thinking)
+
+    def expect(self, template: ChatTemplate, encode: Callable[[str], list[int]]) -> list[int]:
+        """The token ids that the next prompt begins with, whatever the user will say."""
+        return common_beginning(encode, (self.render(template, {"role": "user", "content": text}) for text in "ab"))
 
     def save(self, path: Path) -> None:
         """Write it as JSON, whole or not at all. Raises UsageError if the file cannot be written."""

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,12 @@ def read_prompt(tokenizer: Tokenizer, template: ChatTemplate | None, source: Pro
     messages = [{"role": "system", "content": source.system}] if source.system else []
     thinking: dict[str, Any] = {} if source.think is None else {"enable_thinking": source.think}
     return tokenizer.encode(template.render([*messages, {"role": "user", "content": text}], **thinking))
+
+
+def common_beginning(encode: Callable[[str], list[int]], prompts: Iterable[str]) -> list[int]:
+    """The token ids that all of several prompts begin with."""
+    columns = zip(*map(encode, prompts))
+    return [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, columns)]
 
 
 def parse_token_ids(text: str, where: Path) -> list[int]:

@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 from moepack.layout.errors import UsageError
@@ -21,6 +20,7 @@ from moepack.runtime.completion import Completion, CompletionRequest, Ending, Ev
 from moepack.runtime.constrain import AnswerConstraint, Grammars, is_writable
 from moepack.runtime.engine import Engine
 from moepack.runtime.metrics import Metrics
+from moepack.runtime.prompt import common_beginning
 from moepack.runtime.sampling import SamplingParams
 from moepack.runtime.scheduler import Cancelled, Scheduler
 from moepack.runtime.stats import format_stats
@@ -165,8 +165,7 @@ class Service:
         prompts = [
             self.render_chat([*messages, message, {"role": role, "content": what}], tools, **template) for what in "ab"
         ]
-        ids = map(self.engine.tokenizer.encode, prompts)
-        return [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*ids))]
+        return common_beginning(self.engine.tokenizer.encode, prompts)
 
     def start(self, request: CompletionRequest) -> Completion:
         """Queue a request. Called in the event loop. Raises QueueFull."""

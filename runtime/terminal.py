@@ -2,8 +2,9 @@
 
 Answers stream as they come; thinking is dim, or hidden; the line at the foot tells the speed and how many experts were
 found in memory. Ctrl-C stops an answer and keeps the conversation, what was written of the answer included. Tools are
-off unless a tools file is given, and each call is shown and asked about before anything runs. Where the input is no
-terminal, every line of it is a message, so that a conversation can be scripted.
+off unless a tools file is given, and each call is shown and asked about before anything runs. While the user types, the
+last answer is read as the next prompt will have it. Where the input is no terminal, every line of it is a message, so
+that a conversation can be scripted.
 
     Terminal(engine, conversation, ChatSettings()).run()
 """
@@ -14,7 +15,9 @@ import contextlib
 import json
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from typing import Any
 from prompt_toolkit import PromptSession
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-from moepack.layout.errors import UsageError
+from moepack.layout.errors import MoepackError, UsageError
 from moepack.runtime.answer import AnswerParser, Piece, ReasoningPiece, TextPiece, ToolCall, opens_reasoning
 from moepack.runtime.chat import ChatTemplate
 from moepack.runtime.conversation import Conversation
@@ -65,11 +68,13 @@ class Terminal:
         self._is_terminal = sys.stdin.isatty()
         self._read_line = _prompt_reader() if self._is_terminal else _plain_reader()
         self._use_tools(settings.tools)
+        # All computing is one thread's: the scratch memory of the kernels is a thread's own.
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="engine")
 
     def run(self) -> None:
         """Converse until the input ends. Raises MoepackError if the model cannot go on (a damaged pack)."""
         self._note("Enter sends, Alt-Enter or \\ at the end begins another line, /help lists the commands")
-        while (text := self._read_message()) is not None:
+        while (text := self._read_ahead_and_message()) is not None:
             if not text.strip():
                 continue
             try:
@@ -121,7 +126,7 @@ class Terminal:
             text = self.engine.tokenizer.decoder()
             was_stopped = False
             try:
-                for token_id in generation:
+                while (token_id := self._worker.submit(next, generation, None).result()) is not None:
                     printer.show(parser.push(text.push(token_id)))
                     status.show(_describe_progress(generation, parser.in_reasoning))
                     check_stop()
@@ -251,6 +256,27 @@ class Terminal:
         self.settings = replace(self.settings, **values)
 
     # Input and output
+
+    def _read_ahead_and_message(self) -> str | None:
+        """What the user says; meanwhile, what the next prompt begins with is read, until the message is there."""
+        is_there = threading.Event()
+
+        def check(_: float) -> None:
+            if is_there.is_set():
+                raise Stopped
+
+        def read_ahead() -> None:
+            with contextlib.suppress(Stopped, MoepackError):  # the next answer meets the same error, and tells it
+                expected = self.conversation.expect(self.template, self.engine.tokenizer.encode)
+                self.engine.read_ahead(expected, check)
+
+        reading = self._worker.submit(read_ahead) if self._is_terminal and self.conversation.messages else None
+        try:
+            return self._read_message()
+        finally:
+            is_there.set()
+            if reading:
+                reading.result()
 
     def _read_message(self) -> str | None:
         """What the user says, over several lines if they end in a backslash; None at the end of the input."""

@@ -75,6 +75,45 @@ def test_the_next_turn_computes_what_is_new(talk: Any) -> None:
     assert terminal.last_stats.cached_tokens >= 64
 
 
+def test_the_last_answer_is_read_while_the_user_types(engine: Engine) -> None:
+    template = engine.chat_template()
+    assert template is not None
+    settings = ChatSettings(SamplingParams(temperature=0, max_tokens=120, ignore_eos=True))
+    terminal = Terminal(engine, template, Conversation(thinking=False), settings)
+    terminal._is_terminal = True
+    lines, expected = iter(["Tell me of a fox.", "And of a hare?", None]), []
+
+    def read_line(_: str) -> str | None:
+        terminal._worker.submit(int).result()  # comes after what is read ahead
+        if terminal.conversation.messages:
+            expected.append(len(terminal.conversation.expect(template, engine.tokenizer.encode)))
+        return next(lines)
+
+    terminal._read_line = read_line
+    terminal.run()
+    assert terminal.last_stats is not None
+    assert terminal.last_stats.cached_tokens == expected[0] // 64 * 64 > 64
+
+
+def test_a_message_ends_what_is_read_ahead(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = engine.chat_template()
+    assert template is not None
+    terminal = Terminal(engine, template, Conversation(), ChatSettings(GREEDY))
+    terminal.conversation.add_user("Hello.")
+    terminal._is_terminal = True
+    checks = []
+
+    def read_without_end(_: list[int], check: Callable[[float], None]) -> None:
+        while True:
+            checks.append(0)
+            check(0.0)
+
+    monkeypatch.setattr(engine, "read_ahead", read_without_end)
+    terminal._read_line = lambda _: None
+    terminal.run()
+    assert checks
+
+
 def test_commands(talk: Any, tmp_path: Path) -> None:
     saved = tmp_path / "talk.json"
     terminal, out, err = talk(
