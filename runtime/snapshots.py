@@ -7,8 +7,8 @@ to: after the first turn and before the answer.
 Going on from a snapshot gives the same bits as reading the whole prompt: only states that a prefill has made are kept,
 at multiples of DeltaNet's chunk. A decoded token is summed in another order, so with the state after an answer a
 request's tokens would depend on whether that was still in memory. Nor would it help often: the template drops the
-reasoning of the turns before. Instead the server reads an answer once more as the next prompt will have it, while
-nobody waits (Engine.read_ahead); where a request comes first, or no server is, that is read with the next prompt.
+reasoning of the turns before. Instead an answer is read once more as the next prompt will have it, by the server while
+nobody waits and by a chat while the user types (Engine.read_ahead); what comes first ends that.
 
 A snapshot is found by the sha256 of the tokens before it, the pack and the arithmetic. In memory the least recently
 used one makes room; with a directory they outlive the process, compressed and with a checksum.

@@ -92,7 +92,7 @@ def test_the_last_answer_is_read_while_the_user_types(engine: Engine) -> None:
     terminal._read_line = read_line
     terminal.run()
     assert terminal.last_stats is not None
-    assert terminal.last_stats.cached_tokens == expected[0] // 64 * 64 > 64
+    assert terminal.last_stats.cached_tokens == expected[0] // 64 * 64 > 0  # the question alone is shorter
 
 
 def test_a_message_ends_what_is_read_ahead(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
