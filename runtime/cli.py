@@ -58,6 +58,7 @@ SNAPSHOT_DIRECTORY = typer.Option(
 )
 JSON = typer.Option(False, "--json", help="Print one JSON object on stdout.")
 LONG_PROMPT = 256  # tokens from which the prefill shows a progress bar
+TUNING_STEPS = 1000  # unless --steps says otherwise
 
 app = create_app("moe-run")
 
@@ -340,8 +341,8 @@ def calibrate(
     tune: Path = typer.Option(
         None, "--tune", help="Quantized pack of the model: tune its experts by the answers of the whole model."
     ),
-    steps: int = typer.Option(1000, "--steps", help="Of --tune, 512 tokens each.", min=1),
-    seed: int = typer.Option(0, "--seed", help="Of the order of windows with --tune.", min=0),
+    steps: int = typer.Option(None, "--steps", help="Of --tune, 512 tokens each.  [default: 1000]", min=1),
+    seed: int = typer.Option(None, "--seed", help="Of the order of windows with --tune.  [default: 0]", min=0),
     threads: int = THREADS,
     memory: str = MEMORY,
     device: str = DEVICE,
@@ -358,6 +359,8 @@ def calibrate(
     check_output(out)
     if tune and full:
         raise UsageError("--full and --tune: expected one of them, statistics or tuned experts")
+    if not tune and (steps is not None or seed is not None):
+        raise UsageError("--steps and --seed are of --tune PACK: give it, or leave them out")
     if tune and device not in ("auto", "cpu"):
         raise UsageError(f"--device {device}: --tune learns on the processor: leave it out")
     passage = calibration.read_default_text() if text is None else read_text(text)
@@ -377,7 +380,7 @@ def calibrate(
             with open_progress(sample, "sample", "tok") as progress:
                 windows += calibration.sample_windows(engine, sample, size, progress.update)
         if tune:
-            _tune(engine, tune, windows, out, steps, seed)
+            _tune(engine, tune, windows, out, steps or TUNING_STEPS, seed or 0)
         else:
             with open_progress(engine.architecture.num_hidden_layers, "calibrate", "layer") as progress:
                 calibration.calibrate(engine, windows, out, full, progress.update)

@@ -290,3 +290,15 @@ def test_what_cannot_be_tuned_is_refused_before_text_is_sampled(
         main()
     assert end.value.code == 2
     assert "experts of 16 bits" in capsys.readouterr().err
+
+
+def test_what_is_of_tuning_alone_is_refused_without_it(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--steps", "5", "-o", str(tmp_path / "out"))
+    monkeypatch.setattr(sys, "argv", ["moe-run", "calibrate", str(engine.pack.directory), *options])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert "--steps and --seed are of --tune PACK" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
