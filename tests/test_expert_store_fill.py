@@ -52,6 +52,7 @@ def test_what_a_fetch_has_put_off_is_filled_in_later(store: ExpertStore) -> None
     while (store.places[:NUM_LAYERS] == 0).any():
         assert time.monotonic() < deadline
         store.fill()
+        time.sleep(0.001)  # as long as a layer is computed: readers begin
         fetch_all(store, 0, [0])
     assert store.counts.misses + store.counts.prefetched == NUM_EXPERTS * NUM_LAYERS
 
