@@ -268,14 +268,18 @@ def test_a_full_state_refuses_another_token(engine: Engine) -> None:
             engine.model(torch.tensor([IDS[3]]), state)
 
 
-def test_the_next_layers_experts_are_read_ahead_where_not_all_fit(demo_pack: Callable[[int], Path]) -> None:
+def test_the_next_layers_experts_are_read_ahead_where_not_all_fit(
+    demo_pack: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = Engine.open(demo_pack(4), max_context=128)
     plan = whole.memory_plan
     budget = plan.total_bytes - (plan.num_slots - 60) * plan.slot_bytes
     small = Engine.open(demo_pack(4), memory=budget, max_context=128, process_bytes=plan.process_bytes)
+    monkeypatch.setattr(whole.store, "prefetch", None)  # where all fit nothing is guessed: calling it would fail
+    monkeypatch.setattr(whole.store, "fill", lambda: None)  # what is brought in for another reason
     for engine in (whole, small):
         list(engine.generate(IDS[:20], GREEDY))
-    assert [engine.model.prefetches for engine in (whole, small)] == [False, True]
+    assert whole.store.counts.prefetched == 0
     assert small.store.counts.prefetched > small.store.counts.prefetch_used > 0
 
 
