@@ -6,7 +6,7 @@ off unless a tools file is given, and each call is shown and asked about before 
 last answer is read as the next prompt will have it. Where the input is no terminal, every line of it is a message, so
 that a conversation can be scripted.
 
-    Terminal(engine, conversation, ChatSettings()).run()
+    Terminal(engine, template, Conversation(), ChatSettings(sampling)).run()
 """
 
 from __future__ import annotations

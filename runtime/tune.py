@@ -34,7 +34,7 @@ from moepack.kernels import reference
 from moepack.kernels.differentiable import DifferentiableOps
 from moepack.kernels.matrix import Expert, Matrix
 from moepack.layout.calibration import describe_model, tuned_arrays, write_calibration
-from moepack.layout.errors import MemoryBudgetError, UsageError
+from moepack.layout.errors import MemoryBudgetError, UsageError, WriteError
 from moepack.layout.geometry import MatrixGeometry
 from moepack.layout.quantized import float32_to_bf16, pack_integers
 from moepack.layout.reader import Pack
@@ -290,7 +290,14 @@ class Tuning:
         parts = [[t.detach() for t in (part.levels, part.scales, part.biases)] for _, _, part in self._parts()]
         state = {"steps": steps, "before": before, "parts": parts, "optimizer": self.optimizer.state_dict()}
         partial = self.folder / "state.pt.new"
-        torch.save(state, partial)
+        try:
+            torch.save(state, partial)
+        except (OSError, RuntimeError) as error:  # torch's own writer tells a full disk by the latter
+            partial.unlink(missing_ok=True)
+            raise WriteError(
+                f"{partial}: cannot be written ({str(error).splitlines()[0]}): make space, check the disk, then "
+                "run the same command again to go on from here"
+            ) from None
         os.replace(partial, self.folder / "state.pt")
 
     def _write(self, before: float, after: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +21,7 @@ from moepack.kernels import reference
 from moepack.kernels.differentiable import DifferentiableOps
 from moepack.kernels.matrix import Expert, Matrix
 from moepack.layout.calibration import Calibration
-from moepack.layout.errors import CalibrationError, MemoryBudgetError, UsageError
+from moepack.layout.errors import CalibrationError, MemoryBudgetError, UsageError, WriteError
 from moepack.layout.manifest import Manifest
 from moepack.layout.reader import Pack
 from moepack.runtime import tune
@@ -302,3 +303,19 @@ def test_what_is_of_tuning_alone_is_refused_without_it(
     assert end.value.code == 2
     assert "--steps and --seed are of --tune PACK" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_ends_tuning_in_one_line_and_keeps_what_was_saved(
+    engine: Engine, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "SAVE_EVERY", 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(WriteError, match=r"state\.pt\.new: cannot be written .*run the same command again"):
+            run_tuning(engine, start, tmp_path / "tuned")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.rglob("*.new"))
+    run_tuning(engine, start, tmp_path / "tuned")
+    assert Calibration.open(tmp_path / "tuned").tuned
