@@ -162,8 +162,8 @@ def bench_matrices(
                 end = align_up(end + size, 64)
             matrices.append(Matrix.from_arrays(geometry, arrays))
         memory = memory_of(bank)
-        forms = device.upload(torch.frombuffer(bytearray(launches.matrix_forms(matrices, memory)), dtype=torch.uint8))
-        steps.append(device.bind(launches.linears(memory, forms, matrices, x, out, norm=norm, eps=1e-6)))
+        forms = device.upload(torch.frombuffer(bytearray(device.launches.matrix_forms(matrices, memory)), dtype=torch.uint8))
+        steps.append(device.bind(device.launches.linears(memory, forms, matrices, x, out, norm=norm, eps=1e-6)))
     seconds = time_graph(device, steps)
     return Row(name, model.name, bits, payload / 1e6, seconds * 1e6, payload / seconds / limit)
 
@@ -171,8 +171,11 @@ def bench_matrices(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="also write the table to this file")
+    parser.add_argument("--portable", action="store_true", help="the kernels of metal/ throughout, not those of cuda/")
     arguments = parser.parse_args()
     device = CudaDevice()
+    if arguments.portable:
+        device.launches = launches
     limit = copy_bandwidth()
     print(f"{device.name}: copies {limit / 1e12:.2f} TB/s")
     rows = []

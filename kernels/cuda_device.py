@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from moepack.kernels import msl
+from moepack.kernels import byte_launches, msl
 from moepack.kernels.device import Device, DeviceSlots, Mailbox, Step
 from moepack.kernels.launches import Launch
 from moepack.kernels.slots import Read, view_host_pages
@@ -32,6 +32,7 @@ UPLOAD_BYTES = 256 * 2**20  # of resident weights at a time
 class CudaDevice(Device):
     """The current CUDA device of torch. Raises UsageError where there is none, or NVRTC is missing."""
 
+    launches = byte_launches
     can_capture = True
     expert_pairs = 4096
     widens_weights = True  # benchmarks/gpu_prompt.py
@@ -115,7 +116,7 @@ class CudaDevice(Device):
         return step
 
     def _config(self, launch: Launch) -> Any:
-        """How a kernel is launched: where the GPU can, ready before the last one has ended (msl_take_turn)."""
+        """How a kernel is launched: where the GPU can, ready before the last one has ended (wait_for_last)."""
         config = self._driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
         config.blockDimX, config.blockDimY, config.blockDimZ = launch.group

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from moepack.kernels import msl
+from moepack.kernels import launches, msl
 from moepack.kernels.launches import Launch
 from moepack.kernels.matrix import Expert
 from moepack.kernels.slots import HostSlots
@@ -36,6 +36,8 @@ class Device(ABC):
     epoch    counts the waits: work handed over now belongs to this number
     done     work of this epoch and of all before has ended
     """
+
+    launches: Any = launches  # the module with the calls of linears: its own where a device has better ones
 
     name: str
     place: torch.device

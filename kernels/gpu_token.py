@@ -146,8 +146,8 @@ class TokenOps:
         known = self._linears.get(key := tuple(map(id, matrices)))
         if known is None:
             memory = memory_of(matrices[0].data)
-            forms = self.upload_bytes(launches.matrix_forms(matrices, memory))
-            known = self._linears[key] = functools.partial(launches.linears, memory, forms, matrices)
+            forms = self.upload_bytes(self.device.launches.matrix_forms(matrices, memory))
+            known = self._linears[key] = functools.partial(self.device.launches.linears, memory, forms, matrices)
         return known
 
     def upload_bytes(self, raw: bytes) -> torch.Tensor:

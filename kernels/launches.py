@@ -112,17 +112,18 @@ def _pack_matrix(
 
 def matrix_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
     """The MatrixForms of matrices that share an input, for linears: results and threadgroups follow each other."""
-    return _side_by_side(
+    return forms_side_by_side(
         matrices, base, rows_of_group(lanes_of_row(matrices[0].in_features), LINEAR_ROWS, LINEAR_SIMDGROUPS)
     )
 
 
 def tile_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
     """The same for matmul, whose threadgroups have other sizes."""
-    return _side_by_side(matrices, base, TILE)
+    return forms_side_by_side(matrices, base, TILE)
 
 
-def _side_by_side(matrices: Sequence[Matrix], base: torch.Tensor, rows_each: int) -> bytes:
+def forms_side_by_side(matrices: Sequence[Matrix], base: torch.Tensor, rows_each: int) -> bytes:
+    """Matrices whose results and threadgroups, of so many rows each, follow each other."""
     forms, first_out, first_group = [], 0, 0
     for matrix in matrices:
         forms.append(matrix_form(matrix, base, first_out, first_group))
@@ -179,11 +180,7 @@ def linears(
     x         [T, at least K]; its rows may be longer than K
     normed    [T, spread_width(K)], gets rms_norm(x, norm), spread, if given
     """
-    columns = matrices[0].in_features
-    if any(matrix.in_features != columns for matrix in matrices):
-        raise ValueError("matrices of one dispatch have one number of columns")
-    if normed is not None and norm is None:
-        raise ValueError("without a norm there is nothing to keep")
+    columns = columns_of(matrices, norm, normed)
     lanes = lanes_of_row(columns)
     rows_each = rows_of_group(lanes, LINEAR_ROWS, LINEAR_SIMDGROUPS)
     shape = shape_of(
@@ -204,11 +201,21 @@ def linears(
     return Launch("linears", "linears", arguments, (groups, x.shape[0], 1), (LINEAR_SIMDGROUPS * LANES, 1, 1))
 
 
+def columns_of(matrices: Sequence[Matrix], norm: torch.Tensor | None, normed: torch.Tensor | None) -> int:
+    """The columns of matrices of one dispatch. Raises ValueError if they differ, or linears cannot do what is asked."""
+    columns = matrices[0].in_features
+    if any(matrix.in_features != columns for matrix in matrices):
+        raise ValueError("matrices of one dispatch have one number of columns")
+    if normed is not None and norm is None:
+        raise ValueError("without a norm there is nothing to keep")
+    return columns
+
+
 def experts_gate_up(
     banks: Sequence[torch.Tensor], forms: torch.Tensor, places: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor
 ) -> Launch:
     """hidden [ranks, spread_width(widest expert)] of experts in places, from x [1, spread_width(D)]; both spread."""
-    _check_spread(x, hidden)
+    check_spread(x, hidden)
     lanes = lanes_of_row(x.shape[-1])
     shape = shape_of("experts", "GateUpShape", shift=lanes.bit_length() - 1, hidden_stride=hidden.shape[-1])
     grid = (-(-hidden.shape[-1] // rows_of_group(lanes, GATE_UP_ROWS, SIMDGROUPS)), count_places(places), 1)
@@ -228,7 +235,7 @@ def experts_down(
     count, rows = count_places(places), x.shape[-1]
     if count > MAX_PLACES:
         raise ValueError(f"at most {MAX_PLACES} experts of a token in one dispatch, got {count}")
-    _check_spread(hidden)
+    check_spread(hidden)
     lanes = max(lanes_of_row(hidden.shape[-1]), LANES * MAX_CHUNKS * DOWN_ROWS // MAX_ROWS)
     in_chunk = rows_of_group(lanes, DOWN_ROWS, 1)
     chunks = max(1, min(MAX_CHUNKS, rows // (in_chunk * DOWN_GROUPS)))
@@ -246,7 +253,8 @@ def experts_down(
     return Launch("experts", "experts_down", arguments, grid, (min(count, DOWN_SIMDGROUPS) * LANES, 1, 1))
 
 
-def _check_spread(*vectors: torch.Tensor) -> None:
+def check_spread(*vectors: torch.Tensor) -> None:
+    """Raises ValueError unless they have whole units."""
     for vector in vectors:
         if vector.shape[-1] % UNIT:
             raise ValueError(f"a spread vector has whole units of {UNIT}, got {vector.shape[-1]} numbers")

@@ -21,15 +21,17 @@ import functools
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 METAL = Path(__file__).with_name("metal")
+CUDA = Path(__file__).with_name("cuda")  # kernels that need what only NVIDIA's GPUs have, in the same language
 SHIM = Path(__file__).with_name("shim")
 MAX_THREADS = 1024  # of a threadgroup, on every Apple GPU
+METAL_SHARED_BYTES, CUDA_SHARED_BYTES = 32 * 1024, 48 * 1024  # threadgroup memory at most
 
 _INCLUDE = re.compile(r'^#include "(\w+\.h)"\n', re.M)
 _COMMENT = re.compile(r"//[^\n]*")
@@ -74,7 +76,7 @@ _CUDA_BUILTINS = {
     "simdgroups_per_threadgroup": "blockDim.x / 32",
 }
 # Threadgroups that one of NVIDIA's multiprocessors shall hold at once, where the compiler would take more registers.
-_CUDA_GROUPS = {"experts_down": 2}
+_CUDA_GROUPS = {"experts_down": 2, "linears": 2}
 
 
 class KernelTextError(ValueError):
@@ -219,33 +221,41 @@ class Signature:
 
 @dataclass(frozen=True)
 class Source:
-    """A kernel file, its own includes filled in: `text` is what Apple's compiler gets."""
+    """A kernel file, its own includes filled in: `text` is what Apple's compiler gets.
+
+    max_shared_bytes   threadgroup memory at most
+    """
 
     name: str
     text: str
     kernels: Mapping[str, Signature]
     structs: Mapping[str, Struct]
+    max_shared_bytes: int = METAL_SHARED_BYTES
 
 
 @functools.cache
 def load(name: str) -> Source:
-    """The kernel file metal/<name>.metal. Raises KernelTextError if it leaves the restricted style."""
-    return parse(name, _include((METAL / f"{name}.metal").read_text(encoding="utf-8"), set()))
+    """The kernel file metal/<name>.metal or cuda/<name>.cu. Raises KernelTextError if it leaves the restricted style."""
+    path, limit = METAL / f"{name}.metal", METAL_SHARED_BYTES
+    if not path.exists():
+        path, limit = CUDA / f"{name}.cu", CUDA_SHARED_BYTES
+    return replace(parse(name, _include(path.read_text(encoding="utf-8"), set())), max_shared_bytes=limit)
 
 
 def list_files() -> list[str]:
-    """Names of all kernel files."""
+    """Names of all files in metal/."""
     return sorted(path.stem for path in METAL.glob("*.metal"))
 
 
 def _include(text: str, done: set[str]) -> str:
-    """Put the text of metal/*.h where it is included, each once."""
+    """Put the text of metal/*.h and cuda/*.h where it is included, each once."""
 
     def fill(match: re.Match[str]) -> str:
         if match[1] in done:
             return ""
         done.add(match[1])
-        return _include((METAL / match[1]).read_text(encoding="utf-8"), done)
+        folder = METAL if (METAL / match[1]).exists() else CUDA
+        return _include((folder / match[1]).read_text(encoding="utf-8"), done)
 
     return _INCLUDE.sub(fill, text)
 
@@ -331,7 +341,10 @@ def translate(source: Source, target: str) -> str:
     body = re.sub(r"\bconstant ", "const ", _ADDRESS_SPACE.sub("", body))
     if target == "cuda":
         body = re.sub(r"\binline ", "__device__ __forceinline__ ", body)
-    entries = [(_cpu_entry if target == "cpu" else _cuda_entry)(kernel) for kernel in source.kernels.values()]
+    if target == "cpu":
+        entries = [_cpu_entry(kernel) for kernel in source.kernels.values()]
+    else:
+        entries = [_cuda_entry(kernel, "wait_for_last()" in body) for kernel in source.kernels.values()]
     return f'#include "{target}.h"\nnamespace metal_text {{\n{body}\n}}\n' + "\n".join(entries) + "\n"
 
 
@@ -368,7 +381,7 @@ def _cpu_entry(kernel: Signature) -> str:
     return f"{head} metal_text::{kernel.name}({', '.join(values)}); }}"
 
 
-def _cuda_entry(kernel: Signature) -> str:
+def _cuda_entry(kernel: Signature, waits_by_itself: bool) -> str:
     """References are structs that are passed by value: they are there when the kernel begins."""
     values = [_value(parameter, f"buffer{parameter.index}", _CUDA_BUILTINS) for parameter in kernel.parameters]
     pointers = [
@@ -379,7 +392,8 @@ def _cuda_entry(kernel: Signature) -> str:
     ]
     bounds = f"{kernel.max_threads}, {_CUDA_GROUPS.get(kernel.name, 1)}"
     head = f'extern "C" __global__ void __launch_bounds__({bounds}) {kernel.name}({", ".join(pointers)})'
-    return f"{head} {{ metal::msl_take_turn(); metal_text::{kernel.name}({', '.join(values)}); }}"
+    turn = "" if waits_by_itself else "metal::launch_next(); metal::wait_for_last();"
+    return f"{head} {{ {turn} metal_text::{kernel.name}({', '.join(values)}); }}"
 
 
 def cuda_headers() -> dict[str, str]:

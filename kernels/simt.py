@@ -63,7 +63,7 @@ class Executor:
         addresses = (ctypes.c_void_p * len(buffers))(*[buffer.data_ptr() for buffer in buffers])
         grid, group = (ctypes.c_uint * 3)(*launch.grid), (ctypes.c_uint * 3)(*launch.group)
         kernel = ctypes.cast(getattr(library, launch.kernel), ctypes.c_void_p)
-        failed = library.simt_launch(kernel, addresses, grid, group, self.lane_order)
+        failed = library.simt_launch(kernel, addresses, grid, group, self.lane_order, source.max_shared_bytes)
         self.threadgroup_bytes = library.simt_threadgroup_bytes()
         if failed:
             raise KernelError(f"{launch.file}.metal: {launch.kernel}: {library.simt_error().decode()}")
@@ -85,7 +85,8 @@ class WatchedExecutor:
         raw = [a if isinstance(a, bytes) else _bytes_of(a) for a in launch.arguments]
         with tempfile.TemporaryDirectory() as folder:
             case = Path(folder) / "case"
-            numbers = (*launch.grid, *launch.group, self.lane_order, len(raw), *map(len, raw))
+            limits = (self.lane_order, source.max_shared_bytes)
+            numbers = (*launch.grid, *launch.group, *limits, len(raw), *map(len, raw))
             case.write_bytes(struct.pack(f"<{len(numbers)}q", *numbers) + b"".join(raw))
             command = [str(program), launch.kernel, str(case)]
             done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **SANITIZER_OPTIONS})

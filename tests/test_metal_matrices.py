@@ -8,13 +8,14 @@ throughout; the integer in the mantissa costs five roundings of a term instead o
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 
-from kernel_devices import Runner, default_runner
+from kernel_devices import CHOSEN, Runner, default_runner
 from kernel_memory import bytes_tensor, gather, lay_out, spread
-from moepack.kernels import launches, reference
+from moepack.kernels import byte_launches, launches, reference
 from moepack.kernels.matrix import Expert, Matrix
 from moepack.kernels.simt import WatchedExecutor
 from moepack.layout.geometry import BlockGeometry, Scheme
@@ -25,13 +26,21 @@ PRODUCT, EXPERT = 1.5e-5, 3e-6
 SCHEMES = [*itertools.product((2, 3, 4, 8), (32, 64, 128))]
 PLAIN = [torch.bfloat16, torch.float16, torch.float32]
 RUNNER = default_runner()
+CALLS = [launches] if CHOSEN == "metal" else [launches, byte_launches]  # metal/'s kernels, and NVIDIA's own
 
 
-def run_linears(executor: Runner, x: torch.Tensor, matrices: list[Matrix], **options: torch.Tensor) -> torch.Tensor:
+@pytest.fixture(params=CALLS, ids=lambda calls: calls.__name__.rpartition(".")[2])
+def calls(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def run_linears(
+    executor: Runner, calls: Any, x: torch.Tensor, matrices: list[Matrix], **options: torch.Tensor
+) -> torch.Tensor:
     base, matrices = lay_out(matrices)
     out = torch.full((len(x), sum(matrix.out_features for matrix in matrices)), 0.5)
-    forms = bytes_tensor(launches.matrix_forms(matrices, base))
-    executor.run(launches.linears(base, forms, matrices, x, out, eps=1e-6, **options))
+    forms = bytes_tensor(calls.matrix_forms(matrices, base))
+    executor.run(calls.linears(base, forms, matrices, x, out, eps=1e-6, **options))
     return out
 
 
@@ -40,53 +49,84 @@ def plain(rows: int, columns: int, dtype: torch.dtype) -> Matrix:
 
 
 @pytest.mark.parametrize(("bits", "group_size"), SCHEMES)
-def test_linears_on_quantized_weights(bits: int, group_size: int) -> None:
+def test_linears_on_quantized_weights(calls: Any, bits: int, group_size: int) -> None:
     """Row lengths that take 4 to 32 lanes, no whole number of steps, two parts of inputs; memory ends with a row."""
     for rows, columns in ((75, 128), (1, 384), (33, 640), (70, 1024 + 128), (3, 4096 + 128)):
         matrix = quantized(rows, columns, bits, group_size)
         for tokens in (1, 3):
             x = random_input(tokens, columns)
-            check_linear(run_linears(RUNNER, x, [matrix]), x, matrix, PRODUCT)
+            check_linear(run_linears(RUNNER, calls, x, [matrix]), x, matrix, PRODUCT)
 
 
 @pytest.mark.parametrize("dtype", PLAIN)
-def test_linears_on_plain_weights(dtype: torch.dtype) -> None:
+def test_linears_on_plain_weights(calls: Any, dtype: torch.dtype) -> None:
     for rows, columns in ((75, 131), (3, 16), (34, 544), (1, 1), (5, 20)):
         matrix = plain(rows, columns, dtype)
         for tokens in (1, 2):
             x = random_input(tokens, columns)
-            check_linear(run_linears(RUNNER, x, [matrix]), x, matrix, PRODUCT)
+            check_linear(run_linears(RUNNER, calls, x, [matrix]), x, matrix, PRODUCT)
 
 
-def test_linears_of_several_matrices(executor: Runner) -> None:
+def test_linears_of_several_matrices(executor: Runner, calls: Any) -> None:
     """Side by side in one result, whatever their storages and sizes."""
     matrices = [quantized(70, 256, 4, 64), plain(3, 256, torch.bfloat16), quantized(1, 256, 8, 32)]
     matrices.append(quantized(129, 256, 2, 128))
     x = random_input(2, 256)
-    parts = run_linears(executor, x, matrices).split([matrix.out_features for matrix in matrices], dim=1)
+    parts = run_linears(executor, calls, x, matrices).split([matrix.out_features for matrix in matrices], dim=1)
     for part, matrix in zip(parts, matrices):
         check_linear(part, x, matrix, PRODUCT)
 
 
-def test_linears_of_a_norm(executor: Runner) -> None:
+def test_linears_of_a_norm(executor: Runner, calls: Any) -> None:
     """The norm and the product in one dispatch, and the normed input kept beside."""
     matrices, x = [quantized(40, 320, 4, 64), plain(5, 320, torch.float32)], 3 * random_input(2, 320)
     norm, normed = random_input(1, 320)[0], torch.zeros(2, 320)
     expected = reference.rms_norm(x, norm, 1e-6)
-    out = run_linears(executor, x, matrices, norm=norm, normed=normed)
+    out = run_linears(executor, calls, x, matrices, norm=norm, normed=normed)
     torch.testing.assert_close(gather(normed, 320), expected, rtol=2e-6, atol=2e-6)
     for part, matrix in zip(out.split([40, 5], dim=1), matrices):
         check_linear(part, expected, matrix, PRODUCT)
 
 
-def test_linears_add_to_what_is_there(executor: Runner) -> None:
+def test_linears_add_to_what_is_there(executor: Runner, calls: Any) -> None:
     matrix, x = quantized(40, 320, 8, 32), random_input(2, 320)
-    check_linear(run_linears(executor, x, [matrix], accumulate=True) - 0.5, x, matrix, PRODUCT)
+    check_linear(run_linears(executor, calls, x, [matrix], accumulate=True) - 0.5, x, matrix, PRODUCT)
 
 
-def test_linears_read_the_front_of_longer_rows() -> None:
+@pytest.mark.skipif(CHOSEN == "metal", reason="needs an NVIDIA GPU or the CPU executor")
+@pytest.mark.parametrize("bits", [3, 8])
+def test_a_threadgroup_of_bytes_takes_several_tiles(executor: Runner, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a large GPU has them: the last one of a matrix reaches beyond its rows, or is wholly outside."""
+    monkeypatch.setattr(byte_launches, "GROUPS", 2)
+    for wanted, columns in ((1, 640), (20, 1024 + 64)):
+        monkeypatch.setattr(byte_launches, "WANTED", wanted)
+        matrices, x = [quantized(70, columns, bits, 64), quantized(20, columns, bits, 32)], random_input(1, columns)
+        out = run_linears(executor, byte_launches, x, matrices)
+        for part, matrix in zip(out.split([70, 20], dim=1), matrices):
+            check_linear(part, x, matrix, PRODUCT)
+
+
+def test_linears_by_bytes_pass_on_what_they_cannot_take() -> None:
+    """Rows too long for threadgroup memory, and matrices that are mostly plain, are metal/linears.metal's."""
+    for matrices in ([quantized(2, 8192 + 64, 4, 64)], [plain(9, 64, torch.bfloat16), quantized(3, 64, 8, 64)]):
+        x = random_input(1, matrices[0].in_features)
+        out = run_linears(RUNNER, byte_launches, x, matrices)
+        for part, matrix in zip(out.split([m.out_features for m in matrices], dim=1), matrices):
+            check_linear(part, x, matrix, PRODUCT)
+
+
+def test_linears_by_bytes_pass_on_what_is_not_a_number() -> None:
+    """A vector with one that is not, and one beyond all numbers, gives neither zero nor anything that looks well."""
+    matrix = quantized(20, 256, 4, 64)
+    for bad in (float("nan"), float("inf")):
+        x = random_input(1, 256)
+        x[0, 100] = bad
+        assert not run_linears(RUNNER, byte_launches, x, [matrix]).isfinite().any()
+
+
+def test_linears_read_the_front_of_longer_rows(calls: Any) -> None:
     matrix, wide = quantized(9, 64, 4, 32), random_input(3, 80)
-    check_linear(run_linears(RUNNER, wide, [matrix]), wide[:, :64], matrix, PRODUCT)
+    check_linear(run_linears(RUNNER, calls, wide, [matrix]), wide[:, :64], matrix, PRODUCT)
 
 
 @pytest.mark.parametrize(("bits", "group_size"), SCHEMES)

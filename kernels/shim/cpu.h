@@ -6,6 +6,7 @@
 #include "simt.h"
 
 #define MSL_FUNCTION inline __attribute__((always_inline))
+#define MSL_NOINLINE __attribute__((noinline))
 #include "types.h"
 
 namespace metal {
@@ -64,6 +65,20 @@ T simd_min(T value) {
 
 inline void threadgroup_barrier(mem_flags flags) { simt_wait(SIMT_BARRIER, flags != mem_flags::mem_none); }
 inline void simdgroup_barrier(mem_flags flags) { simt_wait(SIMT_SIMD_BARRIER, flags != mem_flags::mem_none); }
+
+// What shim/cuda.h has for the kernels of cuda/: one launch follows the other here.
+inline void launch_next() {}
+inline void wait_for_last() {}
+MSL_FUNCTION void copy_eight(void* to, const void* from) { *(uint64_t*)to = *(const uint64_t*)from; }
+inline void wait_for_copies() {}
+inline float max_magnitude(float a, float b) { return fmaxf(a, fabsf(b)); }
+inline uint permute_bytes(uint a, uint b, uint selector) {
+  const uint64_t bytes = uint64_t(b) << 32 | a;
+  uint result = 0;
+  for (int i = 0; i < 4; i++) result |= uint(bytes >> (selector >> 4 * i & 7u) * 8 & 0xffu) << 8 * i;
+  return result;
+}
+MSL_FUNCTION void simdgroup_multiply_bytes(int* sums, const uint* a, const uint* b) { simt_multiply_bytes(sums, a, b); }
 
 MSL_FUNCTION unsigned msl_lane() { return simt_here().lane; }
 

@@ -5,6 +5,7 @@
 #endif
 
 #define MSL_FUNCTION __device__ __forceinline__
+#define MSL_NOINLINE __device__ __noinline__
 #include "types.h"
 
 namespace metal {
@@ -44,12 +45,39 @@ MSL_FUNCTION void simdgroup_barrier(mem_flags) { __syncwarp(); }
 
 MSL_FUNCTION uint msl_lane() { return threadIdx.x % 32; }
 
-// What each kernel begins with: the next one may get ready now, and this one waits until the last has ended.
-MSL_FUNCTION void msl_take_turn() {
+// The next kernel's threadgroups may start when all of this one's have come here. They find nothing of what this one
+// or, if it has not waited yet, the one before it writes.
+MSL_FUNCTION void launch_next() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Returns when the kernel before has ended and all that it wrote can be seen.
+MSL_FUNCTION void wait_for_last() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+MSL_FUNCTION float max_magnitude(float a, float b) { return fmaxf(a, fabsf(b)); }  // of a >= 0; a NaN is passed over
+
+// Bytes of a (0 to 3) and b (4 to 7), by the selector's digits, the lowest first.
+MSL_FUNCTION uint permute_bytes(uint a, uint b, uint selector) { return __byte_perm(a, b, selector); }
+
+// Begin to copy eight bytes of the device's memory to the threadgroup's; wait_for_copies: this lane's have come.
+MSL_FUNCTION void copy_eight(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((uint)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+MSL_FUNCTION void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// sums += weights [16, 32], unsigned bytes, times digits [32, 8], signed bytes, on the matrix units. Lane 4 g + t holds
+// bytes 4 t to 4 t + 3 and 16 + 4 t to 16 + 4 t + 3 of rows g and g + 8 (a: g, g + 8, g, g + 8) and of column g, and sums
+// 2 t and 2 t + 1 of both rows.
+MSL_FUNCTION void simdgroup_multiply_bytes(int* sums, const uint* a, const uint* b) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 }  // namespace metal

@@ -4,16 +4,20 @@
 
 namespace metal_text {
 using metal::as_type;
+using metal::copy_eight;
 using metal::exp;
 using metal::float2;
 using metal::float4;
 using metal::fma;
 using metal::half;
+using metal::launch_next;
 using metal::log;
 using metal::make_filled_simdgroup_matrix;
 using metal::max;
+using metal::max_magnitude;
 using metal::mem_flags;
 using metal::min;
+using metal::permute_bytes;
 using metal::rsqrt;
 using metal::simd_max;
 using metal::simd_min;
@@ -24,6 +28,7 @@ using metal::simdgroup_barrier;
 using metal::simdgroup_float8x8;
 using metal::simdgroup_load;
 using metal::simdgroup_multiply_accumulate;
+using metal::simdgroup_multiply_bytes;
 using metal::simdgroup_store;
 using metal::threadgroup_barrier;
 using metal::uchar;
@@ -33,5 +38,7 @@ using metal::uint3;
 using metal::uint4;
 using metal::ulong;
 using metal::ushort;
+using metal::wait_for_copies;
+using metal::wait_for_last;
 namespace precise = metal::precise;
 }  // namespace metal_text

@@ -75,7 +75,9 @@ const char* const OPERATIONS[] = {"running", "a shuffle", "simd_sum", "simd_max"
 struct Fiber {
   simt_place place;
   simt_operation waits;
-  unsigned exchanges, barriers;  // so far: their parity picks one of two sets of values, and of marks for TSan
+  // So far: their parity picks one of two sets of values, and of marks for TSan. Barriers of a simdgroup and of the
+  // threadgroup are counted apart, since simdgroups may meet at different numbers of their own.
+  unsigned exchanges, barriers[2];
   char* stack;
 #ifdef SIMT_SWITCH
   void* stack_pointer;
@@ -86,7 +88,7 @@ struct Fiber {
 };
 
 struct Simdgroup {
-  uint64_t values[2][2 * SIMT_LANES];
+  uint64_t values[2][3 * SIMT_LANES];
   unsigned arrived;
 };
 
@@ -102,9 +104,9 @@ struct Arena {
   char* base;
   size_t used, size_bytes;
 
-  SIMT_UNCHECKED void open(size_t threadgroups) {
+  SIMT_UNCHECKED void open(size_t threadgroups, size_t max_bytes) {
     used = 0;
-    size_bytes = 2 * SIMT_MAX_THREADGROUP_BYTES * threadgroups;
+    size_bytes = 2 * max_bytes * threadgroups;
     base = (char*)mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   }
   SIMT_UNCHECKED void* allocate(size_t bytes) {
@@ -116,7 +118,7 @@ struct Arena {
   SIMT_UNCHECKED void release(void*) {}
   SIMT_UNCHECKED void close() { munmap(base, size_bytes); }
 #else
-  void open(size_t) {}
+  void open(size_t, size_t) {}
   void* allocate(size_t bytes) { return malloc(bytes); }
   void release(void* memory) { free(memory); }
   void close() {}
@@ -276,7 +278,7 @@ SIMT_UNCHECKED void prepare_threadgroup(const unsigned* position, const unsigned
   for (unsigned i = 0; i < threads; i++) {
     Fiber& fiber = machine.fibers[i];
     fiber.waits = SIMT_RUNNING;
-    fiber.exchanges = fiber.barriers = 0;
+    fiber.exchanges = fiber.barriers[0] = fiber.barriers[1] = 0;
     const unsigned thread[3] = {i % group[0], i / group[0] % group[1], i / group[0] / group[1]};
     for (int d = 0; d < 3; d++) {
       fiber.place.thread[d] = thread[d];
@@ -380,10 +382,28 @@ SIMT_UNCHECKED void simt_multiply(float* to, const float* a, const float* b, con
   }
 }
 
+SIMT_UNCHECKED void simt_multiply_bytes(int* sums, const unsigned* a, const unsigned* b) {
+  Fiber* fiber = machine.current;
+  unsigned* shown = (unsigned*)machine.simdgroups[fiber->place.simdgroup].values[fiber->exchanges++ & 1];
+  const unsigned lane = fiber->place.lane, g = lane / 4, t = lane % 4;
+  for (unsigned i = 0; i < 4; i++) shown[6 * lane + i] = a[i];
+  for (unsigned i = 0; i < 2; i++) shown[6 * lane + 4 + i] = b[i];
+  wait_for_simdgroup(SIMT_MATRIX);
+  for (unsigned i = 0; i < 4; i++) {
+    const unsigned column = 2 * t + i % 2;
+    for (unsigned k = 0; k < 32; k++) {  // byte k lies in lane k / 4 % 4 of a row's four, in the first word or the other
+      const unsigned part = k / 16, shift = k % 4 * 8;
+      const unsigned left = shown[6 * (4 * g + k / 4 % 4) + 2 * part + i / 2];
+      const unsigned right = shown[6 * (4 * column + k / 4 % 4) + 4 + part];
+      sums[i] += int(left >> shift & 0xffu) * (signed char)(right >> shift & 0xffu);
+    }
+  }
+}
+
 SIMT_UNCHECKED void simt_wait(simt_operation barrier, bool orders_memory) {
   Fiber* fiber = machine.current;
   const bool whole = barrier == SIMT_BARRIER;
-  const unsigned parity = fiber->barriers++ & 1;
+  const unsigned parity = fiber->barriers[whole]++ & 1;
   char* mark = whole ? &machine.at_barrier[parity] : &machine.at_simdgroup[fiber->place.simdgroup][parity];
   if (orders_memory) release(mark);
   if (whole) {
@@ -406,7 +426,8 @@ SIMT_UNCHECKED void* simt_threadgroup_memory(unsigned number, size_t size_bytes)
 }
 
 SIMT_UNCHECKED int simt_launch(
-    simt_kernel kernel, void** buffers, const unsigned* grid, const unsigned* group, unsigned order_kind) {
+    simt_kernel kernel, void** buffers, const unsigned* grid, const unsigned* group, unsigned order_kind,
+    size_t max_bytes) {
   const unsigned threads = group[0] * group[1] * group[2], threadgroups = grid[0] * grid[1] * grid[2];
   machine.error[0] = 0;
   machine.threadgroup_bytes = 0;
@@ -423,7 +444,7 @@ SIMT_UNCHECKED int simt_launch(
   Order order(order_kind);
   std::vector<unsigned> numbers(threadgroups), lanes(threads);
   order.arrange(numbers);
-  machine.arena.open(threadgroups);
+  machine.arena.open(threadgroups, max_bytes);
   for (unsigned number : numbers) {
     const unsigned position[3] = {number % grid[0], number / grid[0] % grid[1], number / grid[0] / grid[1]};
     prepare_threadgroup(position, grid, group);
@@ -433,9 +454,9 @@ SIMT_UNCHECKED int simt_launch(
       fail_diverged(position);
       break;
     }
-    if (machine.threadgroup_bytes > SIMT_MAX_THREADGROUP_BYTES) {
-      snprintf(machine.error, sizeof machine.error, "%zu bytes of threadgroup memory: at most %d",
-          machine.threadgroup_bytes, SIMT_MAX_THREADGROUP_BYTES);
+    if (machine.threadgroup_bytes > max_bytes) {
+      snprintf(machine.error, sizeof machine.error, "%zu bytes of threadgroup memory: at most %zu",
+          machine.threadgroup_bytes, max_bytes);
       break;
     }
   }

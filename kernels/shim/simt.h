@@ -9,7 +9,7 @@
 
 #define SIMT_UNCHECKED __attribute__((no_sanitize("thread", "address", "undefined")))
 
-enum { SIMT_LANES = 32, SIMT_MAX_THREADS = 1024, SIMT_MAX_THREADGROUP_BYTES = 32768 };
+enum { SIMT_LANES = 32, SIMT_MAX_THREADS = 1024 };
 
 // What a lane can wait at. Lanes of a simdgroup that wait at different operations have diverged.
 enum simt_operation {
@@ -38,6 +38,9 @@ const uint64_t* simt_exchange(uint64_t value, simt_operation operation);
 
 // to = a b + c for matrices of 8 x 8 of which each lane holds elements 2 lane and 2 lane + 1, row by row.
 void simt_multiply(float* to, const float* a, const float* b, const float* c);
+
+// sums [16, 8] += a [16, 32], unsigned bytes, times b [32, 8], signed bytes, held by the lanes as shim/cuda.h says.
+void simt_multiply_bytes(int* sums, const unsigned* a, const unsigned* b);
 void simt_wait(simt_operation barrier, bool orders_memory);
 
 // Memory of a threadgroup variable: the same for all lanes, new for each threadgroup, filled with NaN.
@@ -45,7 +48,9 @@ void* simt_threadgroup_memory(unsigned variable, size_t size_bytes);
 
 extern "C" {
 // Returns 0, or 1 with simt_error() set. order: 0 lanes and threadgroups ascending, 1 descending, else a random seed.
-int simt_launch(simt_kernel kernel, void** buffers, const unsigned* grid, const unsigned* group, unsigned order);
+// max_bytes: of threadgroup memory.
+int simt_launch(simt_kernel kernel, void** buffers, const unsigned* grid, const unsigned* group, unsigned order,
+    size_t max_bytes);
 const char* simt_error();
 size_t simt_threadgroup_bytes();  // threadgroup memory of the last launch
 }

@@ -1,0 +1,74 @@
+#include <metal_stdlib>
+using namespace metal;
+#include "matrix.h"
+#include "sums.h"
+#include "bytes.h"
+
+// metal/linears.metal on NVIDIA's matrix units for bytes: the same formula and arguments.
+//
+// Threads: grid (threadgroups of all matrices, T); a threadgroup multiplies `tiles` tiles of rows, each by `parts`
+// simdgroups, which share out its columns (bytes.h) and meet in threadgroup memory. Bound by the bytes of the weights.
+// Reference: rms_norm, linears. Test: test_metal_matrices.py.
+
+constant constexpr uint MAX_SIMDGROUPS = 8;
+constant constexpr uint DIGIT_QUADS = 1890;    // MAX_STRIPS * STRIP_QUADS + ZERO_QUADS
+constant constexpr uint ALL_LINE_QUADS = 1024;  // MAX_SIMDGROUPS * 2 * LINE_QUADS
+
+struct LinearsShape {
+  uint count;
+  uint tiles;
+  uint parts;
+  uint columns;
+  uint x_stride;
+  uint out_stride;
+  uint is_normed;
+  uint keeps_normed;
+  uint accumulates;
+  float eps;
+};
+
+[[kernel, max_total_threads_per_threadgroup(256)]] void linears(device const uchar* weights [[buffer(0)]],
+    constant MatrixForm* matrices [[buffer(1)]], device const float* x [[buffer(2)]],
+    device const float* norm [[buffer(3)]], device float* normed [[buffer(4)]], device float* out [[buffer(5)]],
+    constant LinearsShape& shape [[buffer(6)]], uint3 group [[threadgroup_position_in_grid]],
+    uint index [[thread_index_in_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup uint4 digits[DIGIT_QUADS];
+  threadgroup uint4 lines[ALL_LINE_QUADS];
+  threadgroup float results[MAX_SIMDGROUPS][TILE_ROWS];
+  threadgroup float partial[32];
+  launch_next();
+  uint which = 0;
+  while (which + 1 < shape.count && matrices[which + 1].first_group <= group.x) which++;
+  const Weights w = weights_at(weights, matrices[which]);
+  const uint tiles = shape.tiles, parts = shape.parts, columns = shape.columns, tile = simdgroup / parts;
+  const uint first_row = (group.x - matrices[which].first_group) * tiles * TILE_ROWS;
+  const bool is_aligned = (columns | shape.x_stride) % 4 == 0;
+  RowInputs inputs = {x + ulong(group.y) * shape.x_stride, norm, columns, is_aligned, shape.is_normed != 0, 0.0f};
+  const Share share = share_of((columns + STRIP - 1) / STRIP, simdgroup % parts, parts, index, simdgroups * 32);
+  const uint row = min(first_row + tile * TILE_ROWS, w.rows - 1);  // a tile beyond the last row is not stored
+  const float own = multiply_tile(w, row, inputs, share, digits, lines + simdgroup * 2 * LINE_QUADS, results[simdgroup]);
+  // Plain weights: the simdgroups of each tile have loaded all inputs.
+  const bool counts = w.storage < BF16 || tile == 0;
+  const float squares = threadgroup_sum(counts ? own : 0.0f, partial, simdgroup, simdgroups, lane);
+  const float factor = shape.is_normed ? rsqrt(squares / float(columns) + shape.eps) : 1.0f;
+  if (index < tiles * TILE_ROWS && first_row + index < w.rows) {
+    float sum = 0.0f;
+    for (uint s = 0; s < parts; s++) sum += results[index / TILE_ROWS * parts + s][index % TILE_ROWS];
+    const ulong at = ulong(group.y) * shape.out_stride + matrices[which].first_out + first_row + index;
+    out[at] = shape.accumulates ? fma(sum, factor, out[at]) : sum * factor;
+  }
+  if (shape.keeps_normed && group.x == 0) {
+    const uint units = count_units(columns);
+    device float4* kept = (device float4*)(normed + ulong(group.y) * units * UNIT);
+    for (uint i = index; i * 4 < columns; i += simdgroups * 32) {
+      float4 four = load_four(inputs.x, i * 4, columns, is_aligned);
+      const float4 factors = load_four(norm, i * 4, columns, is_aligned);
+      four.x *= factor * (1.0f + factors.x);
+      four.y *= factor * (1.0f + factors.y);
+      four.z *= factor * (1.0f + factors.z);
+      four.w *= factor * (1.0f + factors.w);
+      kept[i % QUADS * units + i / QUADS] = four;
+    }
+  }
+}
