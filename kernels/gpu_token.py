@@ -26,7 +26,6 @@ from moepack.kernels.launches import RESIDENT_BANK, SLOT_BANKS, Launch
 from moepack.kernels.matrix import Expert, Matrix
 
 MAX_FORMS = 1024  # kinds of blocks and shared experts: 160 bytes each
-SPLIT_POSITIONS, MAX_SPLITS = 256, 32  # attention of one token: positions of a part at least, parts at most
 INT_BYTES = 4
 OFFSET_BITS = 48  # of a place in one number; the form, counted from one, is above
 
@@ -103,14 +102,14 @@ class TokenOps:
         frequencies = self.device.upload(launches.rope_frequencies(theta, rotary_dim))
 
         def describe(x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> list[Launch]:
-            splits = max(1, min(MAX_SPLITS, keys.shape[1] // SPLIT_POSITIONS))
+            splits = launches.count_splits(keys.shape[1])
             partial = self.scratch("partial", heads * splits * width).view(heads, splits, width)
             stats = self.scratch("stats", heads * splits * 2).view(heads, splits, 2)
             return [
                 inputs(x, projected, norm=norm, eps=eps),
                 launches.rope_cache(projected, q_norm, k_norm, frequencies, self._position, q, keys, values, eps),
                 launches.attention_split(q[0], keys, values, self._position, partial, stats),
-                launches.attention_combine(partial, stats, keys, projected, out),
+                launches.attention_combine(partial, stats, keys, self._position, projected, out),
                 output(out, x, accumulate=True),
             ]
 

@@ -27,6 +27,8 @@ GATE_UP_ROWS, DOWN_ROWS, MAX_PLACES, MAX_CHUNKS, MAX_ROWS, DOWN_SIMDGROUPS = 2, 
 DOWN_GROUPS = 256  # threadgroups of experts_down that fill a large GPU: more rows go to each instead
 MAX_TAPS = 8  # metal/causal_conv.metal
 DELTA_ROWS, MAX_WIDTH = 32, 256  # metal/delta_step.metal, rope_cache.metal, attention_step.metal
+SPLIT_POSITIONS, MAX_SPLITS, SPLIT_HEADS = 32, 256, 4  # metal/attention_step.metal
+SPLIT_SIMDGROUPS, COMBINING = 8, 4  # the same
 MAX_EXPERTS = 1024  # metal/choose_experts.metal
 TILE, TILE_THREADS = 32, 128  # metal/tile.h
 SCAN_COLUMNS, QUERIES = 4, 4  # metal/delta_scan.metal, attention_tiles.metal
@@ -384,18 +386,34 @@ def attention_split(
     """Attention of one token, q [H, Dh], in parts: partial [H, splits, Dh], stats [H, splits, 2]."""
     (heads, splits, width), (kv_heads, _, _) = partial.shape, keys.shape
     _check_head(width)
+    blocks = -(-heads // kv_heads // SPLIT_HEADS)
+    if blocks > SPLIT_SIMDGROUPS:
+        raise ValueError(f"at most 32 heads share keys and values, got {heads // kv_heads}")
     arguments = (q, keys, values, position, partial, stats, _attention_shape(partial, keys))
-    group = (heads // kv_heads * LANES, 1, 1)
+    group = (SPLIT_SIMDGROUPS // blocks * blocks * LANES, 1, 1)
     return Launch("attention_step", "attention_split", arguments, (kv_heads, splits, 1), group)
 
 
 def attention_combine(
-    partial: torch.Tensor, stats: torch.Tensor, keys: torch.Tensor, gate: torch.Tensor, out: torch.Tensor
+    partial: torch.Tensor,
+    stats: torch.Tensor,
+    keys: torch.Tensor,
+    position: torch.Tensor,
+    gate: torch.Tensor,
+    out: torch.Tensor,
 ) -> Launch:
     """out [H, Dh] = the parts together, times sigmoid of the gate, which lies with the queries: [H, 2 Dh]."""
-    heads, _, width = partial.shape
-    arguments = (partial, stats, gate, out, _attention_shape(partial, keys))
-    return Launch("attention_step", "attention_combine", arguments, (heads, 1, 1), _threads_for(width))
+    heads, splits, width = partial.shape
+    if splits > MAX_SPLITS:
+        raise ValueError(f"at most {MAX_SPLITS} parts of a context, got {splits}")
+    arguments = (partial, stats, position, gate, out, _attention_shape(partial, keys))
+    grid = (heads, -(-width // LANES), 1)
+    return Launch("attention_step", "attention_combine", arguments, grid, (COMBINING * LANES, 1, 1))
+
+
+def count_splits(max_positions: int) -> int:
+    """Parts of a context for attention_split: as many as a cache can fill, so that no answer depends on its length."""
+    return min(MAX_SPLITS, -(-max_positions // SPLIT_POSITIONS))
 
 
 def _attention_shape(partial: torch.Tensor, keys: torch.Tensor) -> bytes:

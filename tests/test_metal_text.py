@@ -109,6 +109,11 @@ def test_geometry_is_that_of_the_text() -> None:
     assert values["delta_step", "ROWS_EACH"] == launches.DELTA_ROWS
     assert values["delta_step", "MAX_WIDTH"] == values["rope_cache", "MAX_WIDTH"] == launches.MAX_WIDTH
     assert values["attention_step", "EACH"] * 32 == launches.MAX_WIDTH
+    assert values["attention_step", "SPLIT_POSITIONS"] == launches.SPLIT_POSITIONS
+    assert values["attention_step", "MAX_SPLITS"] == launches.MAX_SPLITS
+    assert values["attention_step", "HEADS"] == launches.SPLIT_HEADS
+    assert values["attention_step", "SIMDGROUPS"] == launches.SPLIT_SIMDGROUPS
+    assert values["attention_step", "COMBINING"] == launches.COMBINING
     assert values["choose_experts", "EACH"] * 32 == launches.MAX_EXPERTS
     assert values["matmul", "TILE"] == launches.TILE
     assert values["matmul", "TILE_THREADS"] == launches.TILE_THREADS

@@ -145,7 +145,10 @@ def test_ids_are_experts_whatever_the_logits(fill: float) -> None:
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width", "context", "splits"),
-    [(4, 2, 256, 70, 3), (16, 1, 64, 1, 4), (6, 2, 37, 33, 1), (4, 2, 64, 5, 8), (32, 1, 16, 40, 5)],
+    [
+        *[(4, 2, 256, 70, 3), (16, 1, 64, 1, 4), (6, 2, 37, 33, 1), (4, 2, 64, 5, 8), (32, 1, 16, 40, 5)],
+        *[(3, 1, 256, 300, 2), (12, 2, 128, 171, 1), (5, 1, 20, 97, 3)],
+    ],
 )
 def test_attention_step(executor: Runner, heads: int, kv_heads: int, width: int, context: int, splits: int) -> None:
     """Beyond the context lie NaN, which nothing may read; some splits may be empty."""
@@ -155,10 +158,29 @@ def test_attention_step(executor: Runner, heads: int, kv_heads: int, width: int,
     partial, stats, out = torch.zeros(heads, splits, width), torch.zeros(heads, splits, 2), torch.zeros(heads, width)
     position = torch.tensor([context - 1], dtype=torch.int32)
     executor.run(launches.attention_split(q, keys, values, position, partial, stats))
-    executor.run(launches.attention_combine(partial, stats, keys, projected, out))
+    executor.run(launches.attention_combine(partial, stats, keys, position, projected, out))
     seen_keys, seen_values = keys[:, :context].double(), values[:, :context].double()
     expected = reference.attention(q[None].double(), seen_keys, seen_values)[0]
     close(out, reference.gated(expected, projected[:, width:].double()), SUMS)
+
+
+def test_attention_does_not_depend_on_the_length_of_the_cache() -> None:
+    """To the last bit: a context planned longer has more splits, of which more stay empty."""
+    heads, width, context = 4, 64, 100
+    q, gate = torch.randn(heads, width), torch.randn(heads, 2 * width)
+    row, results = torch.randn(2, 1, context, width), []
+    position = torch.tensor([context - 1], dtype=torch.int32)
+    for max_positions in (context, 1000, 9000):
+        keys, values = torch.nn.functional.pad(row, (0, 0, 0, max_positions - context), value=torch.nan)
+        splits = launches.count_splits(max_positions)
+        partial, stats = (torch.zeros(heads, splits, numbers) for numbers in (width, 2))
+        out = torch.zeros(heads, width)
+        RUNNER.run(launches.attention_split(q, keys, values, position, partial, stats))
+        RUNNER.run(launches.attention_combine(partial, stats, keys, position, gate, out))
+        results.append(out)
+    assert splits == launches.MAX_SPLITS
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("width", [1, 37, 1024, 2500])
