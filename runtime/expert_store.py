@@ -437,6 +437,7 @@ class ExpertStore:
         self.counts.retries += read.retries
         keys = [(read.layer, expert_id) for expert_id in read.experts]
         if read.error is None:
+            self._slots.admit(read.buffers)
             size_bytes = sum(map(len, read.buffers))
             self.counts.bytes_read += size_bytes
             if self.recorder:
