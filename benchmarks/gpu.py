@@ -219,8 +219,9 @@ def bench_between(device: CudaDevice, model: Model, limit: float) -> list[Row]:
     caches, position = random(2, model.kv_heads, 128, width), torch.zeros(1, dtype=torch.int32, device="cuda")
     row, frequencies = random(1, 2 * (heads + model.kv_heads) * width), random(32)
     rope = launches.rope_cache(row, *random(2, width), frequencies, position, random(1, heads, width), *caches, 1e-6)
-    scores, found = random(1, VOCABULARY), torch.zeros(2, dtype=torch.int32, device="cuda")
-    likeliest = launches.argmax(scores, found[:1], found[1:].view(torch.float32))
+    parts = torch.zeros(2, 1, launches.count_parts(VOCABULARY), dtype=torch.int32, device="cuda")
+    best_of_parts = launches.argmax_parts(random(1, VOCABULARY), *parts)
+    likeliest = launches.argmax(*parts, torch.zeros(1, dtype=torch.int32, device="cuda"), random(1), VOCABULARY)
     moved = 2 * states[0].numel() * 4
     return [
         time_launches(device, "delta_step", model, steps, moved, limit),
@@ -228,7 +229,8 @@ def bench_between(device: CudaDevice, model: Model, limit: float) -> list[Row]:
         time_launches(device, "rope_cache", model, [rope] * 100, 8 * row.numel(), limit),
         time_launches(device, "rms_norm", model, [launches.rms_norm(x, weight, x, 1e-6)] * 100, 12 * x.numel(), limit),
         time_launches(device, "choose_experts", model, [choice] * 100, 4 * logits.numel(), limit),
-        time_launches(device, "argmax", model, [likeliest] * 100, 4 * VOCABULARY, limit),
+        time_launches(device, "argmax_parts", model, [best_of_parts] * 100, 4 * VOCABULARY, limit),
+        time_launches(device, "argmax", model, [likeliest] * 100, 4 * parts.numel(), limit),
     ]
 
 

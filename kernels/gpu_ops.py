@@ -76,7 +76,9 @@ class GpuOps(TokenOps):
         self._rows = torch.zeros(0, dtype=torch.int32)
         self._embeddings: dict[int, tuple[torch.Tensor, torch.Tensor, Matrix]] = {}
         self._token = torch.zeros(1, dtype=torch.int32, device=device.place)
-        self._likeliest: tuple[torch.Tensor, Step] | None = None  # for logits of one shape, in memory of their own
+        self._likeliest: tuple[torch.Tensor, list[Step]] | None = (
+            None  # for logits of one shape, in memory of their own
+        )
         self._found = device.new_mailbox(8)  # an id and a logit
 
     # Memory
@@ -211,11 +213,14 @@ class GpuOps(TokenOps):
     def argmax(self, logits: torch.Tensor) -> tuple[int, float]:
         if self._likeliest is None or self._likeliest[0].shape != logits.shape:
             own, found = self.device.empty(*logits.shape), self._found.bytes
-            launch = launches.argmax(own, found[:4].view(torch.int32), found[4:].view(torch.float32))
-            self._likeliest = (own, self.device.bind(launch))
-        own, step = self._likeliest
+            parts = self.device.empty(2, len(logits), launches.count_parts(logits.shape[1]), dtype=torch.int32)
+            likeliest = found[:4].view(torch.int32), found[4:].view(torch.float32)
+            calls = launches.argmax_parts(own, *parts), launches.argmax(*parts, *likeliest, logits.shape[1])
+            self._likeliest = (own, [self.device.bind(call) for call in calls])
+        own, steps = self._likeliest
         own.copy_(logits)
-        step()
+        for step in steps:
+            step()
         answer = self._found.read()
         return answer[:4].cast("i")[0], answer[4:8].cast("f")[0]
 

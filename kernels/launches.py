@@ -26,10 +26,12 @@ LINEAR_ROWS, LINEAR_SIMDGROUPS = 2, 8  # metal/linears.metal
 GATE_UP_ROWS, DOWN_ROWS, MAX_PLACES, MAX_CHUNKS, MAX_ROWS, DOWN_SIMDGROUPS = 2, 4, 32, 4, 64, 12  # metal/experts.metal
 DOWN_GROUPS = 256  # threadgroups of experts_down that fill a large GPU: more rows go to each instead
 MAX_TAPS = 8  # metal/causal_conv.metal
-DELTA_ROWS, MAX_WIDTH = 32, 256  # metal/delta_step.metal, rope_cache.metal, attention_step.metal
+DELTA_ROWS, DELTA_COLUMNS, DELTA_THREADS = 16, 128, 512  # metal/delta_step.metal
+MAX_WIDTH = 256  # the same, rope_cache.metal, attention_step.metal
 SPLIT_POSITIONS, MAX_SPLITS, SPLIT_HEADS = 32, 256, 4  # metal/attention_step.metal
 SPLIT_SIMDGROUPS, COMBINING = 8, 4  # the same
-MAX_EXPERTS = 1024  # metal/choose_experts.metal
+MAX_EXPERTS, MAX_CHOSEN = 1024, 31  # metal/choose_experts.metal
+ARGMAX_PART, ARGMAX_THREADS = 4096, 256  # metal/argmax.metal
 TILE, TILE_THREADS = 32, 128  # metal/tile.h
 SCAN_COLUMNS, QUERIES = 4, 4  # metal/delta_scan.metal, attention_tiles.metal
 PLAIN_STORAGES = {torch.bfloat16: 16, torch.float16: 17, torch.float32: 32}
@@ -315,9 +317,8 @@ def delta_step(
 ) -> Launch:
     """One token: out [H, Dv] from mixed [C] and the z, a, b in projected; state [H, Dk, Dv] moves on."""
     value_heads, key_width, value_width = state.shape
-    columns = -(-value_width // LANES) * LANES
-    threads = -(-key_width // DELTA_ROWS) * columns
-    if threads > msl.MAX_THREADS or key_width > MAX_WIDTH:
+    threads = -(-key_width // DELTA_ROWS) * -(-value_width // DELTA_COLUMNS) * LANES
+    if threads > DELTA_THREADS or key_width > MAX_WIDTH:
         raise ValueError(f"the delta rule takes heads of up to 128 x 256, got {key_width} x {value_width}")
     shape = shape_of(
         "delta_step",
@@ -438,15 +439,35 @@ def choose_experts(
     rows, experts = logits.shape[0], logits.shape[1] - 1
     if experts > MAX_EXPERTS:
         raise ValueError(f"a router chooses among at most {MAX_EXPERTS} experts, got {experts}")
+    if ids.shape[1] > MAX_CHOSEN:
+        raise ValueError(f"a router chooses at most {MAX_CHOSEN} experts, got {ids.shape[1]}")
     shape = shape_of("choose_experts", "ChooseShape", experts=experts, chosen=ids.shape[1], places_wanted=places_wanted)
     arguments = (logits, ids, weights, table, places, shape)
     return Launch("choose_experts", "choose_experts", arguments, (rows, 1, 1), (LANES, 1, 1))
 
 
-def argmax(logits: torch.Tensor, ids: torch.Tensor, largest: torch.Tensor) -> Launch:
-    """ids int32 [R] and values of the largest of each row of logits [R, V]; NaN wins."""
-    shape = shape_of("argmax", "ArgmaxShape", width=logits.shape[-1])
-    return Launch("argmax", "argmax", (logits, ids, largest, shape), (len(logits), 1, 1), (msl.MAX_THREADS, 1, 1))
+def argmax_parts(logits: torch.Tensor, part_ids: torch.Tensor, part_orders: torch.Tensor) -> Launch:
+    """The largest of each part of logits [R, V], for argmax: part_ids and part_orders int32 [R, count_parts(V)]."""
+    grid = (part_ids.shape[1], len(logits), 1)
+    arguments = (logits, part_ids, part_orders, _argmax_shape(logits.shape[-1]))
+    return Launch("argmax", "argmax_parts", arguments, grid, (ARGMAX_THREADS, 1, 1))
+
+
+def argmax(
+    part_ids: torch.Tensor, part_orders: torch.Tensor, ids: torch.Tensor, largest: torch.Tensor, width: int
+) -> Launch:
+    """ids int32 [R] and values of the largest of each row of logits of this width, from its parts; NaN wins."""
+    arguments = (part_ids, part_orders, ids, largest, _argmax_shape(width))
+    return Launch("argmax", "argmax", arguments, (len(ids), 1, 1), (LANES, 1, 1))
+
+
+def count_parts(width: int) -> int:
+    """Parts of a row of logits that argmax_parts takes."""
+    return -(-width // ARGMAX_PART)
+
+
+def _argmax_shape(width: int) -> bytes:
+    return shape_of("argmax", "ArgmaxShape", width=width, parts=count_parts(width))
 
 
 # A prompt

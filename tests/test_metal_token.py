@@ -140,7 +140,14 @@ def test_choose_experts_without_places() -> None:
 def test_ids_are_experts_whatever_the_logits(fill: float) -> None:
     """An id out of range would be read through."""
     ids, _ = choose(torch.full((1, 38), fill), 5)
-    assert ((ids >= 0) & (ids < 37)).all()
+    assert ids.tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_choose_experts_takes_numbers_before_nan() -> None:
+    logits = torch.full((1, 301), torch.nan)
+    logits[0, [250, 40, 7]] = torch.tensor([-torch.inf, -0.0, 0.0])
+    ids, _ = choose(logits, 5)
+    assert ids.tolist() == [[7, 40, 250, 0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -183,16 +190,26 @@ def test_attention_does_not_depend_on_the_length_of_the_cache() -> None:
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("width", [1, 37, 1024, 2500])
+@pytest.mark.parametrize("width", [1, 37, 2500, 9001])
 def test_argmax(executor: Runner, width: int) -> None:
-    """The lowest of equal ones, also where one thread or two hold them; NaN is seen."""
+    """The lowest of equal ones, also where one thread, two or two threadgroups hold them; NaN is seen."""
     logits = torch.randn(4, width).round(decimals=1)
     logits[1, [width // 2, width - 1]] = 9.0
     logits[2] = -torch.inf
     logits[3, width // 3] = torch.nan
     ids, largest = torch.full((4,), -1, dtype=torch.int32), torch.zeros(4)
-    executor.run(launches.argmax(logits, ids, largest))
+    parts = torch.full((2, 4, launches.count_parts(width)), -1, dtype=torch.int32)
+    executor.run(launches.argmax_parts(logits, *parts))
+    executor.run(launches.argmax(*parts, ids, largest, width))
     expected = [int((row == row.max()).nonzero()[0]) for row in logits[:3]]
     assert ids.tolist() == [*expected, width // 3]
     assert torch.equal(largest[:3], logits[:3].max(dim=1).values)
     assert largest[3].isnan()
+
+
+def test_argmax_takes_both_zeros_for_one() -> None:
+    logits = torch.tensor([[-1.0, -0.0, 0.0, -torch.inf]])
+    parts, ids, largest = torch.zeros(2, 1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), torch.ones(1)
+    RUNNER.run(launches.argmax_parts(logits, *parts))
+    RUNNER.run(launches.argmax(*parts, ids, largest, 4))
+    assert (ids.tolist(), largest.tolist()) == ([1], [0.0])
