@@ -284,8 +284,15 @@ def evaluate(
     constrained: bool = typer.Option(
         False, "--constrained", help="Hold --tools to calls that are well-formed, where one is expected."
     ),
+    recall: int = typer.Option(
+        None, "--recall", help="Long prompts: find a fact, repeat a passage. This many of each kind and length.", min=1
+    ),
+    lengths: str = typer.Option(
+        None, "--lengths", help="Tokens of --recall's prompts.  [default: 64,128,256 and so on to the context]"
+    ),
+    seed: int = typer.Option(None, "--seed", help="Of --recall's prompts.  [default: 0]", min=0),
     reference: Path = typer.Option(
-        None, "--reference", help="Pack to compare with: KL, top-1 agreement, equal answers."
+        None, "--reference", help="Pack to compare with: KL, top-1 agreement, equal answers, its own right ones."
     ),
     exact: bool = EXACT,
     experts_per_token: int = EXPERTS,
@@ -294,20 +301,29 @@ def evaluate(
     device: str = DEVICE,
     as_json: bool = JSON,
 ) -> None:
-    """Measure a pack: perplexity on a text, distance to a reference pack, tool calls that come out right."""
-    from moepack.runtime.engine import Engine
+    """Measure a pack: perplexity on a text, distance to a reference pack, right tool calls, recall of long prompts."""
+    from moepack.layout.reader import Pack
+    from moepack.runtime.engine import DEFAULT_CONTEXT, Engine, read_architecture
     from moepack.runtime.evaluate import WINDOW, encode_text, evaluate_text, evaluate_tools, read_tool_prompts
     from moepack.runtime.memory import taken_bytes
     from moepack.runtime.prompt import read_text
+    from moepack.runtime.recall import RecallPlan, choose_lengths, evaluate_recall
     from moepack.runtime.tokenizer import Tokenizer
 
-    if text is None and tools is None:
-        raise UsageError("expected --text FILE or --tools FILE, found neither")
+    if text is None and tools is None and recall is None:
+        raise UsageError("expected --text FILE, --tools FILE or --recall N, found none of them")
+    if recall is None and (lengths is not None or seed is not None):
+        raise UsageError("--lengths and --seed are of --recall N: give it, or leave them out")
     passage = None if text is None else encode_text(Tokenizer.load(pack), read_text(text))
     prompts = None if tools is None else read_tool_prompts(tools)
     budget = _read_budget(memory, device)
     common: dict[str, Any] = {"device": device, "exact": exact, "threads": threads}
-    common["max_context"] = WINDOW if prompts is None else None
+    with Pack.open(pack) as opened:
+        context = read_architecture(opened).max_position_embeddings
+    needed = [WINDOW] if passage is not None else []
+    needed += [] if prompts is None else [DEFAULT_CONTEXT]
+    plan = None if recall is None else RecallPlan(recall, choose_lengths(lengths, context, DEFAULT_CONTEXT), seed or 0)
+    common["max_context"] = max(needed + ([] if plan is None else [plan.lengths[-1]]))
     if reference:
         log("note: --reference opens a second pack: they share the memory budget")
     process = taken_bytes(device)
@@ -325,6 +341,9 @@ def evaluate(
     if prompts is not None:
         with open_progress(len(prompts), "tools", "prompt") as progress:
             facts["tool_calls"] = vars(evaluate_tools(engine, prompts, progress.update, constrained, other))
+    if plan is not None:
+        with open_progress(2 * recall * sum(plan.lengths), "recall", "tok") as progress:
+            facts["recall"] = evaluate_recall(engine, plan, other, progress.update)
     if as_json:
         print_json(facts)
     else:
@@ -495,10 +514,22 @@ def _print_plan(engine: Engine) -> None:
 
 def _print_scores(facts: dict[str, Any]) -> None:
     rows: list[tuple[str, ...]] = [("measure", "value", "95 % interval")]
-    for prefix, values in (("", facts), ("tool calls: ", facts.get("tool_calls") or {})):
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                low, high = values.get("intervals", {}).get(name, (None, None))
-                interval = "" if low is None else f"{low:.4f} to {high:.4f}"
-                rows.append((f"{prefix}{name}", f"{value:.4f}" if isinstance(value, float) else str(value), interval))
+    _append_scores(rows, "", facts)
     print_table(rows)
+
+
+def _append_scores(rows: list[tuple[str, ...]], prefix: str, values: dict[str, Any]) -> None:
+    """A row for each number, with its interval; parts of a score, as those by length, have a prefix that names them."""
+    for name, value in values.items():
+        if isinstance(value, dict) and name != "intervals":
+            _append_scores(rows, f"{prefix}{name.replace('_', ' ')}: ", value)
+        elif isinstance(value, list) and name.startswith("by_"):
+            part = name.removeprefix("by_")
+            for one in value:
+                label = f"{one[part]:,} tokens" if part == "length" else f"{part} {one[part]:.0%}"
+                shown = {key: number for key, number in one.items() if key != part}
+                _append_scores(rows, f"{prefix}{label}: ", shown)
+        elif isinstance(value, (int, float)):
+            low, high = values.get("intervals", {}).get(name, (None, None))
+            interval = "" if low is None else f"{low:.4f} to {high:.4f}"
+            rows.append((f"{prefix}{name}", f"{value:.4f}" if isinstance(value, float) else str(value), interval))

@@ -41,8 +41,10 @@ def share_interval(count: float, of: int) -> Interval:
     return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 
-def compare_rates(own: Sequence[bool], reference: Sequence[bool]) -> tuple[float, Interval] | None:
+def compare_rates(own: Sequence[float], reference: Sequence[float]) -> tuple[float, Interval] | None:
     """What share of the reference's rate one's own is, and its interval, over the same prompts in pairs.
+
+    own, reference   how many things are right in each prompt, for a prompt that is right or not 1 or 0
 
     None if the reference has none right. Raises ValueError if the two are not equally long.
     """
