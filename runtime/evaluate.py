@@ -235,12 +235,16 @@ def judge_answer(engine: Engine, prompt: ToolPrompt, answer: Sequence[int]) -> t
 
 def answer_prompt(engine: Engine, prompt: ToolPrompt, constraint: Constraint | None = None) -> list[int]:
     """The greedy answer's tokens, thinking off. Raises UsageError as evaluate_tools does."""
+    sampling = SamplingParams(temperature=0, max_tokens=MAX_ANSWER_TOKENS)
+    return list(engine.generate(render_prompt(engine, prompt), sampling, constraint=constraint))
+
+
+def render_prompt(engine: Engine, prompt: ToolPrompt) -> list[int]:
+    """What an answer follows, thinking off. Raises UsageError if the pack has no chat template."""
     template = engine.chat_template()
     if template is None:
         raise UsageError(f"{engine.pack.directory}: has no chat template, tool prompts need one")
-    text = template.render(prompt.messages, tools=prompt.tools, enable_thinking=False)
-    sampling = SamplingParams(temperature=0, max_tokens=MAX_ANSWER_TOKENS)
-    return list(engine.generate(engine.tokenizer.encode(text), sampling, constraint=constraint))
+    return engine.tokenizer.encode(template.render(prompt.messages, tools=prompt.tools, enable_thinking=False))
 
 
 def _make_constraints(engine: Engine) -> Callable[[ToolPrompt], Constraint]:
