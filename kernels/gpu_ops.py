@@ -76,9 +76,7 @@ class GpuOps(TokenOps):
         self._rows = torch.zeros(0, dtype=torch.int32)
         self._embeddings: dict[int, tuple[torch.Tensor, torch.Tensor, Matrix]] = {}
         self._token = torch.zeros(1, dtype=torch.int32, device=device.place)
-        self._likeliest: tuple[torch.Tensor, list[Step]] | None = (
-            None  # for logits of one shape, in memory of their own
-        )
+        self._likeliest: tuple[torch.Tensor, list[Step]] | None = None  # logits of one shape, in their own memory
         self._found = device.new_mailbox(8)  # an id and a logit
 
     # Memory
@@ -213,10 +211,12 @@ class GpuOps(TokenOps):
     def argmax(self, logits: torch.Tensor) -> tuple[int, float]:
         if self._likeliest is None or self._likeliest[0].shape != logits.shape:
             own, found = self.device.empty(*logits.shape), self._found.bytes
-            parts = self.device.empty(2, len(logits), launches.count_parts(logits.shape[1]), dtype=torch.int32)
-            likeliest = found[:4].view(torch.int32), found[4:].view(torch.float32)
-            calls = launches.argmax_parts(own, *parts), launches.argmax(*parts, *likeliest, logits.shape[1])
-            self._likeliest = (own, [self.device.bind(call) for call in calls])
+            width, parts = logits.shape[1], launches.count_parts(logits.shape[1])
+            part_ids, orders = (self.device.empty(len(logits), parts, dtype=torch.int32) for _ in range(2))
+            token, largest = found[:4].view(torch.int32), found[4:].view(torch.float32)
+            parts_first = launches.argmax_parts(own, part_ids, orders)
+            joined = launches.argmax(part_ids, orders, token, largest, width)
+            self._likeliest = (own, [self.device.bind(call) for call in (parts_first, joined)])
         own, steps = self._likeliest
         own.copy_(logits)
         for step in steps:
