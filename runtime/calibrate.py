@@ -184,11 +184,11 @@ class LayerStatistics:
         def observe(expert_id: int, expert: Expert, inputs: torch.Tensor, weights: torch.Tensor) -> None:
             gate, up = ops.linears(inputs, [expert.gate_proj, expert.up_proj])
             self.tokens[expert_id] += len(inputs)
-            self.weights[expert_id] += weights.square().sum()
+            self.weights[expert_id] += weights.square().sum().cpu()
             for sums, x in ((self.inputs, inputs), (self.inner, ops.silu_mul(gate, up))):
                 weighted = x * weights[:, None]
                 place = sums[expert_id if len(sums) > 1 else 0]
-                place += weighted.T @ weighted if self.full else weighted.square().sum(0)
+                place += (weighted.T @ weighted if self.full else weighted.square().sum(0)).cpu()
 
         return observe
 
@@ -201,19 +201,23 @@ class LayerStatistics:
 def embed_windows(engine: Engine, windows: Sequence[Sequence[int]]) -> torch.Tensor:
     """The hidden states before the first layer, all windows end to end: [N, D]."""
     ids = torch.tensor([token_id for window in windows for token_id in window])
-    return engine.model.ops.embed(engine.model.embedding, ids)
+    return torch.cat([engine.model.ops.embed(engine.model.embedding, part).cpu() for part in ids.split(TOKENS_AT_ONCE)])
 
 
 @torch.inference_mode()
 def run_layer(
     engine: Engine, layer: int, hidden: torch.Tensor, lengths: Sequence[int], observe: Any = None
 ) -> torch.Tensor:
-    """One layer over all windows: [N, D] -> [N, D]. The mixer sees each window by itself, the experts all tokens."""
+    """One layer over all windows: [N, D] -> [N, D]. The mixer sees each window by itself, the experts all tokens.
+
+    A GPU has some of them at a time.
+    """
     block: DecoderLayer = engine.model.layers[layer]
-    mixed = torch.cat([mix(engine, block, layer, window) for window in hidden.split(list(lengths))])
+    upload = engine.model.ops.upload
+    mixed = torch.cat([mix(engine, block, layer, upload(window)).cpu() for window in hidden.split(list(lengths))])
     block.experts.observe = observe
     try:
-        return torch.cat([block.experts(part) for part in mixed.split(TOKENS_AT_ONCE)])
+        return torch.cat([block.experts(upload(part)).cpu() for part in mixed.split(TOKENS_AT_ONCE)])
     finally:
         block.experts.observe = None
 

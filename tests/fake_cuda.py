@@ -20,10 +20,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from moepack.kernels import cuda_device, cuda_slots, msl
+from moepack.kernels import cuda_device, cuda_slots, gpu_ops, gpu_token, msl
 from moepack.kernels.cuda_device import CudaDevice
-from moepack.kernels.emulated_device import EmulatedTensor
+from moepack.kernels.emulated_device import VIEWS, EmulatedTensor
 from moepack.kernels.simt import _load_library
 
 Work = Callable[[], object]
@@ -92,7 +93,7 @@ class Cuda:
     def __init__(self) -> None:
         self.default, self._own = Stream(0), threading.local()
         self.registered: set[int] = set()
-        self.memory: list[Any] = []  # torch gives what is freed to later work only: here, to none
+        self.memory: dict[int, torch.Tensor] = {}  # of the GPU, by address
         self.Stream, self.Event = lambda place: Stream(), Event
 
     def current_stream(self, place: Any = None) -> Stream:
@@ -120,25 +121,58 @@ class Cuda:
 
 
 class CudaTensor(EmulatedTensor):
-    """A tensor on the GPU: copies that do not wait go into the thread's stream, all else runs the kernels' first."""
+    """A tensor on the GPU: copies that do not wait go into the thread's stream, all else runs the kernels' first.
+
+    Like torch's it does not meet a tensor of the processor, but for single values, indices and copies.
+    """
 
     cuda: Cuda
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.__name__ == "copy_" and (kwargs or {}).get("non_blocking"):
+        name = function.__name__
+        if name == "copy_" and (kwargs or {}).get("non_blocking"):
             with torch._C.DisableTorchFunctionSubclass():
                 to, source = args[0].view(-1), args[1].view(-1)
             cls.cuda.current_stream().add(lambda: to.copy_(source))
             return args[0]
-        result = super().__torch_function__(function, types, args, kwargs)
-        cls.cuda.memory.append(result)
-        return result
+        if name == "numpy":
+            raise TypeError("can't convert a tensor of the GPU to numpy: use .cpu() first")
+        if name == "cpu":
+            cls.queue.run()
+            with torch._C.DisableTorchFunctionSubclass():
+                return args[0].as_subclass(torch.Tensor).clone()
+        if name not in (*VIEWS, "copy_", "__getitem__", "__setitem__") and any(map(_is_of_the_processor, _list(args))):
+            raise RuntimeError(f"{name}: expected all tensors to be on the same device")
+        return _keep(super().__torch_function__(function, types, args, kwargs))
+
+
+def _list(values: Any) -> Iterator[Any]:
+    for value in values:
+        yield from _list(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _is_of_the_processor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not isinstance(value, CudaTensor) and value.dim() > 0
+
+
+def _keep(result: Any) -> Any:
+    """What is on the GPU stays there: torch gives what is freed to later work only, here to none."""
+    for one in _list((result,)):
+        if isinstance(one, torch.Tensor):
+            with torch._C.DisableTorchFunctionSubclass():
+                CudaTensor.cuda.memory[one.untyped_storage().data_ptr()] = one
+    return result
 
 
 def _adopt(tensor: torch.Tensor) -> torch.Tensor:
-    CudaTensor.cuda.memory.append(tensor)
-    return tensor.as_subclass(CudaTensor)
+    return _keep(tensor.as_subclass(CudaTensor))
+
+
+def _check_place(device: CudaDevice, argument: torch.Tensor | bytes) -> torch.Tensor | bytes:
+    """A kernel's arguments are on the GPU."""
+    assert isinstance(argument, bytes) or argument.untyped_storage().data_ptr() in CudaTensor.cuda.memory
+    return argument
 
 
 class Driver:
@@ -232,6 +266,14 @@ class Driver:
         return (0,)
 
 
+class _OnGpu(TorchFunctionMode):
+    """`with torch.device(...)` of the GPU: what is made inside is on it."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        return _adopt(result) if function.__name__ in ("arange", "empty", "ones", "tensor", "zeros") else result
+
+
 class _Torch:
     """torch, where a GPU is the processor."""
 
@@ -241,14 +283,16 @@ class _Torch:
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
 
-    def device(self, kind: str, number: int) -> torch.device:
-        return torch.device("cpu")
+    def device(self, kind: Any, number: int | None = None) -> Any:
+        return torch.device("cpu") if isinstance(kind, str) else _OnGpu()
 
     def zeros(self, *shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
-        return torch.zeros(*shape, **options)
+        made = torch.zeros(*shape, **options)
+        return _adopt(made) if "device" in options else made
 
     def empty(self, *shape: Any, **options: Any) -> torch.Tensor:
-        return _adopt(torch.empty(*shape, **options))
+        made = torch.empty(*shape, **options)
+        return _adopt(made) if "device" in options else made
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> Driver:
@@ -257,12 +301,13 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Driver:
     driver = Driver(cuda)
     monkeypatch.setattr(CudaTensor, "cuda", cuda, raising=False)
     monkeypatch.setattr(CudaTensor, "queue", cuda.default)
-    for module in (cuda_device, cuda_slots):
+    for module in (cuda_device, cuda_slots, gpu_ops, gpu_token):
         monkeypatch.setattr(module, "torch", _Torch(cuda))
     monkeypatch.setattr(cuda_device, "_bindings", lambda: (driver, None))
     monkeypatch.setattr(cuda_device, "compile_text", lambda nvrtc, source, architecture: source.name.encode())
     monkeypatch.setattr(CudaDevice, "zeros", lambda self, *shape: _adopt(torch.zeros(shape)))
     monkeypatch.setattr(CudaDevice, "empty", _empty)
+    monkeypatch.setattr(CudaDevice, "_place_argument", _check_place)
     monkeypatch.setattr(CudaDevice, "upload", lambda self, tensor: _adopt(tensor.clone()))
     return driver
 
