@@ -164,8 +164,8 @@ def _scored_pieces(
         wanted = targets[done : done + len(scores)]
         done += len(scores)
         if len(wanted):
-            kept = None if reference_scores is None else reference_scores[: len(wanted)]
-            yield wanted, scores[: len(wanted)], kept
+            kept = None if reference_scores is None else reference_scores[: len(wanted)].cpu()
+            yield wanted, scores[: len(wanted)].cpu(), kept
 
 
 def _log_softmax(scores: torch.Tensor, engine: Engine | None) -> torch.Tensor:
