@@ -25,7 +25,7 @@ UNIT, SIMDGROUPS, LANES = 32, 4, 32  # metal/matrix.h
 LINEAR_ROWS, LINEAR_SIMDGROUPS = 2, 8  # metal/linears.metal
 GATE_UP_ROWS, DOWN_ROWS, MAX_PLACES, MAX_CHUNKS, MAX_ROWS, DOWN_SIMDGROUPS = 2, 4, 32, 4, 64, 12  # metal/experts.metal
 DOWN_GROUPS = 256  # threadgroups of experts_down that fill a large GPU: more rows go to each instead
-MAX_TAPS = 8  # metal/causal_conv.metal
+MAX_TAPS, CONV_TOKENS = 8, 16  # metal/causal_conv.metal
 DELTA_ROWS, DELTA_COLUMNS, DELTA_THREADS = 16, 128, 512  # metal/delta_step.metal
 MAX_WIDTH = 256  # the same, rope_cache.metal, attention_step.metal
 SPLIT_POSITIONS, MAX_SPLITS, SPLIT_HEADS = 32, 256, 4  # metal/attention_step.metal
@@ -33,7 +33,8 @@ SPLIT_SIMDGROUPS, COMBINING = 8, 4  # the same
 MAX_EXPERTS, MAX_CHOSEN = 1024, 31  # metal/choose_experts.metal
 ARGMAX_PART, ARGMAX_THREADS = 4096, 256  # metal/argmax.metal
 TILE, TILE_THREADS = 32, 128  # metal/tile.h
-SCAN_COLUMNS, QUERIES = 4, 4  # metal/delta_scan.metal, attention_tiles.metal
+SCAN_COLUMNS, SCAN_SIMDGROUPS = 4, 8  # metal/delta_scan.metal
+QUERIES = 4  # metal/attention_tiles.metal
 PLAIN_STORAGES = {torch.bfloat16: 16, torch.float16: 17, torch.float32: 32}
 SLOT_BANKS, RESIDENT_BANK = (0, 1), 2
 
@@ -296,9 +297,8 @@ def causal_conv(x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor, out:
     if taps > MAX_TAPS:
         raise ValueError(f"a convolution has at most {MAX_TAPS} taps, got {taps}")
     shape = shape_of("causal_conv", "ConvShape", channels=channels, taps=taps, tokens=x.shape[0], x_stride=x.shape[-1])
-    return Launch(
-        "causal_conv", "causal_conv", (x, weight, state, out, shape), (-(-channels // 256), 1, 1), (256, 1, 1)
-    )
+    grid = (-(-channels // 256), -(-x.shape[0] // CONV_TOKENS), 1)
+    return Launch("causal_conv", "causal_conv", (x, weight, state, out, shape), grid, (256, 1, 1))
 
 
 def delta_step(
@@ -580,8 +580,8 @@ def delta_scan(
         v_stride=v.stride(0),
     )
     arguments = (_span(q), _span(k), _span(v), decay, beta, state, out, shape)
-    grid = (-(-value_width // (SCAN_COLUMNS * SIMDGROUPS)), value_heads, 1)
-    return Launch("delta_scan", "delta_scan", arguments, grid, (SIMDGROUPS * LANES, 1, 1))
+    grid = (-(-value_width // (SCAN_COLUMNS * SCAN_SIMDGROUPS)), value_heads, 1)
+    return Launch("delta_scan", "delta_scan", arguments, grid, (SCAN_SIMDGROUPS * LANES, 1, 1))
 
 
 def _span(rows: torch.Tensor) -> torch.Tensor:

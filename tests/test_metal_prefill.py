@@ -84,7 +84,7 @@ def test_experts_of_a_prompt(executor: Runner) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "key_heads", "heads", "key_width", "value_width"),
-    [(40, 2, 4, 64, 20), (5, 1, 3, 37, 33), (1, 1, 1, 128, 16), (3, 1, 1, 256, 1)],
+    [(40, 2, 4, 64, 20), (5, 1, 3, 37, 33), (1, 1, 1, 128, 16), (3, 1, 1, 256, 1), (19, 1, 2, 200, 5)],
 )
 def test_delta_scan(
     executor: Runner, tokens: int, key_heads: int, heads: int, key_width: int, value_width: int

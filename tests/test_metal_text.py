@@ -124,7 +124,10 @@ def test_geometry_is_that_of_the_text() -> None:
     assert values["matmul", "STRIDE"] * values["matmul", "TILE"] == values["matmul", "TILE_FLOATS"]
     assert values["delta_scan", "COLUMNS"] == launches.SCAN_COLUMNS
     assert values["attention_tiles", "QUERIES"] == launches.QUERIES
-    assert values["delta_scan", "SIMDGROUPS"] == values["attention_tiles", "SIMDGROUPS"] == launches.SIMDGROUPS
+    assert values["delta_scan", "SIMDGROUPS"] == launches.SCAN_SIMDGROUPS
+    assert values["delta_scan", "MAX_ROWS"] * 8 == launches.MAX_WIDTH
+    assert values["causal_conv", "TOKENS"] == launches.CONV_TOKENS
+    assert values["attention_tiles", "SIMDGROUPS"] == launches.SIMDGROUPS
     storages = {values["linears", name] for name in ("BF16", "F16", "F32")}
     assert storages == set(launches.PLAIN_STORAGES.values())
 

@@ -47,7 +47,7 @@ def test_gated_rms_norm_with_gates_inside_longer_rows(executor: Runner, tokens: 
     close(out, reference.gated_rms_norm(x.double(), gates.double(), weight.double(), EPS), SUMS)
 
 
-@pytest.mark.parametrize(("tokens", "channels", "taps"), [(1, 300, 4), (7, 513, 4), (2, 5, 2), (3, 40, 8)])
+@pytest.mark.parametrize(("tokens", "channels", "taps"), [(1, 300, 4), (7, 513, 4), (2, 5, 2), (3, 40, 8), (39, 33, 4)])
 def test_causal_conv(executor: Runner, tokens: int, channels: int, taps: int) -> None:
     x, weight = torch.randn(tokens, channels + 3), torch.randn(channels, taps)
     state, out = torch.randn(taps - 1, channels), torch.zeros(tokens, channels)
