@@ -28,13 +28,13 @@ DOWN_GROUPS = 256  # threadgroups of experts_down that fill a large GPU: more ro
 MAX_TAPS, CONV_TOKENS = 8, 16  # metal/causal_conv.metal
 DELTA_ROWS, DELTA_COLUMNS, DELTA_THREADS = 16, 128, 512  # metal/delta_step.metal
 MAX_WIDTH = 256  # the same, rope_cache.metal, attention_step.metal
-SPLIT_POSITIONS, MAX_SPLITS, SPLIT_HEADS = 32, 256, 4  # metal/attention_step.metal
-SPLIT_SIMDGROUPS, COMBINING = 8, 4  # the same
+QUERIES = 4  # metal/attention.h
+SPLIT_POSITIONS, MAX_SPLITS, SPLIT_SIMDGROUPS, COMBINING = 32, 256, 8, 4  # metal/attention_step.metal
 MAX_EXPERTS, MAX_CHOSEN = 1024, 31  # metal/choose_experts.metal
 ARGMAX_PART, ARGMAX_THREADS = 4096, 256  # metal/argmax.metal
 TILE, TILE_THREADS = 32, 128  # metal/tile.h
 SCAN_COLUMNS, SCAN_SIMDGROUPS = 4, 8  # metal/delta_scan.metal
-QUERIES = 4  # metal/attention_tiles.metal
+TILES_SIMDGROUPS = 8  # metal/attention_tiles.metal
 PLAIN_STORAGES = {torch.bfloat16: 16, torch.float16: 17, torch.float32: 32}
 SLOT_BANKS, RESIDENT_BANK = (0, 1), 2
 
@@ -387,7 +387,7 @@ def attention_split(
     """Attention of one token, q [H, Dh], in parts: partial [H, splits, Dh], stats [H, splits, 2]."""
     (heads, splits, width), (kv_heads, _, _) = partial.shape, keys.shape
     _check_head(width)
-    blocks = -(-heads // kv_heads // SPLIT_HEADS)
+    blocks = -(-heads // kv_heads // QUERIES)
     if blocks > SPLIT_SIMDGROUPS:
         raise ValueError(f"at most 32 heads share keys and values, got {heads // kv_heads}")
     arguments = (q, keys, values, position, partial, stats, _attention_shape(partial, keys))
@@ -608,6 +608,7 @@ def attention_tiles(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, o
         context=context,
         kv_stride=keys.stride(0),
     )
-    grid = (heads, -(-tokens // (QUERIES * SIMDGROUPS)), 1)
+    simdgroups = -(-tokens // QUERIES) * (heads // kv_heads)
+    grid = (kv_heads, -(-simdgroups // TILES_SIMDGROUPS), 1)
     arguments = (q, _span(keys), _span(values), out, shape)
-    return Launch("attention_tiles", "attention_tiles", arguments, grid, (SIMDGROUPS * LANES, 1, 1))
+    return Launch("attention_tiles", "attention_tiles", arguments, grid, (TILES_SIMDGROUPS * LANES, 1, 1))

@@ -106,7 +106,8 @@ def test_delta_scan(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "context", "heads", "kv_heads", "width"), [(19, 30, 4, 2, 64), (5, 5, 2, 1, 37), (1, 40, 2, 2, 256)]
+    ("tokens", "context", "heads", "kv_heads", "width"),
+    [(19, 30, 4, 2, 64), (5, 5, 2, 1, 37), (1, 40, 2, 2, 256), (22, 22, 6, 2, 128)],
 )
 def test_attention_tiles(executor: Runner, tokens: int, context: int, heads: int, kv_heads: int, width: int) -> None:
     """The caches are longer than the context; beyond it lie NaN."""

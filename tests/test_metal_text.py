@@ -112,7 +112,6 @@ def test_geometry_is_that_of_the_text() -> None:
     assert values["attention_step", "EACH"] * 32 == launches.MAX_WIDTH
     assert values["attention_step", "SPLIT_POSITIONS"] == launches.SPLIT_POSITIONS
     assert values["attention_step", "MAX_SPLITS"] == launches.MAX_SPLITS
-    assert values["attention_step", "HEADS"] == launches.SPLIT_HEADS
     assert values["attention_step", "SIMDGROUPS"] == launches.SPLIT_SIMDGROUPS
     assert values["attention_step", "COMBINING"] == launches.COMBINING
     assert values["choose_experts", "MAX_EACH"] * 32 == launches.MAX_EXPERTS
@@ -123,11 +122,11 @@ def test_geometry_is_that_of_the_text() -> None:
     assert values["matmul", "TILE_THREADS"] == launches.TILE_THREADS
     assert values["matmul", "STRIDE"] * values["matmul", "TILE"] == values["matmul", "TILE_FLOATS"]
     assert values["delta_scan", "COLUMNS"] == launches.SCAN_COLUMNS
-    assert values["attention_tiles", "QUERIES"] == launches.QUERIES
+    assert values["attention_tiles", "QUERIES"] == values["attention_step", "QUERIES"] == launches.QUERIES
     assert values["delta_scan", "SIMDGROUPS"] == launches.SCAN_SIMDGROUPS
     assert values["delta_scan", "MAX_ROWS"] * 8 == launches.MAX_WIDTH
     assert values["causal_conv", "TOKENS"] == launches.CONV_TOKENS
-    assert values["attention_tiles", "SIMDGROUPS"] == launches.SIMDGROUPS
+    assert values["attention_tiles", "SIMDGROUPS"] == launches.TILES_SIMDGROUPS
     storages = {values["linears", name] for name in ("BF16", "F16", "F32")}
     assert storages == set(launches.PLAIN_STORAGES.values())
 
