@@ -256,9 +256,10 @@ class Engine:
         """What was chosen for this machine, for people: how it computes and how it reads."""
         experts = self.store.describe()
         size = "huge" if experts["huge_pages"] else "plain"
+        told = ", the system told of the next" if experts["advises"] else ""
         return {
             "arithmetic": describe_backend(self.model.ops),
-            "expert reads": f"{experts['method']}, {experts['queue_depth']} at a time, into {size} pages",
+            "expert reads": f"{experts['method']}, {experts['queue_depth']} at a time{told}, into {size} pages",
             "read settings": self.read_settings,
             "expert eviction": str(experts["policy"]),
             "resident weights": "locked in memory" if self.weights_locked else "not locked in memory (ulimit -l)",
@@ -347,7 +348,7 @@ def _open_store(
     return ExpertStore(
         pack,
         num_slots,
-        io=ReadOptions(settings.direct, settings.queue_depth) if settings else ReadOptions(),
+        io=ReadOptions(settings.direct, settings.queue_depth, advise=settings.advise) if settings else ReadOptions(),
         policy=POLICIES[policy](),
         verify_reads=verify_reads,
         new_slots=ops.new_slots,

@@ -20,7 +20,7 @@ import torch
 
 from conftest import make_pack
 from kernel_memory import lay_out
-from moepack.kernels import gpu_ops, launches, metal_device, msl, reference
+from moepack.kernels import backend, gpu_ops, launches, metal_device, msl, reference
 from moepack.kernels.backend import describe_arithmetic, describe_backend
 from moepack.kernels.cuda_device import CudaDevice
 from moepack.kernels.device import DeviceSlots
@@ -268,6 +268,16 @@ def test_the_metal_host_hands_over_what_the_emulated_one_does(fake_mps: list[str
     assert {"linears", "delta_step", "attention_split", "choose_experts", "experts_down"} <= set(fake_mps)
     sampling = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     assert list(engine.generate(IDS, sampling)) == greedy(Engine.open(tiny_pack, exact=True, max_context=CONTEXT), 4)
+
+
+def test_the_gpu_works_beside_what_is_measured(fake_mps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "GPU_LOAD_FLOATS", 8)
+    log: list[str] = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: log.append("GPU waited for"))
+    backend.share_memory_load(lambda: log.append("work"))()
+    assert log == ["work", "GPU waited for"]
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert backend.share_memory_load(log.clear) == log.clear
 
 
 def test_an_old_torch_is_told_what_metal_needs(fake_mps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
