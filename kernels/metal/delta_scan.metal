@@ -78,14 +78,20 @@ template <uint ROWS>
 inline void stage(thread const Fetched* from, float scale, uint simdgroup, uint lane, threadgroup float* rows,
     threadgroup float* values, threadgroup float* kept, threadgroup float* beta) {
   const uint block = 256 / ROWS;
+  float squares[256 / ROWS / 4];
   for (uint i = 0; i < block / 4; i++) {
-    const uint row = simdgroup + SIMDGROUPS * i;
-    float squares = 0.0f;
+    squares[i] = 0.0f;
     for (uint j = 0; j < ROWS / 4; j++) {
       const float x = from->rows[i * (ROWS / 4) + j];
-      squares = fma(x, x, squares);
+      squares[i] = fma(x, x, squares[i]);
     }
-    const float factor = rsqrt(simd_sum(squares) + 1e-6f) * (row % 2 ? 1.0f : scale);
+  }
+  for (uint mask = 16; mask > 0; mask /= 2) {  // side by side
+    for (uint i = 0; i < block / 4; i++) squares[i] += simd_shuffle_xor(squares[i], mask);
+  }
+  for (uint i = 0; i < block / 4; i++) {
+    const uint row = simdgroup + SIMDGROUPS * i;
+    const float factor = rsqrt(squares[i] + 1e-6f) * (row % 2 ? 1.0f : scale);
     for (uint j = 0; j < ROWS / 4; j++) {
       rows[row * ROWS * 8 + lane + 32 * j] = from->rows[i * (ROWS / 4) + j] * factor;
     }
