@@ -25,12 +25,24 @@ inline void load_dimensions(device const float* row, uint width, uint lane, thre
   }
 }
 
-// Positions first, first + stride, ... up to the end, STEP of them each time; query h sees those below the `limit` of
-// lanes h * STEP ... These lanes have the query's `largest` score so far, each with the `total` weight of every STEP-th
-// position; `sum` are the weighted values.
+// Positions first, first + stride, ... up to the end, STEP of them each time, for `count` queries that are `q_stride`
+// apart; query h sees those below the `limit` of lanes h * STEP ... These lanes get the query's `largest` score, each
+// with the `total` weight of every STEP-th position; `sum` are the weighted values.
 template <bool QUADS>
-inline void walk_positions(device const float* keys, device const float* values, uint width, uint first, uint end,
-    uint stride, uint limit, thread const float* query, uint lane, thread float* sum, thread float* largest, thread float* total) {
+inline void walk_positions(device const float* q, uint q_stride, uint count, device const float* keys,
+    device const float* values, uint width, uint first, uint end, uint stride, uint limit, uint lane,
+    thread float* sum, thread float* largest, thread float* total) {
+  const float scale = rsqrt(float(width));
+  float query[QUERIES * EACH];
+  for (uint h = 0; h < QUERIES; h++) {
+    load_dimensions<QUADS>(q + ulong(min(h, count - 1)) * q_stride, width, lane, query + h * EACH);
+    for (uint j = 0; j < EACH; j++) {
+      query[h * EACH + j] *= scale;
+      sum[h * EACH + j] = 0.0f;
+    }
+  }
+  *largest = -INFINITY;
+  *total = 0.0f;
   for (uint s = first; s < end; s += stride) {
     float scores[QUERIES * STEP];
     float row[EACH];

@@ -58,25 +58,18 @@ inline uint positions_of_split(uint context, uint splits) {
   const uint block = simdgroup % blocks, team = simdgroup / blocks;
   const uint head = group.x * sharing + block * QUERIES, heads_here = min(QUERIES, sharing - block * QUERIES);
   const ulong cache = ulong(group.x) * shape.max_positions * width;
-  const bool has_quads = width % 4 == 0;
-  const float scale = rsqrt(float(width));
-  float query[QUERIES * EACH];
   float sum[QUERIES * EACH];
-  for (uint h = 0; h < QUERIES; h++) {
-    load_dimensions<false>(q + (head + min(h, heads_here - 1)) * width, width, lane, query + h * EACH);
-    for (uint j = 0; j < EACH; j++) {
-      query[h * EACH + j] *= scale;
-      sum[h * EACH + j] = 0.0f;
-    }
-  }
-  float largest = -INFINITY, total = 0.0f;
+  float largest, total;
   const uint first = start + team * STEP, stride = teams * STEP;
-  if (has_quads) {
+  keys += cache;
+  values += cache;
+  q += head * width;
+  if (width % 4 == 0) {
     walk_positions<true>(
-        keys + cache, values + cache, width, first, end, stride, end, query, lane, sum, &largest, &total);
+        q, width, heads_here, keys, values, width, first, end, stride, end, lane, sum, &largest, &total);
   } else {
     walk_positions<false>(
-        keys + cache, values + cache, width, first, end, stride, end, query, lane, sum, &largest, &total);
+        q, width, heads_here, keys, values, width, first, end, stride, end, lane, sum, &largest, &total);
   }
   for (uint mask = 1; mask < STEP; mask *= 2) total += simd_shuffle_xor(total, mask);
   if (lane % STEP == 0) {

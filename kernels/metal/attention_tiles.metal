@@ -35,26 +35,19 @@ struct AttentionTilesShape {
   const uint place = group.y * SIMDGROUPS + simdgroup;
   if (place >= blocks * sharing) return;
   const uint head = group.x * sharing + place % sharing, first = (blocks - 1 - place / sharing) * QUERIES;
-  const ulong cache = ulong(group.x) * shape.kv_stride;
-  const float scale = rsqrt(float(width));
-  float query[QUERIES * EACH];
-  float sum[QUERIES * EACH];
-  for (uint n = 0; n < QUERIES; n++) {
-    const uint token = min(first + n, tokens - 1);
-    load_dimensions<false>(q + (ulong(token) * shape.heads + head) * width, width, lane, query + n * EACH);
-    for (uint j = 0; j < EACH; j++) {
-      query[n * EACH + j] *= scale;
-      sum[n * EACH + j] = 0.0f;
-    }
-  }
-  float largest = -INFINITY, total = 0.0f;
   const uint end = min(past + first + QUERIES, shape.context), limit = min(past + first + lane / STEP + 1, end);
+  const uint stride = shape.heads * width, count = min(QUERIES, tokens - first);
+  float sum[QUERIES * EACH];
+  float largest, total;
+  q += (ulong(first) * shape.heads + head) * width;
+  keys += ulong(group.x) * shape.kv_stride;
+  values += ulong(group.x) * shape.kv_stride;
   if (width % 4 == 0 && shape.kv_stride % 4 == 0) {
     walk_positions<true>(
-        keys + cache, values + cache, width, 0, end, STEP, limit, query, lane, sum, &largest, &total);
+        q, stride, count, keys, values, width, 0, end, STEP, limit, lane, sum, &largest, &total);
   } else {
     walk_positions<false>(
-        keys + cache, values + cache, width, 0, end, STEP, limit, query, lane, sum, &largest, &total);
+        q, stride, count, keys, values, width, 0, end, STEP, limit, lane, sum, &largest, &total);
   }
   for (uint mask = 1; mask < STEP; mask *= 2) total += simd_shuffle_xor(total, mask);
   for (uint n = 0; n < QUERIES; n++) {
