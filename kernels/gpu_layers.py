@@ -97,16 +97,26 @@ class GpuLayers:
         for layer, step in enumerate(steps):
             step.go_on = functools.partial(self._go_on, layer + 1)
 
-    def start(self, x: torch.Tensor, states: States, places: torch.Tensor, position: int, pauses: bool) -> None:
+    def start(
+        self,
+        x: torch.Tensor,
+        states: States,
+        places: torch.Tensor,
+        position: int,
+        pauses: bool,
+        watched: bool = False,
+    ) -> None:
         """Take up a token; run() then changes x and the states in place.
 
         x         [1, D]
         states    of each layer: conv_state and recurrent_state, or keys and values [Hkv, max_positions, Dh]
         places    int64 [layers, E]: where each expert is that is in memory (ExpertForms.code_of), 0 for others
         position  of the token; the caches get it there
-        pauses    stop after each layer's router, so that the caller sees what was chosen as early as can be
+        pauses    stop after each layer's router, so that the caller sees what was chosen as early as can be; but go on
+                  if it and what the next layer's router would choose are all in memory: nothing is to be read then
+        watched   stop even so
         """
-        self._x, self._pauses = x, pauses
+        self._x, self._pauses, self._watched = x, pauses, watched
         self._places = places[: len(self._steps)].numpy()
         self._ops.set_position(position)
         if not self._is_settled and self._places.all():
@@ -131,7 +141,7 @@ class GpuLayers:
             step = self._steps[layer]
             self._ops.device.wait()  # the one of this layer
             routed = self._places[layer, step.look_at_choice()]
-            if self._pauses or not routed.all():
+            if not routed.all() or (self._pauses and self._may_read_ahead(layer)):
                 return layer
             step.take(self._x, self.choice(layer))
             codes = [*routed.tolist(), self._ops.forms.code_of(self._shared[layer])]
@@ -156,6 +166,15 @@ class GpuLayers:
             for stretch in (run.whole, *run.parts):
                 stretch.forget()
         self._runs = {}
+
+    def _may_read_ahead(self, layer: int) -> bool:
+        """Whether the caller may have something to read before the next layer asks for it."""
+        if self._watched:
+            return True
+        if layer + 1 == len(self._steps):
+            return False
+        guessed = self._steps[layer].guessed
+        return not guessed or not self._places[layer + 1, guessed].all()
 
     def _follow_guesses(self) -> None:
         """Let the routers whose guesses were asked for last time go with those of the layers before."""

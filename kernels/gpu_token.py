@@ -272,7 +272,7 @@ class GpuExpertStep(ExpertStep):
         self._places = device.new_mailbox(2 * rows * self._place_bytes)
         self._ranked: dict[int, tuple[int, int, int]] = {}  # row -> place, of those that have come
         self._arrived = 0
-        self._guess: list[int] = []
+        self.guessed: list[int] = []  # and of the other router that was asked about
         self.chosen: list[int] = []  # ids of the last token's experts, as far as they are known here
         self._gate_up: dict[tuple[int, int], Step] = {}
         self._choose_step, self._down_step = ops.repeat(self._describe_choice), ops.repeat(self._describe_down)
@@ -300,7 +300,7 @@ class GpuExpertStep(ExpertStep):
     def look_at_choice(self) -> list[int]:
         """The ids that had been chosen last when the device was waited for."""
         ids = self._ids.look().cast("i").tolist()
-        self._guess = ids[self._num_chosen :]
+        self.guessed = ids[self._num_chosen :]
         self.chosen = ids[: self._num_chosen]
         return self.chosen
 
@@ -312,7 +312,7 @@ class GpuExpertStep(ExpertStep):
     def guess(self, router: Matrix) -> list[int]:
         """From the second token on: the other router then goes with the first, so that there is no second wait."""
         self._wanted = router
-        return self._guess
+        return self.guessed
 
     def follow_guess(self) -> bool:
         """Between two tokens: take up the router that was asked about. Whether the calls are others from now on."""
