@@ -86,20 +86,47 @@ def assert_same_gradients(
         torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
+def each_window(
+    count: int, run: Callable[..., torch.Tensor], dimensions: tuple[int, ...]
+) -> Callable[..., torch.Tensor]:
+    """A function of one window, of several of equal length; the windows follow each other in these dimensions."""
+
+    def run_each(*inputs: torch.Tensor) -> torch.Tensor:
+        parts = (x.chunk(count, dim=dimension) for x, dimension in zip(inputs, dimensions, strict=True))
+        return torch.cat([run(*window) for window in zip(*parts)])
+
+    return run_each
+
+
+@pytest.mark.parametrize("windows", [1, 3])
 @pytest.mark.parametrize("tokens", [2, 64, 150])
-def test_the_delta_rule_and_its_gradient(tokens: int) -> None:
+def test_the_delta_rule_and_its_gradient(tokens: int, windows: int) -> None:
     def run(ops: Any) -> Callable[..., torch.Tensor]:
         return lambda q, k, v, decay, beta: ops.gated_delta(
             q, k, v, -decay.square(), beta.sigmoid(), torch.zeros(4, 8, 16)
         )
 
-    inputs = leaves((tokens, 2, 8), (tokens, 2, 8), (tokens, 4, 16), (tokens, 4), (tokens, 4))
-    assert_same_gradients(run(DifferentiableOps()), run(reference), inputs)
+    rows = windows * tokens
+    inputs = leaves((rows, 2, 8), (rows, 2, 8), (rows, 4, 16), (rows, 4), (rows, 4))
+    one_by_one = each_window(windows, run(reference), (0,) * 5)
+    assert_same_gradients(run(DifferentiableOps(windows=windows)), one_by_one, inputs)
 
 
-def test_attention_and_its_gradient() -> None:
-    inputs = leaves((70, 4, 16), (2, 70, 16), (2, 70, 16))
-    assert_same_gradients(DifferentiableOps().attention, reference.attention, inputs)
+def test_attention_rope_and_convolution_and_their_gradients() -> None:
+    ops = DifferentiableOps(windows=2)
+    inputs = leaves((140, 4, 16), (2, 140, 16), (2, 140, 16))
+    assert_same_gradients(ops.attention, each_window(2, reference.attention, (0, 1, 1)), inputs)
+
+    def turn(ops: Any) -> Callable[..., torch.Tensor]:
+        return lambda x: ops.rope(x, 0, 1e4, 8)
+
+    assert_same_gradients(turn(ops), each_window(2, turn(reference), (0,)), inputs[:1])
+    x, weight = leaves((140, 12), (12, 4))
+
+    def convolve(ops: Any) -> Callable[..., torch.Tensor]:
+        return lambda x: ops.causal_conv(x, weight, torch.zeros(3, 12))
+
+    assert_same_gradients(convolve(ops), each_window(2, convolve(reference), (0,)), [x])
 
 
 def test_chosen_experts_and_their_gradient() -> None:
