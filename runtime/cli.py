@@ -350,6 +350,18 @@ def evaluate(
         _print_scores(facts)
 
 
+@app.command(
+    name="lm-eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness on a pack: run --model moepack --model_args pretrained=PACK --tasks NAME."""
+    from moepack.runtime.harness import run
+
+    run(context.args)
+
+
 @app.command()
 def calibrate(
     pack: Path = PACK,

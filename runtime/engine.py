@@ -171,12 +171,14 @@ class Engine:
         return result
 
     @torch.inference_mode()  # as a decorator it holds while a piece is computed, not in between
-    def iter_logits(self, token_ids: Sequence[int]) -> Iterator[torch.Tensor]:
-        """The same scores in pieces of a few positions, so that they fit any budget."""
+    def iter_logits(self, token_ids: Sequence[int], first: int = 0) -> Iterator[torch.Tensor]:
+        """The same scores in pieces of a few positions, so that they fit any budget; from position `first` on."""
         self.check_prompt(token_ids)
-        state = self.new_state(len(token_ids))
+        state, done = self.new_state(len(token_ids)), 0
         for hidden in self.prefill(token_ids, state):
-            for rows in hidden.split(logit_rows(self.architecture)):
+            wanted = hidden[max(0, first - done) :]
+            done += len(hidden)
+            for rows in wanted.split(logit_rows(self.architecture)) if len(wanted) else ():
                 yield self.model.logits(rows)
 
     def prefill(

@@ -255,9 +255,9 @@ def score_copy(engine: Engine, copy: Copy, prompt: tuple[int, int], reference: E
 
 def pick_tokens(engine: Engine, copy: Copy) -> np.ndarray:
     """The likeliest token at each place of the passage but the first, after the right ones before it."""
-    token_ids = [*copy.token_ids, *copy.passage]
-    picked = np.concatenate([scores.argmax(-1).cpu().numpy() for scores in engine.iter_logits(token_ids)])
-    return picked[len(copy.token_ids) : -1]
+    token_ids = [*copy.token_ids, *copy.passage[:-1]]
+    pieces = engine.iter_logits(token_ids, first=len(copy.token_ids))
+    return np.concatenate([scores.argmax(-1).cpu().numpy() for scores in pieces])
 
 
 def _equal(some: np.ndarray, others: np.ndarray) -> float:

@@ -241,6 +241,14 @@ def test_eval_refuses_what_it_cannot_do(
         assert text in run.stderr
 
 
+def test_the_harness_is_an_extra(moe_run_here: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "moepack.runtime.harness", raising=False)
+    refused = moe_run_here("lm-eval", "run", "--model", "moepack", "--help")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == "error: lm_eval is not installed: pip install 'moepack[lm-eval]'\n"
+
+
 def test_version_and_help_are_quick_and_complete() -> None:
     started = time.perf_counter()
     assert moe_run("--version").stdout.startswith("moepack ")
