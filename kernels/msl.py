@@ -74,7 +74,7 @@ _CUDA_BUILTINS = {
     "simdgroups_per_threadgroup": "blockDim.x / 32",
 }
 # Threadgroups that one of NVIDIA's multiprocessors shall hold at once, where the compiler would take more registers.
-_CUDA_GROUPS = {"experts_down": 2, "attention_split": 2, "attention_tiles": 2, "delta_scan": 2}
+_CUDA_GROUPS = {"experts_down": 2, "attention_tiles": 2, "delta_scan": 2}
 
 
 class KernelTextError(ValueError):
