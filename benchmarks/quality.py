@@ -1,4 +1,4 @@
-"""Quality of the demo model by how its routed experts are stored: perplexity, distance to bf16, tool calls, peers.
+"""Quality of the demo model by how its routed experts are stored: perplexity, KL to bf16, tool calls, recall, peers.
 
 Converts the checkpoint each way (resident weights stay as they are, so that only the experts differ), evaluates each
 pack with `moe-run eval` in a process of its own, and prints a table in Markdown. With --reuse, results of an earlier
@@ -9,7 +9,8 @@ run that was cut off are taken from the work folder. Tool calls are compared wit
 
 A calibration (moe-run calibrate --full) adds error feedback and mixed bits, a tuned file (moe-run calibrate --tune) the
 pack that it makes; a checkpoint of round_experts.py adds a peer, --experts-per-token the model run with fewer. --plot
-needs matplotlib (extra `plot`); tool calls go into a second picture beside the first, as quality_tools.png.
+needs matplotlib (extra `plot`); tool calls go into a second picture beside the first, as quality_tools.png. --only text
+(or tools, or recall) leaves the others out.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ WIDTHS = (8, 4, 3, 2)
 CALIBRATED_BELOW = 8  # bits at which nothing is left to gain
 MIXED = (4.5, 3.5, 3.25, 3.0, 2.5)
 TEXT_COLUMNS = ("perplexity", "KL mean", "KL 99 %", "top-1")
+RECALL_LENGTHS = "64,128,256"  # tokens; in longer prompts the demo model finds nothing at any width
+RECALL_COLUMNS = ("needle found", "of bf16's own", "tokens copied", "of bf16's own")
+KINDS = ("tools", "text", "recall")
 TOOL_COLUMNS = ("well-formed calls", "right function", "right call", "of bf16's own", "95 % interval")
 FEEDBACK, MIX, TUNED, PEERS = "error feedback", "mixed bits", "tuned", "peers"  # what a plot joins by a line
 
@@ -52,12 +56,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Measured:
-    """A row with its bits per weight, and what moe-run eval says of it on text and on tool prompts, if asked."""
+    """A row with its bits per weight, and what moe-run eval says of it on what it was asked for."""
 
     row: Row
     bits: float
-    text: dict[str, Any] | None
-    tools: dict[str, Any] | None
+    text: dict[str, Any] | None = None
+    tools: dict[str, Any] | None = None
+    recall: dict[str, Any] | None = None
 
     def share_of(self, original: Measured) -> tuple[float, Interval]:
         """Right calls as a share of the original's, over the same prompts in pairs."""
@@ -73,7 +78,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo" / "checkpoint")
     parser.add_argument("--text", type=Path, default=ROOT / "tests" / "data" / "sampled.txt")
     parser.add_argument("--tools", type=Path, default=ROOT / "tests" / "data" / "tools.jsonl")
-    parser.add_argument("--only", choices=("text", "tools"), help="leave the other out")
+    parser.add_argument("--recall", type=int, default=40, help="prompts of each length and kind")
+    parser.add_argument("--only", choices=KINDS, action="append", help="leave the others out")
     parser.add_argument("--bits", type=int, nargs="+", default=WIDTHS, help="widths beside bf16")
     parser.add_argument("--bpw", type=float, nargs="*", default=MIXED, help="sizes of mixed bits")
     parser.add_argument("--group-size", type=int, default=64)
@@ -90,16 +96,20 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     rows = list_rows(arguments)
     packs = {row: convert(arguments, row) for row in rows}
-    kinds = (arguments.only,) if arguments.only else ("tools", "text")
+    kinds = arguments.only or KINDS
     jobs = [(row, kind) for kind in kinds for row in rows]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         results = dict(zip(jobs, pool.map(lambda job: evaluate(arguments, packs[rows[0]], packs[job[0]], *job), jobs)))
     measured = []
     for row in rows:
-        text, tools = results.get((row, "text")), results.get((row, "tools"))
-        measured.append(Measured(row, bits_per_weight(row, packs[row]), text, tools and tools["tool_calls"]))
-    columns = ("experts", "bits per weight", *(TEXT_COLUMNS if "text" in kinds else ()))
-    columns += TOOL_COLUMNS if "tools" in kinds else ()
+        found = {kind: results.get((row, kind)) for kind in KINDS}
+        tools, recall = (
+            found[kind] and found[kind][key] for kind, key in (("tools", "tool_calls"), ("recall", "recall"))
+        )
+        measured.append(Measured(row, bits_per_weight(row, packs[row]), found["text"], tools, recall))
+    columns = ["experts", "bits per weight"]
+    for kind, titles in (("text", TEXT_COLUMNS), ("tools", TOOL_COLUMNS), ("recall", RECALL_COLUMNS)):
+        columns += titles if kind in kinds else ()
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for one in measured:
         print(format_row(one, measured[0]))
@@ -149,14 +159,15 @@ def convert(arguments: argparse.Namespace, row: Row) -> Path:
 
 
 def evaluate(arguments: argparse.Namespace, original: Path, pack: Path, row: Row, kind: str) -> dict[str, Any]:
-    """What `moe-run eval` says of a pack, on the text or on the tool prompts."""
-    given = arguments.text if kind == "text" else arguments.tools
-    name = "_".join((row.name, *(option.strip("-") for option in row.evaluate), kind, given.stem))
+    """What `moe-run eval` says of a pack, on the text, on the tool prompts, or of its recall."""
+    given = {"text": arguments.text, "tools": arguments.tools, "recall": arguments.recall}[kind]
+    name = "_".join((row.name, *(option.strip("-") for option in row.evaluate), kind, Path(str(given)).stem))
     kept = arguments.work / f"{name}.json"
     if not (arguments.reuse and kept.exists()):
-        command = [BIN / "moe-run", "eval", pack, f"--{kind}", given, "--threads", "1", "--exact", "--json"]
+        command = [BIN / "moe-run", "eval", pack, f"--{kind}", str(given), "--threads", "1", "--exact", "--json"]
         command += ["--memory", "2GiB", *row.evaluate]
-        command += ["--reference", original] if kind == "text" else []
+        command += ["--lengths", RECALL_LENGTHS] if kind == "recall" else []
+        command += ["--reference", original] if kind != "tools" else []  # those are paired here: once is enough
         kept.write_bytes(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     result: dict[str, Any] = json.loads(kept.read_bytes())
     return result
@@ -181,6 +192,12 @@ def format_row(one: Measured, original: Measured) -> str:
         share, (low, high) = one.share_of(original)
         cells += [f"{one.tools[key]:.3f}" for key in ("well_formed", "right_function", "correct")]
         cells += [f"{share:.3f}", f"{low:.3f} to {high:.3f}"]
+    if one.recall:
+        for kind in ("needle", "copy"):
+            facts = one.recall[kind]
+            low, high = facts["intervals"].get("correct_of_reference", (math.nan, math.nan))
+            share = facts.get("correct_of_reference", math.nan)  # of nothing, where bf16 has none right
+            cells += [f"{facts['correct']:.3f}", f"{share:.3f} ({low:.3f} to {high:.3f})"]
     return f"| {' | '.join(cells)} |"
 
 

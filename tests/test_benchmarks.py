@@ -185,9 +185,12 @@ def test_quality_pairs_tool_calls_with_bf16_and_draws_both(benchmark: Any, tmp_p
     for bits, right in ((16, [True, True, True, False]), (2, [True, True, False, False])):
         row = quality.Row(f"experts{bits}", f"{bits} bits", "mse", (), tmp_path)
         tools = {"n": 4, "well_formed": 1.0, "right_function": 0.75, "correct": sum(right) / 4, "is_correct": right}
-        measured.append(quality.Measured(row, bits + 0.5, text, tools))
+        recall = {kind: {"correct": 0.5, "correct_of_reference": 0.9, "intervals": {"correct_of_reference": [0.8, 1]}}
+                  for kind in ("needle", "copy")}  # fmt: skip
+        measured.append(quality.Measured(row, bits + 0.5, text, tools, recall))
     line = quality.format_row(measured[1], measured[0])
     assert line.startswith("| 2 bits | 2.50 | 23.000 | 0.1000 | 0.5000 | 0.8000 | 1.000 | 0.750 | 0.500 | 0.667 | ")
-    assert quality.format_row(measured[0], measured[0]).endswith("| 1.000 | 1.000 to 1.000 |")
+    assert line.endswith(" | 0.500 | 0.900 (0.800 to 1.000) | 0.500 | 0.900 (0.800 to 1.000) |")
+    assert " | 1.000 | 1.000 to 1.000 | " in quality.format_row(measured[0], measured[0])
     quality.draw(measured, tmp_path / "quality.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["quality.png", "quality_tools.png"]
