@@ -113,6 +113,11 @@ inline uint positions_of_split(uint context, uint splits) {
   }
 }
 
+// A column of the splits that a simdgroup takes from s on, on their way together.
+inline void load_batch(device const float* part, uint width, uint s, uint filled, thread float* batch) {
+  for (uint i = 0; i < BATCH; i++) batch[i] = part[ulong(min(s + i * COMBINING, filled - 1)) * width];
+}
+
 [[kernel, max_total_threads_per_threadgroup(128)]] void attention_combine(device const float* partial [[buffer(0)]],
     device const float* stats [[buffer(1)]], device const int* position [[buffer(2)]],
     device const float* gate [[buffer(3)]], device float* out [[buffer(4)]],
@@ -125,7 +130,11 @@ inline uint positions_of_split(uint context, uint splits) {
   threadgroup float sums[COMBINING * 32];
   const uint head = group.x, width = shape.width, context = uint(position[0]) + 1;
   const uint each = positions_of_split(context, shape.splits), filled = (context + each - 1) / each;
+  const uint column = min(group.y * 32 + lane, width - 1);
+  device const float* part = partial + ulong(head) * shape.splits * width + column;
   device const float* stat = stats + 2 * head * shape.splits;
+  float batch[BATCH];
+  load_batch(part, width, simdgroup, filled, batch);
   float top = -INFINITY;
   for (uint s = index; s < filled; s += COMBINING * 32) top = max(top, stat[2 * s]);
   top = simd_max(top);
@@ -138,15 +147,12 @@ inline uint positions_of_split(uint context, uint splits) {
     total = fma(weights[s], stat[2 * s + 1], total);
   }
   total = threadgroup_sum(total, totals, simdgroup, COMBINING, lane);
-  const uint column = min(group.y * 32 + lane, width - 1);
-  device const float* part = partial + ulong(head) * shape.splits * width + column;
   float sum = 0.0f;
   for (uint s = simdgroup; s < filled; s += COMBINING * BATCH) {
-    float batch[BATCH];  // on their way together
-    for (uint i = 0; i < BATCH; i++) batch[i] = part[ulong(min(s + i * COMBINING, filled - 1)) * width];
     for (uint i = 0; i < BATCH; i++) {
       if (s + i * COMBINING < filled) sum = fma(weights[s + i * COMBINING], batch[i], sum);
     }
+    load_batch(part, width, s + COMBINING * BATCH, filled, batch);
   }
   sums[index] = sum;
   threadgroup_barrier(mem_flags::mem_threadgroup);
