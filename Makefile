@@ -23,7 +23,7 @@ demo: $(VENV)/.installed ## Install, convert the bundled checkpoint, verify, gen
 test: $(VENV)/.test ## The fast suite: real parts, no network, under 3 minutes on 2 cores.
 	$(BIN)/pytest -m "not parity and not slow and not fuzz" --numprocesses $(TEST_JOBS) $(PYTEST_FLAGS)
 
-test-parity: $(VENV)/.parity ## Against transformers and MLX.
+test-parity: $(VENV)/.parity ## Against transformers, MLX and lm-evaluation-harness.
 	$(BIN)/pytest -m parity --timeout 1200 $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.slow ## Kills at random instants, full disks, memory limits, sanitizers.
@@ -69,7 +69,7 @@ $(VENV)/.slow: $(VENV)/.test
 	touch $@
 
 $(VENV)/.parity: $(VENV)/.test
-	$(INSTALL) --editable '.[test,parity,ray]'
+	$(INSTALL) --editable '.[test,parity,ray,lm-eval]'
 	touch $@
 
 # Editors and mypy do not follow the mapping of folders to moepack.*: links that say the same.

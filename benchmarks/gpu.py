@@ -2,10 +2,12 @@
 
 Each kernel runs inside a CUDA graph over so many different weights that the L2 cannot hold them, all chosen experts of
 a layer in one dispatch, as in a decode step. The limit is what a copy of 4 GiB within the GPU moves, bytes read plus
-bytes written. Sizes are those of one layer of Qwen3.5-397B-A17B and 35B-A3B.
+bytes written. Sizes are those of one layer of Qwen3.5-397B-A17B and 35B-A3B. What lies between the matrices is timed
+the same way; a kernel that is not bound by bytes has a small share.
 
     python benchmarks/gpu.py                 # a table
     python benchmarks/gpu.py --json gpu.json
+    python benchmarks/gpu.py --only between  # only what lies between the matrices
 """
 
 from __future__ import annotations
@@ -27,6 +29,10 @@ from moepack.layout.geometry import BlockGeometry, MatrixGeometry, Scheme, align
 COPY_BYTES = 4 * 2**30
 WORKING_SET = 512 * 2**20  # bytes of different weights in a graph: far above any L2
 REPEATS = 20
+CONTEXTS = (128, 4096, 32768)
+CACHES = 8  # of keys and values: 128 MiB each
+PROMPT = 2048
+VOCABULARY = 248_320
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,12 @@ class Model:
     head_dim: int
     key_heads: int
     value_heads: int
+    experts: int
 
 
 MODELS = (
-    Model("397B", 4096, 1024, 10, 32, 2, 256, 16, 64),
-    Model("35B", 2048, 512, 8, 16, 2, 256, 16, 32),
+    Model("397B", 4096, 1024, 10, 32, 2, 256, 16, 64, 512),
+    Model("35B", 2048, 512, 8, 16, 2, 256, 16, 32, 256),
 )
 
 
@@ -162,16 +169,110 @@ def bench_matrices(
                 end = align_up(end + size, 64)
             matrices.append(Matrix.from_arrays(geometry, arrays))
         memory = memory_of(bank)
-        forms = device.upload(torch.frombuffer(bytearray(device.launches.matrix_forms(matrices, memory)), dtype=torch.uint8))
+        forms = device.upload(
+            torch.frombuffer(bytearray(device.launches.matrix_forms(matrices, memory)), dtype=torch.uint8)
+        )
         steps.append(device.bind(device.launches.linears(memory, forms, matrices, x, out, norm=norm, eps=1e-6)))
     seconds = time_graph(device, steps)
     return Row(name, model.name, bits, payload / 1e6, seconds * 1e6, payload / seconds / limit)
+
+
+def bench_attention(device: CudaDevice, model: Model, limit: float) -> list[Row]:
+    """Attention of one token at several contexts, in caches planned for the longest."""
+    heads, kv_heads, width, rows = model.heads, model.kv_heads, model.head_dim, []
+    longest = CONTEXTS[-1]
+    splits = launches.count_splits(longest)
+    q, gate = torch.randn(heads, width, device="cuda"), torch.randn(heads, 2 * width, device="cuda")
+    partial, stats = (torch.zeros(heads, splits, n, device="cuda") for n in (width, 2))
+    caches = torch.randn(CACHES, 2, kv_heads, longest, width, device="cuda")
+    for context in CONTEXTS:
+        position = torch.tensor([context - 1], dtype=torch.int32, device="cuda")
+        split = [launches.attention_split(q, k, v, position, partial, stats) for k, v in caches]
+        combine = [launches.attention_combine(partial, stats, k, position, gate, q.clone()) for k, _ in caches]
+        moved = 8 * kv_heads * context * width
+        rows += [
+            time_launches(device, f"attention_split {context}", model, split, moved, limit),
+            time_launches(device, f"attention_combine {context}", model, combine, 4 * heads * width, limit),
+        ]
+    return rows
+
+
+def bench_between(device: CudaDevice, model: Model, limit: float) -> list[Row]:
+    """The other kernels of one token between its matrices."""
+    keys, values = model.key_heads * 128, model.value_heads * 128
+    channels = 2 * keys + values
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda")
+
+    states = random(-(-WORKING_SET // (512 * values)), model.value_heads, 128, 128)
+    mixed, projected, gates, norm = random(channels), random(channels + 3 * values), random(values), random(128)
+    offsets = (model.key_heads, channels, channels + values, channels + 2 * values)
+    steps = [
+        launches.delta_step(mixed, projected, gates, gates, norm, state, random(model.value_heads, 128), *offsets, 1e-6)
+        for state in states
+    ]
+    conv = launches.causal_conv(random(1, channels + values), random(channels, 4), random(3, channels), mixed)
+    x, weight = random(1, model.hidden), random(model.hidden)
+    logits, ids = random(1, model.experts + 1), torch.zeros(1, model.chosen, dtype=torch.int32, device="cuda")
+    unused = torch.zeros(16 * (model.experts + 1), dtype=torch.uint8, device="cuda")
+    choice = launches.choose_experts(logits, ids, random(1, model.chosen + 1), unused, unused.clone())
+    heads, width = model.heads, model.head_dim
+    caches, position = random(2, model.kv_heads, 128, width), torch.zeros(1, dtype=torch.int32, device="cuda")
+    row, frequencies = random(1, 2 * (heads + model.kv_heads) * width), random(32)
+    rope = launches.rope_cache(row, *random(2, width), frequencies, position, random(1, heads, width), *caches, 1e-6)
+    parts = torch.zeros(2, 1, launches.count_parts(VOCABULARY), dtype=torch.int32, device="cuda")
+    best_of_parts = launches.argmax_parts(random(1, VOCABULARY), *parts)
+    likeliest = launches.argmax(*parts, torch.zeros(1, dtype=torch.int32, device="cuda"), random(1), VOCABULARY)
+    moved = 2 * states[0].numel() * 4
+    return [
+        time_launches(device, "delta_step", model, steps, moved, limit),
+        time_launches(device, "causal_conv", model, [conv] * 100, 4 * 12 * channels, limit),
+        time_launches(device, "rope_cache", model, [rope] * 100, 8 * row.numel(), limit),
+        time_launches(device, "rms_norm", model, [launches.rms_norm(x, weight, x, 1e-6)] * 100, 12 * x.numel(), limit),
+        time_launches(device, "choose_experts", model, [choice] * 100, 4 * logits.numel(), limit),
+        time_launches(device, "argmax_parts", model, [best_of_parts] * 100, 4 * VOCABULARY, limit),
+        time_launches(device, "argmax", model, [likeliest] * 100, 4 * parts.numel(), limit),
+    ]
+
+
+def bench_prompt(device: CudaDevice, model: Model, limit: float) -> list[Row]:
+    """Convolution, delta rule and attention of a prompt; its matrices are in gpu_prompt.py."""
+    keys, values = model.key_heads * 128, model.value_heads * 128
+    channels, heads, width = 2 * keys + values, model.heads, model.head_dim
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda")
+
+    mixed, out = random(PROMPT, channels), random(PROMPT, channels)
+    q, k, v = mixed.split([keys, keys, values], dim=1)
+    q, k, v = q.unflatten(1, (-1, 128)), k.unflatten(1, (-1, 128)), v.unflatten(1, (-1, 128))
+    decay, beta = torch.rand(2, PROMPT, model.value_heads, device="cuda")
+    state, read = random(model.value_heads, 128, 128), random(PROMPT, model.value_heads, 128)
+    query, caches = random(PROMPT, heads, width), random(2, model.kv_heads, PROMPT, width)
+    conv = launches.causal_conv(mixed, random(channels, 4), random(3, channels), out)
+    scan = launches.delta_scan(q, k, v, -decay, beta, state, read)
+    tiles = launches.attention_tiles(query, *caches, query.clone())
+    return [
+        time_launches(device, f"causal_conv, {PROMPT} tokens", model, [conv] * 4, 8 * mixed.numel(), limit),
+        time_launches(device, f"delta_scan, {PROMPT} tokens", model, [scan] * 2, 4 * mixed.numel(), limit),
+        time_launches(device, f"attention_tiles, {PROMPT}", model, [tiles] * 2, 8 * query.numel(), limit),
+    ]
+
+
+def time_launches(
+    device: CudaDevice, name: str, model: Model, calls: Sequence[launches.Launch], moved: int, limit: float
+) -> Row:
+    """One of these calls, each of which moves so many bytes."""
+    seconds = time_graph(device, [device.bind(call) for call in calls])
+    return Row(name, model.name, 32, moved / 1e6, seconds * 1e6, moved / seconds / limit)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="also write the table to this file")
     parser.add_argument("--portable", action="store_true", help="the kernels of metal/ throughout, not those of cuda/")
+    parser.add_argument("--only", choices=["matrices", "between"], help="one half of the table")
     arguments = parser.parse_args()
     device = CudaDevice()
     if arguments.portable:
@@ -180,10 +281,14 @@ def main() -> None:
     print(f"{device.name}: copies {limit / 1e12:.2f} TB/s")
     rows = []
     for model in MODELS:
-        for bits in (4, 2, 3, 8):
-            rows += bench_experts(device, model, bits, limit)
-        for bits in (8, 4, 16):
-            rows += bench_linears(device, model, bits, limit)
+        if arguments.only != "between":
+            for bits in (4, 2, 3, 8):
+                rows += bench_experts(device, model, bits, limit)
+            for bits in (8, 4, 16):
+                rows += bench_linears(device, model, bits, limit)
+        if arguments.only != "matrices":
+            for bench in (bench_between, bench_attention, bench_prompt):
+                rows += bench(device, model, limit)
     print(f"{'kernel':24} {'model':5} {'bits':>4} {'MB':>8} {'us':>8} {'share':>6}")
     for row in rows:
         print(

@@ -7,6 +7,7 @@ A backend has the functions of reference.py as its own. Nothing outside this fol
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from moepack.layout.errors import UsageError
 
 DEVICES = ("cpu", "metal", "cuda", "metal-emulated", "reference")
 AUTO_DEVICE = "cpu"
+GPU_LOAD_FLOATS, GPU_LOAD_PASSES = 2**26, 4  # 2 GiB of traffic: some milliseconds, like the work beside it
 GPUS: dict[str, type[Device]] = {"metal": MetalDevice, "cuda": CudaDevice, "metal-emulated": EmulatedDevice}
 
 
@@ -68,3 +70,19 @@ def describe_arithmetic(ops: Any) -> str:
     if isinstance(ops, GpuOps):
         return f"float32, {ops.device.name}"
     return f"{'float32' if ops.exact else 'int8 activations'}, {isa()}"
+
+
+def share_memory_load(work: Callable[[], object]) -> Callable[[], object]:
+    """Work of the processor, and meanwhile that of a GPU that shares its memory, if there is one: reading, writing."""
+    if not torch.backends.mps.is_available():
+        return work
+    buffer, begun = torch.zeros(GPU_LOAD_FLOATS, device=MetalDevice.place), torch.mps.Event()
+
+    def both() -> None:
+        for _ in range(GPU_LOAD_PASSES):
+            buffer.add_(1)
+        begun.record()  # commits
+        work()
+        torch.mps.synchronize()
+
+    return both

@@ -1,6 +1,6 @@
 """The calls of cuda/: what launches.py has for metal/, where a kernel is another one on NVIDIA's GPUs.
 
-Same names, same arguments, same results within the kernels' tolerances; a device says by Device.launches which it takes.
+Same names, arguments and results, within the kernels' tolerances; a device says by Device.launches which it takes.
 
     launch = byte_launches.linears(memory, forms, matrices, x, out)      # forms by byte_launches.matrix_forms
 """

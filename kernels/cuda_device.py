@@ -1,8 +1,8 @@
 """NVIDIA's GPUs: the .metal text, translated by msl.py, compiled by NVRTC for the GPU at hand; a simdgroup is a warp.
 
-Experts lie in the GPU's memory. A reading thread fills pinned memory of its own from the disk and lets the GPU's
-copy engine bring them into the slot, on a stream of its own: other reads, copies and the kernels go on meanwhile.
-What a token does between two waits is recorded once as a CUDA graph (capture).
+Experts lie in the GPU's memory, brought there beside the kernels (cuda_slots.py). What a token does between two waits
+is recorded once as a CUDA graph (capture), by the driver itself: torch's way waits, empties caches and is for work that
+takes memory, which this does not.
 
     ops, device = choose_backend("cuda")
 """
@@ -10,18 +10,18 @@ What a token does between two waits is recorded once as a CUDA graph (capture).
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import functools
-import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from moepack.kernels import byte_launches, msl
+from moepack.kernels.cuda_slots import CudaSlots
 from moepack.kernels.device import Device, DeviceSlots, Mailbox, Step
 from moepack.kernels.launches import Launch
-from moepack.kernels.slots import Read, view_host_pages
+from moepack.kernels.slots import view_host_pages
 from moepack.layout.errors import UsageError
 from moepack.layout.pages import Pages
 
@@ -51,6 +51,8 @@ class CudaDevice(Device):
         self._overlaps_starts = major >= 9
         self.name = f"{torch.cuda.get_device_name(self.place)}, {self._architecture}"
         self._stream = 0  # torch's default stream
+        error, self._recording = self._driver.cuStreamCreate(self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        _check(error, "a stream")
         self._modules: dict[str, Any] = {}
 
     @staticmethod
@@ -75,18 +77,40 @@ class CudaDevice(Device):
         return copy
 
     def new_slots(self, num_slots: int, slot_bytes: int, huge: bool = True) -> DeviceSlots:
-        return _CudaSlots(self, num_slots, slot_bytes)
+        return CudaSlots(self, num_slots, slot_bytes)
 
     def capture(self, work: Callable[[], object]) -> Step:
-        """Record what `work` hands over, without running it; the result runs it."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._stream = torch.cuda.current_stream().cuda_stream
-            try:
-                work()
-            finally:
-                self._stream = 0
-        return graph.replay
+        driver = self._driver
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL  # reading threads go on
+        (error,) = driver.cuStreamBeginCapture(self._recording, mode)
+        _check(error, "a CUDA graph")
+        self._stream = int(self._recording)
+        try:
+            work()
+        finally:
+            self._stream = 0
+            error, graph = driver.cuStreamEndCapture(self._recording)
+        _check(error, "a CUDA graph")
+        error, executable = driver.cuGraphInstantiate(graph, 0)
+        _check(error, "a CUDA graph")
+        driver.cuGraphDestroy(graph)
+
+        def replay() -> None:
+            (error,) = driver.cuGraphLaunch(executable, self._stream)
+            _check(error, "a CUDA graph")
+
+        weakref.finalize(replay, driver.cuGraphExecDestroy, executable).atexit = False
+        return replay
+
+    def copy_in(self, place: int, source: int, size_bytes: int) -> None:
+        """Copy pinned memory of the processor to the GPU, by addresses, in the order of the kernels."""
+        (error,) = self._driver.cuMemcpyHtoDAsync(place, source, size_bytes, self._stream)
+        _check(error, "a copy to the GPU")
+
+    def copy_out(self, place: int, source: int, size_bytes: int) -> None:
+        """The way back."""
+        (error,) = self._driver.cuMemcpyDtoHAsync(place, source, size_bytes, self._stream)
+        _check(error, "a copy from the GPU")
 
     def _place_argument(self, argument: torch.Tensor | bytes) -> torch.Tensor | bytes:
         return argument
@@ -139,81 +163,22 @@ class CudaDevice(Device):
         return function
 
     def _wait(self) -> None:
-        torch.cuda.synchronize()
+        torch.cuda.current_stream(self.place).synchronize()  # not for copies of experts that are read ahead
 
 
 class _CudaMailbox(Mailbox):
-    """A few bytes on the GPU with their twin in pinned memory: written and read through it."""
+    """A few bytes on the GPU with their twin in pinned memory, which the processor sees."""
 
     def __init__(self, device: CudaDevice, size_bytes: int):
-        self._twin = torch.zeros(size_bytes, dtype=torch.uint8).pin_memory()
-        super().__init__(device, self._twin.to(device.place), self._twin.numpy().data)
+        self._twin = torch.zeros(size_bytes, dtype=torch.uint8, pin_memory=True)
+        super().__init__(device, device.upload(self._twin), self._twin.numpy().data)
+        self._copy_in, self._copy_out = device.copy_in, device.copy_out
 
-    def write(self, offset: int, data: bytes) -> None:
-        super().write(offset, data)
-        end = offset + len(data)
-        self.bytes[offset:end].copy_(self._twin[offset:end], non_blocking=True)
+    def send(self, offset: int, size_bytes: int) -> None:
+        self._copy_in(self.bytes.data_ptr() + offset, self._twin.data_ptr() + offset, size_bytes)
 
-    def read(self) -> memoryview:
-        self._twin.copy_(self.bytes, non_blocking=True)
-        return super().read()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Range:
-    """Where a read shall land on the GPU."""
-
-    slot: int
-    size_bytes: int
-
-    def __len__(self) -> int:
-        return self.size_bytes
-
-
-class _CudaSlots(DeviceSlots):
-    """Slots in the GPU's memory, filled by way of pinned memory: a piece of it for each reading thread."""
-
-    def __init__(self, device: CudaDevice, num_slots: int, slot_bytes: int):
-        bank = torch.empty(num_slots * slot_bytes, dtype=torch.uint8, device=device.place)
-        super().__init__(device, [bank], num_slots, slot_bytes)
-        self._own = threading.local()
-        self.is_huge = Pages(1).is_huge
-
-    def buffer(self, slot: int, size_bytes: int) -> Any:
-        return _Range(slot, size_bytes)
-
-    def reads_into(self, execute: Callable[[Read], None]) -> Callable[[Read], None]:
-        def read_and_copy(read: Any) -> None:
-            ranges = read.buffers
-            staging, stream = self._staging(sum(map(len, ranges)))
-            views, end = [], 0
-            for place in ranges:
-                views.append(staging[end : end + len(place)].numpy().data)
-                end += len(place)
-            landed = dataclasses.replace(read, buffers=views)
-            try:
-                execute(landed)
-            finally:
-                read.retries = landed.retries
-            end = 0
-            with torch.cuda.stream(stream):
-                for place in ranges:
-                    piece = staging[end : end + len(place)]
-                    self.block(place.slot)[: len(place)].copy_(piece, non_blocking=True)
-                    end += len(place)
-            stream.synchronize()
-
-        return read_and_copy
-
-    def _staging(self, size_bytes: int) -> tuple[torch.Tensor, torch.cuda.Stream]:
-        """This thread's pinned memory, at least so large, and its stream."""
-        if getattr(self._own, "size_bytes", 0) < size_bytes:
-            self._own.staging, self._own.size_bytes = (
-                torch.empty(size_bytes, dtype=torch.uint8).pin_memory(),
-                size_bytes,
-            )
-            self._own.stream = torch.cuda.Stream()
-        return self._own.staging, self._own.stream
+    def fetch(self) -> None:
+        self._copy_out(self._twin.data_ptr(), self.bytes.data_ptr(), len(self._twin))
 
 
 def compile_text(nvrtc: Any, source: msl.Source, architecture: str) -> bytes:

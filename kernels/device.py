@@ -105,7 +105,11 @@ class Device(ABC):
         """Memory for experts."""
 
     def capture(self, work: Callable[[], object]) -> Step:
-        """Record what `work` hands over, without running it; the result runs it. Only where can_capture."""
+        """Record the calls of kernels and the fetches of mailboxes that `work` hands over, without running them.
+
+        The result hands all of them over at once. What they read and write has to stay where it is meanwhile, and
+        every call in it must have been bound before. Only where can_capture.
+        """
         raise NotImplementedError
 
     @abstractmethod
@@ -132,6 +136,7 @@ class Mailbox:
     """A few bytes that the processor and the kernels both write and read.
 
     Whoever writes sees to it that the other has done: what a kernel reads of it is free again after the next wait.
+    Here both see the same memory; where they do not, send and fetch copy.
 
     bytes   the memory as a tensor of the device: uint8
     """
@@ -139,14 +144,30 @@ class Mailbox:
     def __init__(self, device: Device, tensor: torch.Tensor, shared: memoryview):
         self.bytes, self._device, self._shared = tensor, device, shared
 
+    def put(self, offset: int, data: bytes) -> None:
+        """Write bytes that kernels see once they have been sent."""
+        self._shared[offset : offset + len(data)] = data
+
+    def send(self, offset: int, size_bytes: int) -> None:
+        """Let the kernels handed over from now on see what has been put there."""
+
     def write(self, offset: int, data: bytes) -> None:
         """Put bytes where the kernels handed over from now on see them."""
-        self._shared[offset : offset + len(data)] = data
+        self.put(offset, data)
+        self.send(offset, len(data))
+
+    def fetch(self) -> None:
+        """Let the processor see after the next wait what the kernels handed over so far will have written."""
+
+    def look(self) -> memoryview:
+        """All bytes, as the last fetch and wait have left them."""
+        return self._shared
 
     def read(self) -> memoryview:
         """All bytes, once the work handed over so far is done."""
+        self.fetch()
         self._device.wait()
-        return self._shared
+        return self.look()
 
 
 class DeviceSlots(HostSlots):

@@ -1,13 +1,17 @@
-"""The operations for learning: those of reference.py, with gradients at a bearable price.
+"""The operations for learning: those of reference.py, with gradients at a bearable price, on any device of torch's.
 
 reference.py can be differentiated as it stands, but works through attention by tiles, the delta rule by chunks and
 experts one by one, and every piece is a step back as well. Here attention is torch's own, the chunks of the delta rule
-are prepared all at once, and a layer's chosen experts are one step with its gradient written out. Same arguments, same
-results within float32; float32 throughout.
+are prepared all at once, and a layer's chosen experts are a few products of batches. Same arguments, same results
+within float32; float32 throughout.
 
-Limits: a whole window at a time, from an empty state, which is not brought up to date. Memory grows with the window.
+The rows of an operation may be several windows of equal length, one behind the other: `windows` says how many. Each is
+a sequence of its own.
 
-    ops = DifferentiableOps()
+Limits: whole windows, from an empty state, which is not brought up to date. Memory grows with the window.
+
+    ops = DifferentiableOps(torch.device("cuda"))
+    ops.windows = 8
     out = ops.run_chosen(x, expert_ids, expert_weights, gate_proj, up_proj, down_proj)
 """
 
@@ -19,60 +23,85 @@ import torch
 import torch.nn.functional as F
 
 from moepack.kernels import reference
+from moepack.kernels.slots import view_host_pages
+from moepack.layout.pages import Pages
+
+BATCH = 8  # experts with about as many tokens that are run together, padded to the busiest of them
 
 
 class DifferentiableOps:
-    """A backend for learning; what is not here is the reference's own."""
+    """A backend for learning; what is not here is the reference's own.
+
+    windows   of equal length, that the rows of what is given consist of
+    """
+
+    def __init__(self, device: torch.device = torch.device("cpu"), windows: int = 1):
+        self.device, self.windows = device, windows
 
     def __getattr__(self, name: str) -> Any:
         return getattr(reference, name)
 
+    def view_pages(self, pages: Pages) -> torch.Tensor:
+        """Pages where the device reads them: on a GPU a copy."""
+        return view_host_pages(pages).to(self.device)
+
+    def causal_conv(self, x: torch.Tensor, weight: torch.Tensor, state: Any) -> torch.Tensor:
+        """reference.causal_conv of every window [T, C]."""
+        x, width = x.unflatten(0, (self.windows, -1)), weight.shape[1]
+        padded = F.pad(x, (0, 0, width - 1, 0))
+        taps = [padded[:, tap : tap + x.shape[1]] * weight[:, tap] for tap in range(width)]
+        return F.silu(sum(taps[1:], taps[0])).flatten(0, 1)
+
+    def rope(self, x: torch.Tensor, first_position: int, theta: float, rotary_dim: int) -> torch.Tensor:
+        """reference.rope of every window [T, H, Dh], each from first_position on."""
+        by_position = x.unflatten(0, (self.windows, -1)).transpose(0, 1)  # [L, B, H, Dh]
+        turned = reference.rope(by_position.flatten(1, 2), first_position, theta, rotary_dim)
+        return turned.view(by_position.shape).transpose(0, 1).flatten(0, 1)
+
     def attention(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """reference.attention of a whole window: q [T, H, Dh], keys and values [Hkv, T, Dh]."""
-        q = q.transpose(0, 1).unsqueeze(0)
-        out = F.scaled_dot_product_attention(q, keys[None], values[None], is_causal=True, enable_gqa=True)
-        return out[0].transpose(0, 1)
+        """reference.attention of whole windows: q [T, H, Dh], keys and values [Hkv, T, Dh]."""
+        q = q.unflatten(0, (self.windows, -1)).transpose(1, 2)  # [B, H, L, Dh]
+        keys, values = (x.unflatten(1, (self.windows, -1)).transpose(0, 1) for x in (keys, values))
+        out = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2).flatten(0, 1).contiguous()
 
     def gated_delta(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        decay: torch.Tensor,
-        beta: torch.Tensor,
-        state: torch.Tensor,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor, state: Any
     ) -> torch.Tensor:
-        """reference.gated_delta of a whole window.
+        """reference.gated_delta of whole windows.
 
         A chunk turns the state S before it into move S + add; only that runs chunk by chunk.
         """
-        tokens, heads, value_width = v.shape
-        chunk, shared = reference.DELTA_CHUNK, heads // q.shape[1]
-        padding = -tokens % chunk  # tokens that forget nothing and write nothing
+        (rows, heads, value_width), windows = v.shape, self.windows
+        tokens, shared = rows // windows, heads // q.shape[1]
+        padding = -tokens % reference.DELTA_CHUNK  # tokens that forget nothing and write nothing
 
         def by_chunk(x: torch.Tensor) -> torch.Tensor:
-            x = F.pad(x, (0, 0) * (x.ndim - 1) + (0, padding))
-            return x.view(-1, chunk, heads, x.shape[2] if x.ndim > 2 else 1).transpose(1, 2)  # [N, H, C, .]
+            x = x.reshape(windows, tokens, heads, -1)
+            x = F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, reference.DELTA_CHUNK))
+            return x.permute(1, 0, 3, 2, 4).flatten(1, 2)  # [N, B * H, C, .]
 
         q = by_chunk((_unit(q) * q.shape[-1] ** -0.5).repeat_interleave(shared, dim=1))
         k = by_chunk(_unit(k).repeat_interleave(shared, dim=1))
         v, beta, total = by_chunk(v), by_chunk(beta), by_chunk(decay)[..., 0].cumsum(-1)
-        lower = torch.ones(chunk, chunk, dtype=torch.bool).tril()
-        between = (total[..., :, None] - total[..., None, :]).masked_fill(~lower, -torch.inf).exp()  # [N, H, C, C]
+        lower = torch.ones(reference.DELTA_CHUNK, reference.DELTA_CHUNK, dtype=torch.bool, device=v.device).tril()
+        between = (total[..., :, None] - total[..., None, :]).masked_fill(~lower, -torch.inf).exp()  # [N, B*H, C, C]
         from_start = total.exp().unsqueeze(-1)
         system = ((beta * k) @ k.transpose(-1, -2) * between).tril(-1)
         right = torch.cat([beta * v, beta * k * from_start], dim=-1)
         solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
         new, old = solved[..., :value_width], solved[..., value_width:]
         late_keys = (k * (total[..., -1:] - total).exp().unsqueeze(-1)).transpose(-1, -2)
-        adds = late_keys @ new  # [N, H, Dk, Dv]
-        moves = torch.eye(k.shape[-1]) * total[..., -1].exp()[..., None, None] - late_keys @ old  # [N, H, Dk, Dk]
-        states = [state.clone()]
+        adds = late_keys @ new  # [N, B*H, Dk, Dv]
+        diagonal = torch.eye(k.shape[-1], device=k.device)
+        moves = diagonal * total[..., -1].exp()[..., None, None] - late_keys @ old  # [N, B*H, Dk, Dk]
+        states = [torch.zeros_like(adds[0])]
         for move, add in zip(moves[:-1].unbind(0), adds[:-1].unbind(0)):
             states.append(torch.baddbmm(add, move, states[-1]))
-        before = torch.stack(states)  # [N, H, Dk, Dv]
+        before = torch.stack(states)  # [N, B*H, Dk, Dv]
         out = (q * from_start) @ before + (q @ k.transpose(-1, -2) * between) @ (new - old @ before)
-        return out.transpose(1, 2).reshape(-1, heads, value_width)[:tokens]
+        by_token = out.unflatten(1, (windows, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)  # [B, N * C, H, Dv]
+        return by_token[:, :tokens].reshape(rows, heads, value_width).contiguous()
 
     def run_chosen(
         self,
@@ -89,54 +118,26 @@ class DifferentiableOps:
         gate_proj, up_proj           float32 [E, I, D]
         down_proj                    float32 [E, D, I]
 
-        Gradients reach all but the ids.
+        Gradients reach all but the ids. No sum depends on an order that a GPU chooses.
         """
-        out: torch.Tensor = _RunChosen.apply(x, expert_ids, expert_weights, gate_proj, up_proj, down_proj)  # type: ignore[no-untyped-call]
-        return out
-
-
-class _RunChosen(torch.autograd.Function):
-    """Each expert on its tokens' rows, which are sorted by expert; every matrix's gradient is one product."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, *matrices: torch.Tensor) -> Any:
-        gate_proj, up_proj, down_proj = matrices
-        order = ids.flatten().argsort(stable=True)
-        counts = ids.flatten().bincount(minlength=len(gate_proj)).tolist()
-        tokens, by_row = order // ids.shape[1], weights.flatten()[order]
-        rows = x[tokens]  # [T*K, D]
-        answers, inner = torch.empty_like(rows), []
-        for expert, (own, answer) in enumerate(zip(rows.split(counts), answers.split(counts))):
-            gate, up = own @ gate_proj[expert].T, own @ up_proj[expert].T
-            product = F.silu(gate) * up
-            torch.matmul(product, down_proj[expert].T, out=answer)
-            inner.append((gate, up, product))
-        ctx.save_for_backward(x, order, tokens, by_row, rows, answers, *matrices)
-        ctx.counts, ctx.inner, ctx.shape = counts, inner, weights.shape
-        return torch.zeros_like(x).index_add_(0, tokens, answers * by_row[:, None])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        x, order, tokens, by_row, rows, answers, *matrices = ctx.saved_tensors
-        gate_proj, up_proj, down_proj = matrices
-        of_answers = gradients[0][tokens]  # [T*K, D]
-        of_weights = torch.zeros(len(order)).index_copy_(0, order, (of_answers * answers).sum(-1)).view(ctx.shape)
-        of_answers.mul_(by_row[:, None])
-        of_gate_proj, of_up_proj, of_down_proj = (torch.zeros_like(matrix) for matrix in matrices)
-        of_rows = torch.empty_like(rows)
-        parts = zip(rows.split(ctx.counts), of_answers.split(ctx.counts), of_rows.split(ctx.counts))
-        for expert, (own, of_answer, of_own) in enumerate(parts):
-            gate, up, product = ctx.inner[expert]
-            torch.matmul(of_answer.T, product, out=of_down_proj[expert])
-            of_product = of_answer @ down_proj[expert]
-            sigmoid = gate.sigmoid()
-            of_up = of_product * gate * sigmoid
-            of_gate = of_product * up * sigmoid * (1 + gate * (1 - sigmoid))
-            torch.matmul(of_gate.T, own, out=of_gate_proj[expert])
-            torch.matmul(of_up.T, own, out=of_up_proj[expert])
-            torch.addmm(of_gate @ gate_proj[expert], of_up, up_proj[expert], out=of_own)
-        of_x = torch.zeros_like(x).index_add_(0, tokens, of_rows)
-        return of_x, None, of_weights, of_gate_proj, of_up_proj, of_down_proj
+        chosen, matrices = expert_ids.flatten(), (gate_proj, up_proj, down_proj)
+        before = F.one_hot(chosen, len(gate_proj)).cumsum(0)  # [T * K, E]
+        order = before[-1].argsort(descending=True, stable=True)
+        counts = before[-1][order].tolist()  # the one wait for a GPU
+        batches = [counts[first : first + BATCH] for first in range(0, len(counts), BATCH)]
+        rows = torch.tensor([batch[0] for batch in batches for _ in batch], device=x.device)  # of each expert, padded
+        first_row = torch.empty_like(order).index_copy(0, order, rows.cumsum(0) - rows)
+        places = first_row[chosen] + before.gather(1, chosen[:, None]).squeeze(1) - 1
+        sizes = [len(batch) * batch[0] for batch in batches]
+        inputs = x.new_zeros(sum(sizes), x.shape[1])
+        inputs = inputs.index_copy(0, places, x.repeat_interleave(expert_ids.shape[1], 0))
+        stacks = zip(*(matrix.index_select(0, order).transpose(1, 2).split(BATCH) for matrix in matrices))
+        answers = []
+        for batch, own, (gate, up, down) in zip(batches, inputs.split(sizes), stacks):
+            own = own.view(len(batch), batch[0], x.shape[1])
+            answers.append((F.silu(own @ gate) * (own @ up) @ down).flatten(0, 1))
+        chosen_answers = torch.cat(answers).index_select(0, places).view(*expert_ids.shape, -1)
+        return (chosen_answers * expert_weights.unsqueeze(-1)).sum(1)
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ import torch
 from moepack.kernels import launches, reference
 from moepack.kernels.device import Device, DeviceSlots, Step
 from moepack.kernels.gpu_token import TokenOps, memory_of
+from moepack.kernels.launches import Launch
 from moepack.kernels.matrix import Expert, Matrix
 from moepack.layout.pages import Pages
 
@@ -68,13 +69,14 @@ class GpuOps(TokenOps):
     def __init__(self, device: Device, exact: bool = False):
         self.device, self.exact = device, exact
         super().__init__()
-        self._stream: torch.Tensor | None = None  # the hidden state of the token under way
+        self._stream = device.empty(1, 0)  # the hidden state of the token under way
+        self._embed_steps: dict[int, Step] = {}  # of the matrix that it came from last
         self._products: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor, Step, Sequence[Matrix]]] = {}
         self._tiles: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor, Sequence[Matrix]]] = {}
         self._rows = torch.zeros(0, dtype=torch.int32)
         self._embeddings: dict[int, tuple[torch.Tensor, torch.Tensor, Matrix]] = {}
         self._token = torch.zeros(1, dtype=torch.int32, device=device.place)
-        self._likeliest: tuple[torch.Tensor, Step] | None = None  # for logits of one shape, in memory of their own
+        self._likeliest: tuple[torch.Tensor, list[Step]] | None = None  # logits of one shape, in their own memory
         self._found = device.new_mailbox(8)  # an id and a logit
 
     # Memory
@@ -106,18 +108,20 @@ class GpuOps(TokenOps):
     def embed(self, matrix: Matrix, token_ids: torch.Tensor) -> torch.Tensor:
         if len(token_ids) == 1:
             self._token.fill_(int(token_ids))
-            ids = self._token
-            if self._stream is None or self._stream.shape[1] != matrix.in_features:
+            if id(matrix) not in self._embed_steps:
                 self._stream = self.device.empty(1, matrix.in_features)
-            out = self._stream
-        else:
-            ids = self.device.upload(token_ids.to(torch.int32))
-            out = self.device.empty(len(token_ids), matrix.in_features)
+                self._embed_steps = {id(matrix): self.device.bind(self._embedding(matrix, self._token, self._stream))}
+            self._embed_steps[id(matrix)]()
+            return self._stream
+        out = self.device.empty(len(token_ids), matrix.in_features)
+        self.device.run(self._embedding(matrix, self.device.upload(token_ids.to(torch.int32)), out))
+        return out
+
+    def _embedding(self, matrix: Matrix, ids: torch.Tensor, out: torch.Tensor) -> Launch:
         if id(matrix) not in self._embeddings:
             memory = memory_of(matrix.data)
             self._embeddings[id(matrix)] = (memory, self.upload_bytes(launches.matrix_form(matrix, memory)), matrix)
-        self.device.run(launches.embed(*self._embeddings[id(matrix)], ids, out))
-        return out
+        return launches.embed(*self._embeddings[id(matrix)], ids, out)
 
     def linear(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         return self.linears(x, (matrix,))[0]
@@ -207,11 +211,16 @@ class GpuOps(TokenOps):
     def argmax(self, logits: torch.Tensor) -> tuple[int, float]:
         if self._likeliest is None or self._likeliest[0].shape != logits.shape:
             own, found = self.device.empty(*logits.shape), self._found.bytes
-            launch = launches.argmax(own, found[:4].view(torch.int32), found[4:].view(torch.float32))
-            self._likeliest = (own, self.device.bind(launch))
-        own, step = self._likeliest
+            width, parts = logits.shape[1], launches.count_parts(logits.shape[1])
+            part_ids, orders = (self.device.empty(len(logits), parts, dtype=torch.int32) for _ in range(2))
+            token, largest = found[:4].view(torch.int32), found[4:].view(torch.float32)
+            parts_first = launches.argmax_parts(own, part_ids, orders)
+            joined = launches.argmax(part_ids, orders, token, largest, width)
+            self._likeliest = (own, [self.device.bind(call) for call in (parts_first, joined)])
+        own, steps = self._likeliest
         own.copy_(logits)
-        step()
+        for step in steps:
+            step()
         answer = self._found.read()
         return answer[:4].cast("i")[0], answer[4:8].cast("f")[0]
 

@@ -1,9 +1,9 @@
 """One token through a layer on a GPU: the calls of kernels that are handed over, bound once and repeated.
 
-A DeltaNet layer is eight dispatches, an attention layer nine. Where the experts stream from the SSD the caller waits
-once a layer, for the ids that the router has chosen: that wait also tells which slots are free again. The weights of
-the choice stay on the GPU. Experts in memory run while the others load; the sum is one dispatch at the end, in the
-order of the ranks, so that it does not depend on what was in memory.
+A DeltaNet layer is eight dispatches, an attention layer nine; gpu_layers.py makes few calls of them. Where the experts
+stream from the SSD the caller waits once a layer, for the ids that the router has chosen: that wait also tells which
+slots are free again. The weights of the choice stay on the GPU. Experts in memory run while the others load; the sum is
+one dispatch at the end, in the order of the ranks, so that it does not depend on what was in memory.
 
     mix = ops.fuse_delta_net(norm, in_projs, conv, a_log, dt_bias, gate_norm, out_proj, 16, 32, 1e-6)
     mix(x, conv_state, recurrent_state)
@@ -26,7 +26,6 @@ from moepack.kernels.launches import RESIDENT_BANK, SLOT_BANKS, Launch
 from moepack.kernels.matrix import Expert, Matrix
 
 MAX_FORMS = 1024  # kinds of blocks and shared experts: 160 bytes each
-SPLIT_POSITIONS, MAX_SPLITS = 256, 32  # attention of one token: positions of a part at least, parts at most
 INT_BYTES = 4
 OFFSET_BITS = 48  # of a place in one number; the form, counted from one, is above
 
@@ -103,14 +102,14 @@ class TokenOps:
         frequencies = self.device.upload(launches.rope_frequencies(theta, rotary_dim))
 
         def describe(x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> list[Launch]:
-            splits = max(1, min(MAX_SPLITS, keys.shape[1] // SPLIT_POSITIONS))
+            splits = launches.count_splits(keys.shape[1])
             partial = self.scratch("partial", heads * splits * width).view(heads, splits, width)
             stats = self.scratch("stats", heads * splits * 2).view(heads, splits, 2)
             return [
                 inputs(x, projected, norm=norm, eps=eps),
                 launches.rope_cache(projected, q_norm, k_norm, frequencies, self._position, q, keys, values, eps),
                 launches.attention_split(q[0], keys, values, self._position, partial, stats),
-                launches.attention_combine(partial, stats, keys, projected, out),
+                launches.attention_combine(partial, stats, keys, self._position, projected, out),
                 output(out, x, accumulate=True),
             ]
 
@@ -175,22 +174,21 @@ class TokenOps:
 
 
 class Repeat:
-    """Calls bound to the tensors of the last time, and bound again when others come."""
+    """Calls bound to the tensors they are first made with, those of several sequences that take turns."""
 
     def __init__(self, device: Device, describe: Callable[..., Iterable[Launch]]):
         self._device, self._describe = device, describe
-        self._tensors: tuple[torch.Tensor, ...] = ()
-        self._steps: list[Step] = []
+        self._bound: dict[tuple[int, ...], tuple[tuple[torch.Tensor, ...], list[Step]]] = {}  # the tensors are kept
 
     def __call__(self, *tensors: torch.Tensor) -> None:
-        if len(tensors) != len(self._tensors) or any(a is not b for a, b in zip(tensors, self._tensors)):
-            self._steps = [self._device.bind(launch) for launch in self._describe(*tensors)]
-            self._tensors = tensors
-        for step in self._steps:
+        key = tuple(map(id, tensors))
+        if key not in self._bound:
+            self._bound[key] = (tensors, [self._device.bind(launch) for launch in self._describe(*tensors)])
+        for step in self._bound[key][1]:
             step()
 
     def forget(self) -> None:
-        self._tensors, self._steps = (), []
+        self._bound = {}
 
 
 class ExpertForms:
@@ -249,6 +247,8 @@ class GpuExpertStep(ExpertStep):
     """The experts of one token on a GPU: chosen there, weighted there; the processor learns the ids alone.
 
     Row r of the sum is the r-th choice of the router: the sum goes by rank.
+
+    go_on   hands over the sum, and whatever comes before the next wait (gpu_layers.py); the sum alone at first
     """
 
     def __init__(
@@ -272,7 +272,7 @@ class GpuExpertStep(ExpertStep):
         self._places = device.new_mailbox(2 * rows * self._place_bytes)
         self._ranked: dict[int, tuple[int, int, int]] = {}  # row -> place, of those that have come
         self._arrived = 0
-        self._guess: list[int] = []
+        self.guessed: list[int] = []  # and of the other router that was asked about
         self.chosen: list[int] = []  # ids of the last token's experts, as far as they are known here
         self._gate_up: dict[tuple[int, int], Step] = {}
         self._choose_step, self._down_step = ops.repeat(self._describe_choice), ops.repeat(self._describe_down)
@@ -280,29 +280,47 @@ class GpuExpertStep(ExpertStep):
         self._wanted: Matrix | None = None
         self._set_routers(1)
         self._unused = device.empty((router.out_features + 1) * self._place_bytes, dtype=torch.uint8)
+        self.go_on: Callable[[], object] = lambda: self.hand_over_sum(self._x)
 
     def choose(self, x: torch.Tensor) -> list[int]:
-        if self._wanted is not self._next_router:
-            self._next_router = self._wanted
-            self._set_routers(2)
-        self._choose_step(x)
-        self.chosen = self.read_ids()  # the one wait of the layer
-        return self.take(x, (x, self.chosen, []))
+        self.follow_guess()
+        self.hand_over_choice(x)
+        self._ops.device.wait()  # the one wait of the layer
+        return self.take(x, (x, self.look_at_choice(), []))
 
     def take(self, x: torch.Tensor, choice: Choice) -> list[int]:
         self._x, self._ranked, self._arrived = x, {}, 0
         return choice[1]
 
+    def hand_over_choice(self, x: torch.Tensor) -> None:
+        """Choose; look_at_choice tells what, after a wait."""
+        self._choose_step(x)
+        self._ids.fetch()
+
+    def look_at_choice(self) -> list[int]:
+        """The ids that had been chosen last when the device was waited for."""
+        ids = self._ids.look().cast("i").tolist()
+        self.guessed = ids[self._num_chosen :]
+        self.chosen = ids[: self._num_chosen]
+        return self.chosen
+
     def read_ids(self) -> list[int]:
         """The ids that were chosen last, once they are known."""
-        ids = self._ids.read().cast("i").tolist()
-        self._guess = ids[self._num_chosen :]
-        return ids[: self._num_chosen]
+        self._ids.read()
+        return self.look_at_choice()
 
     def guess(self, router: Matrix) -> list[int]:
         """From the second token on: the other router then goes with the first, so that there is no second wait."""
         self._wanted = router
-        return self._guess
+        return self.guessed
+
+    def follow_guess(self) -> bool:
+        """Between two tokens: take up the router that was asked about. Whether the calls are others from now on."""
+        if self._wanted is self._next_router:
+            return False
+        self._next_router = self._wanted
+        self._set_routers(2)
+        return True
 
     def _set_routers(self, rows: int) -> None:
         """Results for the choice of this layer, and for the guess of the next one's in a second row."""
@@ -324,18 +342,29 @@ class GpuExpertStep(ExpertStep):
             return
         places = [unpack_place(code, row) for code, row in zip(codes, rows)]
         self._ranked.update((row, place) for row, place in zip(rows, places))
-        self._places.write(first * self._place_bytes, launches.pack_places(places))
+        self._places.put(first * self._place_bytes, launches.pack_places(places))
         self._arrived += count
+        if self._arrived > self._num_chosen:  # the last ones: both lists are complete
+            self._put_ranked()
+            size = 2 * (self._num_chosen + 1) * self._place_bytes
+        else:
+            size = self._arrived * self._place_bytes
+        self._places.send(first * self._place_bytes, size - first * self._place_bytes)
         step = self._gate_up.get((first, count))
         if step is None:
             step = self._gate_up[first, count] = self._ops.device.bind(self._describe_gate_up(first, count))
         step()
 
     def add(self) -> None:
+        self.go_on()
+
+    def hand_over_sum(self, x: torch.Tensor) -> None:
+        """Add the rows of the experts that have been run to x."""
+        self._down_step(x)
+
+    def _put_ranked(self) -> None:
         rows = self._num_chosen + 1
-        places = launches.pack_places(self._ranked[row] for row in range(rows))
-        self._places.write(rows * self._place_bytes, places)
-        self._down_step(self._x)
+        self._places.put(rows * self._place_bytes, launches.pack_places(self._ranked[row] for row in range(rows)))
 
     def settle(self, codes: Sequence[int], shared: Expert) -> None:
         """All experts of the layer are in memory for good: from now on run_settled can be used."""

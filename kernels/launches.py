@@ -25,11 +25,16 @@ UNIT, SIMDGROUPS, LANES = 32, 4, 32  # metal/matrix.h
 LINEAR_ROWS, LINEAR_SIMDGROUPS = 2, 8  # metal/linears.metal
 GATE_UP_ROWS, DOWN_ROWS, MAX_PLACES, MAX_CHUNKS, MAX_ROWS, DOWN_SIMDGROUPS = 2, 4, 32, 4, 64, 12  # metal/experts.metal
 DOWN_GROUPS = 256  # threadgroups of experts_down that fill a large GPU: more rows go to each instead
-MAX_TAPS = 8  # metal/causal_conv.metal
-DELTA_ROWS, MAX_WIDTH = 32, 256  # metal/delta_step.metal, rope_cache.metal, attention_step.metal
-MAX_EXPERTS = 1024  # metal/choose_experts.metal
+MAX_TAPS, CONV_TOKENS = 8, 16  # metal/causal_conv.metal
+DELTA_ROWS, DELTA_COLUMNS, DELTA_THREADS = 16, 128, 512  # metal/delta_step.metal
+MAX_WIDTH = 256  # the same, rope_cache.metal, attention_step.metal
+QUERIES = 4  # metal/attention.h
+SPLIT_POSITIONS, MAX_SPLITS, SPLIT_SIMDGROUPS, COMBINING = 32, 256, 8, 4  # metal/attention_step.metal
+MAX_EXPERTS, MAX_CHOSEN = 1024, 31  # metal/choose_experts.metal
+ARGMAX_PART, ARGMAX_THREADS = 4096, 256  # metal/argmax.metal
 TILE, TILE_THREADS = 32, 128  # metal/tile.h
-SCAN_COLUMNS, QUERIES = 4, 4  # metal/delta_scan.metal, attention_tiles.metal
+SCAN_COLUMNS, SCAN_SIMDGROUPS = 4, 8  # metal/delta_scan.metal
+TILES_SIMDGROUPS = 8  # metal/attention_tiles.metal
 PLAIN_STORAGES = {torch.bfloat16: 16, torch.float16: 17, torch.float32: 32}
 SLOT_BANKS, RESIDENT_BANK = (0, 1), 2
 
@@ -300,9 +305,8 @@ def causal_conv(x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor, out:
     if taps > MAX_TAPS:
         raise ValueError(f"a convolution has at most {MAX_TAPS} taps, got {taps}")
     shape = shape_of("causal_conv", "ConvShape", channels=channels, taps=taps, tokens=x.shape[0], x_stride=x.shape[-1])
-    return Launch(
-        "causal_conv", "causal_conv", (x, weight, state, out, shape), (-(-channels // 256), 1, 1), (256, 1, 1)
-    )
+    grid = (-(-channels // 256), -(-x.shape[0] // CONV_TOKENS), 1)
+    return Launch("causal_conv", "causal_conv", (x, weight, state, out, shape), grid, (256, 1, 1))
 
 
 def delta_step(
@@ -321,9 +325,8 @@ def delta_step(
 ) -> Launch:
     """One token: out [H, Dv] from mixed [C] and the z, a, b in projected; state [H, Dk, Dv] moves on."""
     value_heads, key_width, value_width = state.shape
-    columns = -(-value_width // LANES) * LANES
-    threads = -(-key_width // DELTA_ROWS) * columns
-    if threads > msl.MAX_THREADS or key_width > MAX_WIDTH:
+    threads = -(-key_width // DELTA_ROWS) * -(-value_width // DELTA_COLUMNS) * LANES
+    if threads > DELTA_THREADS or key_width > MAX_WIDTH:
         raise ValueError(f"the delta rule takes heads of up to 128 x 256, got {key_width} x {value_width}")
     shape = shape_of(
         "delta_step",
@@ -392,18 +395,34 @@ def attention_split(
     """Attention of one token, q [H, Dh], in parts: partial [H, splits, Dh], stats [H, splits, 2]."""
     (heads, splits, width), (kv_heads, _, _) = partial.shape, keys.shape
     _check_head(width)
+    blocks = -(-heads // kv_heads // QUERIES)
+    if blocks > SPLIT_SIMDGROUPS:
+        raise ValueError(f"at most 32 heads share keys and values, got {heads // kv_heads}")
     arguments = (q, keys, values, position, partial, stats, _attention_shape(partial, keys))
-    group = (heads // kv_heads * LANES, 1, 1)
+    group = (SPLIT_SIMDGROUPS // blocks * blocks * LANES, 1, 1)
     return Launch("attention_step", "attention_split", arguments, (kv_heads, splits, 1), group)
 
 
 def attention_combine(
-    partial: torch.Tensor, stats: torch.Tensor, keys: torch.Tensor, gate: torch.Tensor, out: torch.Tensor
+    partial: torch.Tensor,
+    stats: torch.Tensor,
+    keys: torch.Tensor,
+    position: torch.Tensor,
+    gate: torch.Tensor,
+    out: torch.Tensor,
 ) -> Launch:
     """out [H, Dh] = the parts together, times sigmoid of the gate, which lies with the queries: [H, 2 Dh]."""
-    heads, _, width = partial.shape
-    arguments = (partial, stats, gate, out, _attention_shape(partial, keys))
-    return Launch("attention_step", "attention_combine", arguments, (heads, 1, 1), _threads_for(width))
+    heads, splits, width = partial.shape
+    if splits > MAX_SPLITS:
+        raise ValueError(f"at most {MAX_SPLITS} parts of a context, got {splits}")
+    arguments = (partial, stats, position, gate, out, _attention_shape(partial, keys))
+    grid = (heads, -(-width // LANES), 1)
+    return Launch("attention_step", "attention_combine", arguments, grid, (COMBINING * LANES, 1, 1))
+
+
+def count_splits(max_positions: int) -> int:
+    """Parts of a context for attention_split: as many as a cache can fill, so that no answer depends on its length."""
+    return min(MAX_SPLITS, -(-max_positions // SPLIT_POSITIONS))
 
 
 def _attention_shape(partial: torch.Tensor, keys: torch.Tensor) -> bytes:
@@ -428,15 +447,35 @@ def choose_experts(
     rows, experts = logits.shape[0], logits.shape[1] - 1
     if experts > MAX_EXPERTS:
         raise ValueError(f"a router chooses among at most {MAX_EXPERTS} experts, got {experts}")
+    if ids.shape[1] > MAX_CHOSEN:
+        raise ValueError(f"a router chooses at most {MAX_CHOSEN} experts, got {ids.shape[1]}")
     shape = shape_of("choose_experts", "ChooseShape", experts=experts, chosen=ids.shape[1], places_wanted=places_wanted)
     arguments = (logits, ids, weights, table, places, shape)
     return Launch("choose_experts", "choose_experts", arguments, (rows, 1, 1), (LANES, 1, 1))
 
 
-def argmax(logits: torch.Tensor, ids: torch.Tensor, largest: torch.Tensor) -> Launch:
-    """ids int32 [R] and values of the largest of each row of logits [R, V]; NaN wins."""
-    shape = shape_of("argmax", "ArgmaxShape", width=logits.shape[-1])
-    return Launch("argmax", "argmax", (logits, ids, largest, shape), (len(logits), 1, 1), (msl.MAX_THREADS, 1, 1))
+def argmax_parts(logits: torch.Tensor, part_ids: torch.Tensor, part_orders: torch.Tensor) -> Launch:
+    """The largest of each part of logits [R, V], for argmax: part_ids and part_orders int32 [R, count_parts(V)]."""
+    grid = (part_ids.shape[1], len(logits), 1)
+    arguments = (logits, part_ids, part_orders, _argmax_shape(logits.shape[-1]))
+    return Launch("argmax", "argmax_parts", arguments, grid, (ARGMAX_THREADS, 1, 1))
+
+
+def argmax(
+    part_ids: torch.Tensor, part_orders: torch.Tensor, ids: torch.Tensor, largest: torch.Tensor, width: int
+) -> Launch:
+    """ids int32 [R] and values of the largest of each row of logits of this width, from its parts; NaN wins."""
+    arguments = (part_ids, part_orders, ids, largest, _argmax_shape(width))
+    return Launch("argmax", "argmax", arguments, (len(ids), 1, 1), (LANES, 1, 1))
+
+
+def count_parts(width: int) -> int:
+    """Parts of a row of logits that argmax_parts takes."""
+    return -(-width // ARGMAX_PART)
+
+
+def _argmax_shape(width: int) -> bytes:
+    return shape_of("argmax", "ArgmaxShape", width=width, parts=count_parts(width))
 
 
 # A prompt
@@ -549,8 +588,8 @@ def delta_scan(
         v_stride=v.stride(0),
     )
     arguments = (_span(q), _span(k), _span(v), decay, beta, state, out, shape)
-    grid = (-(-value_width // (SCAN_COLUMNS * SIMDGROUPS)), value_heads, 1)
-    return Launch("delta_scan", "delta_scan", arguments, grid, (SIMDGROUPS * LANES, 1, 1))
+    grid = (-(-value_width // (SCAN_COLUMNS * SCAN_SIMDGROUPS)), value_heads, 1)
+    return Launch("delta_scan", "delta_scan", arguments, grid, (SCAN_SIMDGROUPS * LANES, 1, 1))
 
 
 def _span(rows: torch.Tensor) -> torch.Tensor:
@@ -577,6 +616,7 @@ def attention_tiles(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, o
         context=context,
         kv_stride=keys.stride(0),
     )
-    grid = (heads, -(-tokens // (QUERIES * SIMDGROUPS)), 1)
+    simdgroups = -(-tokens // QUERIES) * (heads // kv_heads)
+    grid = (kv_heads, -(-simdgroups // TILES_SIMDGROUPS), 1)
     arguments = (q, _span(keys), _span(values), out, shape)
-    return Launch("attention_tiles", "attention_tiles", arguments, grid, (SIMDGROUPS * LANES, 1, 1))
+    return Launch("attention_tiles", "attention_tiles", arguments, grid, (TILES_SIMDGROUPS * LANES, 1, 1))

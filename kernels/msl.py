@@ -76,7 +76,7 @@ _CUDA_BUILTINS = {
     "simdgroups_per_threadgroup": "blockDim.x / 32",
 }
 # Threadgroups that one of NVIDIA's multiprocessors shall hold at once, where the compiler would take more registers.
-_CUDA_GROUPS = {"experts_down": 2, "linears": 2}
+_CUDA_GROUPS = {"experts_down": 2, "linears": 2, "attention_tiles": 2, "delta_scan": 2}
 
 
 class KernelTextError(ValueError):
@@ -235,7 +235,7 @@ class Source:
 
 @functools.cache
 def load(name: str) -> Source:
-    """The kernel file metal/<name>.metal or cuda/<name>.cu. Raises KernelTextError if it leaves the restricted style."""
+    """The kernel file metal/<name>.metal or cuda/<name>.cu. Raises KernelTextError if it is not in the style."""
     path, limit = METAL / f"{name}.metal", METAL_SHARED_BYTES
     if not path.exists():
         path, limit = CUDA / f"{name}.cu", CUDA_SHARED_BYTES

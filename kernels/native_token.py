@@ -139,6 +139,7 @@ class FusedLayers:
         experts: torch.Tensor,
         position: int,
         pauses: bool,
+        watched: bool = False,
     ) -> None:
         """Describe a token; run() then changes x and the states in place.
 
@@ -148,6 +149,7 @@ class FusedLayers:
         experts   int64 [layers, E]: address of the description of each expert that is in memory, 0 for others
         position  of the token; the caches get it there
         pauses    stop after each layer's router, so that the caller sees what was chosen as early as can be
+        watched   nothing here: it then stops in any case
         """
         turn = angles(position, 1, *self._rope) if self._rope else None
         if states[0][0] is not self._described():

@@ -57,7 +57,7 @@ def unpack(data: torch.Tensor, bits: int) -> torch.Tensor:
     else:  # three bytes hold eight 3-bit integers
         parts = data.view(data.shape[0], -1, 3).int()
         units = (parts[..., 0] | parts[..., 1] << 8 | parts[..., 2] << 16).unsqueeze(-1)
-    shifts = torch.arange(elements, dtype=units.dtype) * bits
+    shifts = torch.arange(elements, dtype=units.dtype, device=units.device) * bits
     return ((units >> shifts) & (2**bits - 1)).flatten(1)
 
 
@@ -185,8 +185,9 @@ def rope(x: torch.Tensor, first_position: int, theta: float, rotary_dim: int) ->
     Pairs are (i, i + rotary_dim/2). For text all three streams of the family's interleaved rope are the same position.
     """
     half = rotary_dim // 2
-    frequencies = theta ** -(torch.arange(half, dtype=torch.float32) / half)
-    angles = torch.arange(first_position, first_position + x.shape[0], dtype=torch.float32)[:, None] * frequencies
+    frequencies = theta ** -(torch.arange(half, dtype=torch.float32, device=x.device) / half)
+    positions = torch.arange(first_position, first_position + x.shape[0], dtype=torch.float32, device=x.device)
+    angles = positions[:, None] * frequencies
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # [T, 1, half]
     first, second = x[..., :half], x[..., half:rotary_dim]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, x[..., rotary_dim:]], dim=-1)

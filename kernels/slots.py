@@ -11,7 +11,7 @@ to know. Here is the memory of the processor: the kernels read where the disk wr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -57,6 +57,9 @@ class HostSlots:
     def reads_into(self, execute: Callable[[Read], None]) -> Callable[[Read], None]:
         """How a read is executed so that its bytes arrive in the slots: as it is, or by way of other memory."""
         return execute
+
+    def admit(self, buffers: Sequence[Any]) -> None:
+        """Let kernels see what a read has brought into these buffers; from the store's thread, when it has ended."""
 
     def mark_used(self, slots: Sequence[int]) -> None:
         """Note that work on these slots has been handed to the kernels, which may not have begun."""

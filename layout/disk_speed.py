@@ -2,8 +2,9 @@
 
 Blocks are whole, of the size they have in the pack, read into huge pages by threads that each have one read in flight;
 that is how moe-run reads. Direct reads go past the page cache; what buffered ones put there is dropped again, so that
-no method is credited with what memory remembers, and where that cannot be done they are not measured. Without a pack, a
-temporary file of random bytes stands in for it.
+no method is credited with what memory remembers, and where that cannot be done they are not measured. Whether it pays
+to tell the system what comes next is measured apart, each block at most once. Without a pack, a temporary file of
+random bytes stands in for it.
 
 Not seen: a cache of the disk's own or of a virtual machine's host, which can make a file just written look fast.
 
@@ -90,9 +91,17 @@ def measure_disk(
 
 
 def measure_reads(
-    blocks: Sequence[Block], method: str, queue_depth: int, in_order: bool, seconds: float
+    blocks: Sequence[Block],
+    method: str,
+    queue_depth: int,
+    in_order: bool,
+    seconds: float,
+    advises: bool | None = None,
 ) -> DiskSpeed | None:
-    """Read for some seconds; None where direct reads are refused, or the cache cannot be kept out.
+    """Read for some seconds; None where direct reads or advice are refused, or the cache cannot be kept out.
+
+    advises   to be compared: each block at most once, and with True each reader tells the system the block after the
+              one that it reads
 
     Raises OSError.
     """
@@ -109,35 +118,55 @@ def measure_reads(
                 return None
         elif not hasattr(os, "posix_fadvise"):
             return None
-        else:
-            for file in files.values():
-                file.drop_cache()
+        if advises is not None and not all(file.takes_advice for file in files.values()):
+            return None
         order = list(blocks) if in_order else random.Random(SEED + queue_depth).sample(blocks, len(blocks))
-        return _read_for(order, files, method, queue_depth, in_order, seconds)
+        drops = method == "buffered" or advises is not None
+        if drops:
+            _drop_caches(files)
+        try:
+            return _read_for(order, files, method, queue_depth, in_order, seconds, advises)
+        finally:
+            if drops:  # what was told and not read, too
+                _drop_caches(files)
+
+
+def _drop_caches(files: dict[Path, DataFile]) -> None:
+    for file in files.values():
+        file.drop_cache()
 
 
 def _read_for(
-    order: Sequence[Block], files: dict[Path, DataFile], method: str, queue_depth: int, in_order: bool, seconds: float
+    order: Sequence[Block],
+    files: dict[Path, DataFile],
+    method: str,
+    queue_depth: int,
+    in_order: bool,
+    seconds: float,
+    advises: bool | None,
 ) -> DiskSpeed:
     largest = max(size for _, _, size in order)
     # As many places as a run has slots, so to speak: into one that a cache still holds, a virtual disk copies faster.
     memories = [Pages(largest * max(1, MEMORY_BYTES // largest // queue_depth)) for _ in range(queue_depth)]
     for memory in memories:
         memory.buffer[::PAGE_BYTES] = bytes(memory.size_bytes // PAGE_BYTES)  # the system backs what is written to
-    waiting, times = iter(_cycle(order)), []
+    waiting, times = _cycle(order, once=advises is not None), []
     started = time.perf_counter()  # after the touching: it takes as long as reading does
     deadline = started + seconds
 
     def read(memory: Pages) -> int:
         done = slot = 0
-        while not done or time.perf_counter() < deadline:
-            path, offset, size = next(waiting)
+        block = next(waiting, None)
+        while block and (not done or time.perf_counter() < deadline):
+            (path, offset, size), block = block, next(waiting, None)
+            if advises and block:
+                files[block[0]].advise(*block[1:])
             before = time.perf_counter()
             files[path].read_into([memory.buffer[slot : slot + size]], offset)
             slot = slot + largest if slot + 2 * largest <= memory.size_bytes else 0
             times.append(time.perf_counter() - before)
             done += size
-            if method == "buffered":
+            if method == "buffered" and advises is None:
                 files[path].drop_cache(*((offset, size) if in_order else ()))  # at random, what was read ahead too
         return done
 
@@ -149,10 +178,13 @@ def _read_for(
 
 
 class _cycle(Iterator[Block]):
-    """The blocks again and again, one to whoever asks next; a generator could not be asked by several threads."""
+    """The blocks, one to whoever asks next; a generator could not be asked by several threads.
 
-    def __init__(self, order: Sequence[Block]):
-        self._order, self._next = order, iter(range(2**62))
+    once   or again and again
+    """
+
+    def __init__(self, order: Sequence[Block], once: bool):
+        self._order, self._next = order, iter(range(len(order) if once else 2**62))
 
     def __next__(self) -> Block:
         return self._order[next(self._next) % len(self._order)]

@@ -33,11 +33,13 @@ class ReadSettings:
     direct        past the page cache
     queue_depth   reads in flight
     prefetch      read the next layer's likely experts ahead while the disk is idle
+    advise        tell the system which block is read after the one under way
     """
 
     direct: bool
     queue_depth: int
     prefetch: bool
+    advise: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,9 @@ def load_settings(pack: Path) -> tuple[ReadSettings | None, str | None]:
             facts = json.loads(file.read(MAX_SETTINGS_BYTES))
         if facts["kind"] != KIND or facts["version"] != VERSION:
             raise ValueError("not of this version")
-        settings = ReadSettings(facts["direct"], facts["queue_depth"], facts["prefetch"])
+        settings = ReadSettings(facts["direct"], facts["queue_depth"], facts["prefetch"], facts.get("advise", False))
         kinds = [type(value) for value in vars(settings).values()]
-        if kinds != [bool, int, bool] or not 1 <= settings.queue_depth <= MAX_QUEUE_DEPTH:
+        if kinds != [bool, int, bool, bool] or not 1 <= settings.queue_depth <= MAX_QUEUE_DEPTH:
             raise ValueError("values out of range")
         is_ours = facts["machine"] == describe_machine()
     except FileNotFoundError:

@@ -4,20 +4,28 @@ A pack is far larger than memory, so what the system would cache is mostly throw
 copy out of the cache costs more time than a fast SSD. Direct I/O wants offsets, sizes and memory on sector
 boundaries: blocks start on multiples of 16384 bytes, which serves every disk in view.
 
+Where reads go through the cache the system can be told what will be read next. On macOS that may help direct reads,
+too, which take what they find there, or hurt them: who uses it measures it first (disk_speed.py).
+
     file = DataFile(path, direct=True)
     file.read_into([slot[:size]], offset_bytes)
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
+import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 DIRECT_ALIGNMENT = 4096  # of offset, size and memory; the sectors of disks are 512 or 4096 bytes
+F_RDADVISE = 44  # of macOS, <sys/fcntl.h>: Python has no name for it
+RADVISORY = struct.Struct("@qi0q")  # struct radvisory {off_t ra_offset; int ra_count;}, its end on a whole off_t
+PROT_READ, MAP_SHARED, MS_INVALIDATE = 1, 1, 2  # of macOS, as of Linux
 REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)  # what file systems without direct I/O answer
 
 
@@ -59,6 +67,23 @@ class DataFile:
         """Let the system forget what it cached of this file, where it takes such advice; size 0 is all the rest."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, offset_bytes, size_bytes, os.POSIX_FADV_DONTNEED)
+        elif sys.platform == "darwin":
+            invalidate(self._descriptor, offset_bytes, size_bytes)
+
+    @property
+    def takes_advice(self) -> bool:
+        """Whether advise does anything here: on Linux a direct read never looks at what that brings."""
+        return sys.platform == "darwin" or (hasattr(os, "posix_fadvise") and not self.is_direct)
+
+    def advise(self, offset_bytes: int, size_bytes: int) -> None:
+        """Tell the system that this will be read soon: it may begin by itself, into its cache."""
+        try:
+            if sys.platform == "darwin":
+                fcntl.fcntl(self._descriptor, F_RDADVISE, RADVISORY.pack(offset_bytes, size_bytes))
+            elif self.takes_advice:
+                os.posix_fadvise(self._descriptor, offset_bytes, size_bytes, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            pass  # advice is not needed, and the read will say what is wrong
 
     def close(self) -> None:
         """Close the file; it cannot be read afterwards."""
@@ -95,6 +120,20 @@ def stop_direct(descriptor: int) -> None:
     if hasattr(os, "O_DIRECT"):
         flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+
+
+def invalidate(descriptor: int, offset_bytes: int, size_bytes: int) -> None:
+    """Drop what is cached of a file as macOS lets one: by a mapping of it. Size 0 is all the rest."""
+    size_bytes = size_bytes or os.fstat(descriptor).st_size - offset_bytes
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3]
+    libc.mmap.argtypes = [*libc.mmap.argtypes, ctypes.c_int64]
+    libc.msync.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    place = libc.mmap(None, size_bytes, PROT_READ, MAP_SHARED, descriptor, offset_bytes)
+    if place != ctypes.c_void_p(-1).value:
+        libc.msync(place, size_bytes, MS_INVALIDATE)
+        libc.munmap(place, size_bytes)
 
 
 def _skip(buffers: Sequence[memoryview], count: int) -> list[memoryview]:

@@ -27,12 +27,14 @@ from moepack.layout.calibration import describe_model, statistics_arrays, write_
 from moepack.layout.errors import UsageError
 from moepack.layout.spec import UNQUANTIZED_BITS
 from moepack.runtime.engine import Engine, hash_manifest
+from moepack.runtime.evaluate import ToolPrompt, answer_prompt, render_prompt
 from moepack.runtime.qwen35 import DecoderLayer
 from moepack.runtime.sampling import SamplingParams
 
 DEFAULT_TEXT = Path(__file__).with_name("calibration_text.txt.xz")
 END_OF_TEXT = "<|endoftext|>"  # what the family's texts are told apart by
 SAMPLED_SUFFIX = ".sampled.json"  # beside a pack: what it wrote itself
+ANSWERED_SUFFIX = ".answered.json"  # and what it answered
 FIRST_SEED = 100_000  # of text sampled here: the bundled one's is sampled with small ones
 LEAST_BITS = 8  # of the experts of a pack that statistics are taken from
 TOKENS_AT_ONCE = 16384  # given to a layer's experts together
@@ -57,18 +59,53 @@ def sample_windows(
     first = engine.tokenizer.find(END_OF_TEXT)
     if first is None:
         raise UsageError(f"{engine.pack.directory}: has no token {END_OF_TEXT} to begin a text with: give --text FILE")
-    directory = engine.pack.directory
-    path = directory.with_name(directory.name + SAMPLED_SUFFIX)
-    origin = {"manifest": hash_manifest(engine.pack), "window": size}
+
+    def write(place: int) -> list[int]:
+        sampling = SamplingParams(temperature=1, seed=FIRST_SEED + place, max_tokens=size - 1, ignore_eos=True)
+        return [first, *engine.generate([first], sampling)]
+
+    origin, wanted = {"window": size}, -(-tokens // size)
+    return _keep_beside(engine, SAMPLED_SUFFIX, origin, wanted, write, lambda count: on_tokens(size * count))
+
+
+def answer_windows(
+    engine: Engine, prompts: Sequence[ToolPrompt], on_prompt: Callable[[int], object] = lambda count: None
+) -> list[list[int]]:
+    """Tool prompts in the pack's chat template, each a window with the model's own greedy answer behind it.
+
+    What is answered is kept beside the pack, for later calls. Raises UsageError if the pack has no chat template or a
+    prompt does not fit the context.
+    """
+
+    def answer(place: int) -> list[int]:
+        return [*render_prompt(engine, prompts[place]), *answer_prompt(engine, prompts[place])]
+
+    digest = hashlib.sha256(json.dumps([vars(prompt) for prompt in prompts]).encode()).hexdigest()
+    return _keep_beside(engine, ANSWERED_SUFFIX, {"prompts": digest}, len(prompts), answer, on_prompt)
+
+
+def _keep_beside(
+    engine: Engine,
+    suffix: str,
+    origin: dict[str, Any],
+    wanted: int,
+    make: Callable[[int], list[int]],
+    on_windows: Callable[[int], object],
+) -> list[list[int]]:
+    """The first windows of a file beside the pack, those that are missing made and added.
+
+    origin       what they depend on beside the pack; a file of another one is begun anew
+    on_windows   called with how many are there, those of the file at once
+    """
+    path = engine.pack.directory.with_name(engine.pack.directory.name + suffix)
+    origin = {"manifest": hash_manifest(engine.pack), **origin}
     kept = json.loads(path.read_text()) if path.exists() else {}
     windows = kept["windows"] if {key: kept.get(key) for key in origin} == origin else []
-    wanted = -(-tokens // size)
-    on_tokens(size * min(len(windows), wanted))
+    on_windows(min(len(windows), wanted))
     for place in range(len(windows), wanted):
-        sampling = SamplingParams(temperature=1, seed=FIRST_SEED + place, max_tokens=size - 1, ignore_eos=True)
-        windows.append([first, *engine.generate([first], sampling)])
+        windows.append(make(place))
         write_json(path, {**origin, "windows": windows})
-        on_tokens(size)
+        on_windows(1)
     return windows[:wanted]
 
 
@@ -147,11 +184,11 @@ class LayerStatistics:
         def observe(expert_id: int, expert: Expert, inputs: torch.Tensor, weights: torch.Tensor) -> None:
             gate, up = ops.linears(inputs, [expert.gate_proj, expert.up_proj])
             self.tokens[expert_id] += len(inputs)
-            self.weights[expert_id] += weights.square().sum()
+            self.weights[expert_id] += weights.square().sum().cpu()
             for sums, x in ((self.inputs, inputs), (self.inner, ops.silu_mul(gate, up))):
                 weighted = x * weights[:, None]
                 place = sums[expert_id if len(sums) > 1 else 0]
-                place += weighted.T @ weighted if self.full else weighted.square().sum(0)
+                place += (weighted.T @ weighted if self.full else weighted.square().sum(0)).cpu()
 
         return observe
 
@@ -164,19 +201,23 @@ class LayerStatistics:
 def embed_windows(engine: Engine, windows: Sequence[Sequence[int]]) -> torch.Tensor:
     """The hidden states before the first layer, all windows end to end: [N, D]."""
     ids = torch.tensor([token_id for window in windows for token_id in window])
-    return engine.model.ops.embed(engine.model.embedding, ids)
+    return torch.cat([engine.model.ops.embed(engine.model.embedding, part).cpu() for part in ids.split(TOKENS_AT_ONCE)])
 
 
 @torch.inference_mode()
 def run_layer(
     engine: Engine, layer: int, hidden: torch.Tensor, lengths: Sequence[int], observe: Any = None
 ) -> torch.Tensor:
-    """One layer over all windows: [N, D] -> [N, D]. The mixer sees each window by itself, the experts all tokens."""
+    """One layer over all windows: [N, D] -> [N, D]. The mixer sees each window by itself, the experts all tokens.
+
+    A GPU has some of them at a time.
+    """
     block: DecoderLayer = engine.model.layers[layer]
-    mixed = torch.cat([mix(engine, block, layer, window) for window in hidden.split(list(lengths))])
+    upload = engine.model.ops.upload
+    mixed = torch.cat([mix(engine, block, layer, upload(window)).cpu() for window in hidden.split(list(lengths))])
     block.experts.observe = observe
     try:
-        return torch.cat([block.experts(part) for part in mixed.split(TOKENS_AT_ONCE)])
+        return torch.cat([block.experts(upload(part)).cpu() for part in mixed.split(TOKENS_AT_ONCE)])
     finally:
         block.experts.observe = None
 

@@ -284,8 +284,15 @@ def evaluate(
     constrained: bool = typer.Option(
         False, "--constrained", help="Hold --tools to calls that are well-formed, where one is expected."
     ),
+    recall: int = typer.Option(
+        None, "--recall", help="Long prompts: find a fact, repeat a passage. This many of each kind and length.", min=1
+    ),
+    lengths: str = typer.Option(
+        None, "--lengths", help="Tokens of --recall's prompts.  [default: 64,128,256 and so on to the context]"
+    ),
+    seed: int = typer.Option(None, "--seed", help="Of --recall's prompts.  [default: 0]", min=0),
     reference: Path = typer.Option(
-        None, "--reference", help="Pack to compare with: KL, top-1 agreement, equal answers."
+        None, "--reference", help="Pack to compare with: KL, top-1 agreement, equal answers, its own right ones."
     ),
     exact: bool = EXACT,
     experts_per_token: int = EXPERTS,
@@ -294,20 +301,29 @@ def evaluate(
     device: str = DEVICE,
     as_json: bool = JSON,
 ) -> None:
-    """Measure a pack: perplexity on a text, distance to a reference pack, tool calls that come out right."""
-    from moepack.runtime.engine import Engine
+    """Measure a pack: perplexity on a text, distance to a reference pack, right tool calls, recall of long prompts."""
+    from moepack.layout.reader import Pack
+    from moepack.runtime.engine import DEFAULT_CONTEXT, Engine, read_architecture
     from moepack.runtime.evaluate import WINDOW, encode_text, evaluate_text, evaluate_tools, read_tool_prompts
     from moepack.runtime.memory import taken_bytes
     from moepack.runtime.prompt import read_text
+    from moepack.runtime.recall import RecallPlan, choose_lengths, evaluate_recall
     from moepack.runtime.tokenizer import Tokenizer
 
-    if text is None and tools is None:
-        raise UsageError("expected --text FILE or --tools FILE, found neither")
+    if text is None and tools is None and recall is None:
+        raise UsageError("expected --text FILE, --tools FILE or --recall N, found none of them")
+    if recall is None and (lengths is not None or seed is not None):
+        raise UsageError("--lengths and --seed are of --recall N: give it, or leave them out")
     passage = None if text is None else encode_text(Tokenizer.load(pack), read_text(text))
     prompts = None if tools is None else read_tool_prompts(tools)
     budget = _read_budget(memory, device)
     common: dict[str, Any] = {"device": device, "exact": exact, "threads": threads}
-    common["max_context"] = WINDOW if prompts is None else None
+    with Pack.open(pack) as opened:
+        context = read_architecture(opened).max_position_embeddings
+    needed = [WINDOW] if passage is not None else []
+    needed += [] if prompts is None else [DEFAULT_CONTEXT]
+    plan = None if recall is None else RecallPlan(recall, choose_lengths(lengths, context, DEFAULT_CONTEXT), seed or 0)
+    common["max_context"] = max(needed + ([] if plan is None else [plan.lengths[-1]]))
     if reference:
         log("note: --reference opens a second pack: they share the memory budget")
     process = taken_bytes(device)
@@ -325,10 +341,25 @@ def evaluate(
     if prompts is not None:
         with open_progress(len(prompts), "tools", "prompt") as progress:
             facts["tool_calls"] = vars(evaluate_tools(engine, prompts, progress.update, constrained, other))
+    if plan is not None:
+        with open_progress(2 * recall * sum(plan.lengths), "recall", "tok") as progress:
+            facts["recall"] = evaluate_recall(engine, plan, other, progress.update)
     if as_json:
         print_json(facts)
     else:
         _print_scores(facts)
+
+
+@app.command(
+    name="lm-eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness on a pack: run --model moepack --model_args pretrained=PACK --tasks NAME."""
+    from moepack.runtime.harness import run
+
+    run(context.args)
 
 
 @app.command()
@@ -337,11 +368,13 @@ def calibrate(
     out: Path = typer.Option(..., "--out", "-o", help="File to write, for moe-convert --calibration."),
     text: Path = typer.Option(None, "--text", help="Text to run through the model.  [default: a bundled one]"),
     sample: int = typer.Option(0, "--sample", help="Also this many tokens that the model writes itself.", min=0),
+    tools: Path = typer.Option(None, "--tools", help="Also these prompts, as eval takes them, answered by the model."),
     full: bool = typer.Option(False, "--full", help="Whole second moments, which --quantizer gptq needs: larger."),
     tune: Path = typer.Option(
         None, "--tune", help="Quantized pack of the model: tune its experts by the answers of the whole model."
     ),
-    steps: int = typer.Option(None, "--steps", help="Of --tune, 512 tokens each.  [default: 1000]", min=1),
+    steps: int = typer.Option(None, "--steps", help="Of --tune.  [default: 1000]", min=1),
+    step_tokens: int = typer.Option(None, "--step-tokens", help="Each of --tune's learns from.  [default: 512]", min=1),
     seed: int = typer.Option(None, "--seed", help="Of the order of windows with --tune.  [default: 0]", min=0),
     threads: int = THREADS,
     memory: str = MEMORY,
@@ -352,35 +385,35 @@ def calibrate(
     from moepack.layout.writer import check_output
     from moepack.runtime import calibrate as calibration
     from moepack.runtime.engine import Engine
-    from moepack.runtime.evaluate import WINDOW, encode_text, split_windows
+    from moepack.runtime.evaluate import WINDOW, read_tool_prompts
     from moepack.runtime.prompt import read_text
-    from moepack.runtime.tune import check_memory, check_start
+    from moepack.runtime.tune import TuningPlan, check_memory, check_start, choose_device
 
     check_output(out)
     if tune and full:
         raise UsageError("--full and --tune: expected one of them, statistics or tuned experts")
-    if not tune and (steps is not None or seed is not None):
-        raise UsageError("--steps and --seed are of --tune PACK: give it, or leave them out")
-    if tune and device not in ("auto", "cpu"):
-        raise UsageError(f"--device {device}: --tune learns on the processor: leave it out")
-    passage = calibration.read_default_text() if text is None else read_text(text)
-    budget = _read_budget(memory, device)
+    given = {"steps": steps, "seed": seed, "step_tokens": step_tokens}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not tune and given:
+        raise UsageError("--steps, --step-tokens and --seed are of --tune PACK: give it, or leave them out")
+    learns_on, plan = choose_device(device) if tune else None, TuningPlan(**{"steps": TUNING_STEPS, **given})
     if tune:
+        device = "cpu"  # of the engine, which samples
+    passage = calibration.read_default_text() if text is None else read_text(text)
+    prompts = read_tool_prompts(tools) if tools else []
+    budget = _read_budget(memory, device)
+    if learns_on:
         with Pack.open(pack) as opened:
-            budget -= check_memory(opened, budget)
+            budget -= check_memory(opened, budget, plan.step_tokens, learns_on)
     engine = Engine.open(pack, memory=budget, device=device, exact=True, threads=threads, max_context=WINDOW)
     calibration.check_source(engine)
     if tune:
         with Pack.open(tune) as start:
             check_start(engine, start)  # before hours of sampling
-    size = min(WINDOW, engine.max_context)
-    windows, skipped = split_windows(encode_text(engine.tokenizer, passage), size)
     try:
-        if sample:
-            with open_progress(sample, "sample", "tok") as progress:
-                windows += calibration.sample_windows(engine, sample, size, progress.update)
-        if tune:
-            _tune(engine, tune, windows, out, steps or TUNING_STEPS, seed or 0)
+        windows, skipped = _gather_windows(engine, passage, sample, prompts)
+        if learns_on:
+            _tune(engine, tune, windows, out, plan, learns_on)
         else:
             with open_progress(engine.architecture.num_hidden_layers, "calibrate", "layer") as progress:
                 calibration.calibrate(engine, windows, out, full, progress.update)
@@ -389,15 +422,34 @@ def calibrate(
     log(f"{out}: {sum(map(len, windows))} tokens, {skipped} left out")
 
 
-def _tune(engine: Engine, start: Path, windows: list[Any], out: Path, steps: int, seed: int) -> None:
-    from moepack.layout.reader import Pack
-    from moepack.runtime.tune import Tuning, TuningPlan
+def _gather_windows(engine: Engine, passage: str, sample: int, prompts: list[Any]) -> tuple[list[Any], int]:
+    """Windows of token ids of the passage, of what the model writes itself and of its answers to prompts.
 
-    with Pack.open(start) as opened, open_progress(steps, "tune", "step") as progress:
-        before, after = Tuning(engine, opened, windows, out, TuningPlan(steps, seed)).run(progress.update)
+    Returns them with the number of the passage's tokens that are left out.
+    """
+    from moepack.runtime import calibrate as calibration
+    from moepack.runtime.evaluate import WINDOW, encode_text, split_windows
+
+    size = min(WINDOW, engine.max_context)
+    windows, skipped = split_windows(encode_text(engine.tokenizer, passage), size)
+    if sample:
+        with open_progress(sample, "sample", "tok") as progress:
+            windows += calibration.sample_windows(engine, sample, size, progress.update)
+    if prompts:
+        with open_progress(len(prompts), "answer", "prompt") as progress:
+            windows += calibration.answer_windows(engine, prompts, progress.update)
+    return windows, skipped
+
+
+def _tune(engine: Engine, start: Path, windows: list[Any], out: Path, plan: Any, device: Any) -> None:
+    from moepack.layout.reader import Pack
+    from moepack.runtime.tune import Tuning
+
+    with Pack.open(start) as opened, open_progress(plan.steps, "tune", "step") as progress:
+        before, after = Tuning(engine, opened, windows, out, plan, device).run(progress.update)
     log(f"{out}: KL to {engine.pack.directory} on text kept apart {before:.4f}, now {after:.4f}")
     if after >= before:
-        log(f"note: that is no gain: keep {start}, or give more text or --steps")
+        log(f"note: that is no gain, so the file holds the experts of {start}: give more text or --steps")
 
 
 def _read_budget(memory: str | None, device: str) -> int:
@@ -495,10 +547,22 @@ def _print_plan(engine: Engine) -> None:
 
 def _print_scores(facts: dict[str, Any]) -> None:
     rows: list[tuple[str, ...]] = [("measure", "value", "95 % interval")]
-    for prefix, values in (("", facts), ("tool calls: ", facts.get("tool_calls") or {})):
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                low, high = values.get("intervals", {}).get(name, (None, None))
-                interval = "" if low is None else f"{low:.4f} to {high:.4f}"
-                rows.append((f"{prefix}{name}", f"{value:.4f}" if isinstance(value, float) else str(value), interval))
+    _append_scores(rows, "", facts)
     print_table(rows)
+
+
+def _append_scores(rows: list[tuple[str, ...]], prefix: str, values: dict[str, Any]) -> None:
+    """A row for each number, with its interval; parts of a score, as those by length, have a prefix that names them."""
+    for name, value in values.items():
+        if isinstance(value, dict) and name != "intervals":
+            _append_scores(rows, f"{prefix}{name.replace('_', ' ')}: ", value)
+        elif isinstance(value, list) and name.startswith("by_"):
+            part = name.removeprefix("by_")
+            for one in value:
+                label = f"{one[part]:,} tokens" if part == "length" else f"{part} {one[part]:.0%}"
+                shown = {key: number for key, number in one.items() if key != part}
+                _append_scores(rows, f"{prefix}{label}: ", shown)
+        elif isinstance(value, (int, float)):
+            low, high = values.get("intervals", {}).get(name, (None, None))
+            interval = "" if low is None else f"{low:.4f} to {high:.4f}"
+            rows.append((f"{prefix}{name}", f"{value:.4f}" if isinstance(value, float) else str(value), interval))

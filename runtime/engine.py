@@ -171,12 +171,14 @@ class Engine:
         return result
 
     @torch.inference_mode()  # as a decorator it holds while a piece is computed, not in between
-    def iter_logits(self, token_ids: Sequence[int]) -> Iterator[torch.Tensor]:
-        """The same scores in pieces of a few positions, so that they fit any budget."""
+    def iter_logits(self, token_ids: Sequence[int], first: int = 0) -> Iterator[torch.Tensor]:
+        """The same scores in pieces of a few positions, so that they fit any budget; from position `first` on."""
         self.check_prompt(token_ids)
-        state = self.new_state(len(token_ids))
+        state, done = self.new_state(len(token_ids)), 0
         for hidden in self.prefill(token_ids, state):
-            for rows in hidden.split(logit_rows(self.architecture)):
+            wanted = hidden[max(0, first - done) :]
+            done += len(hidden)
+            for rows in wanted.split(logit_rows(self.architecture)) if len(wanted) else ():
                 yield self.model.logits(rows)
 
     def prefill(
@@ -256,9 +258,10 @@ class Engine:
         """What was chosen for this machine, for people: how it computes and how it reads."""
         experts = self.store.describe()
         size = "huge" if experts["huge_pages"] else "plain"
+        told = ", the system told of the next" if experts["advises"] else ""
         return {
             "arithmetic": describe_backend(self.model.ops),
-            "expert reads": f"{experts['method']}, {experts['queue_depth']} at a time, into {size} pages",
+            "expert reads": f"{experts['method']}, {experts['queue_depth']} at a time{told}, into {size} pages",
             "read settings": self.read_settings,
             "expert eviction": str(experts["policy"]),
             "resident weights": "locked in memory" if self.weights_locked else "not locked in memory (ulimit -l)",
@@ -347,7 +350,7 @@ def _open_store(
     return ExpertStore(
         pack,
         num_slots,
-        io=ReadOptions(settings.direct, settings.queue_depth) if settings else ReadOptions(),
+        io=ReadOptions(settings.direct, settings.queue_depth, advise=settings.advise) if settings else ReadOptions(),
         policy=POLICIES[policy](),
         verify_reads=verify_reads,
         new_slots=ops.new_slots,

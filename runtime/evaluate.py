@@ -1,14 +1,14 @@
 """How good a pack's answers are: perplexity on a text, distance to a reference pack, tool calls that come out right.
 
-Every mean comes with an interval that holds it in 95 of 100 draws of other texts or prompts of the same kind: a
-bootstrap over windows (whose tokens hang together) and over prompts, with a fixed seed.
+Every mean comes with its interval: intervals.py.
 
 Text is scored in windows of 2048 tokens that do not overlap (a rest shorter than a window is left out if there is a
 whole one, and said); the first token of a window is given, the others are predicted. Tool prompts are answered
-greedily, with thinking off, and every call is compared with the expected one after typing by the schema.
+greedily, with thinking off, and every call is compared with the expected one after typing by the schema. With a
+reference the same prompts are put to both, and what counts is the share of the reference's own rate, in pairs.
 
     evaluate_text(engine, token_ids, reference=None)
-    evaluate_tools(engine, prompts)
+    evaluate_tools(engine, prompts, reference=None)
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ from moepack.layout.errors import MoepackError, UsageError
 from moepack.runtime.answer import parse_tool_calls
 from moepack.runtime.engine import Engine
 from moepack.runtime.generate import Constraint
+from moepack.runtime.intervals import Interval, bootstrap, compare_rates, share_interval
 from moepack.runtime.prompt import read_text
 from moepack.runtime.sampling import SamplingParams
 from moepack.runtime.tokenizer import Tokenizer
 
 WINDOW = 2048
 MAX_ANSWER_TOKENS = 256
-RESAMPLES, SEED, CONFIDENCE = 2000, 0, 0.95
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,11 @@ class ToolPrompt:
 class ToolScores:
     """Shares of n prompts whose answer is well-formed, calls the right functions, and is right in every argument.
 
-    identical   share of answers that are the reference's token for token; None without one
-    intervals   (low, high) of each share
+    identical             share of answers that are the reference's token for token; None without one
+    reference_correct     share of the reference's own answers that are right; None without one
+    correct_of_reference  correct as a share of that; None without a reference, or if it has none right
+    intervals             (low, high) of each share; of correct_of_reference over the prompts in pairs
+    is_correct            of each prompt in turn, so that runs on the same prompts can be paired later
     """
 
     n: int
@@ -78,7 +80,10 @@ class ToolScores:
     right_function: float
     correct: float
     identical: float | None
+    reference_correct: float | None
+    correct_of_reference: float | None
     intervals: dict[str, Interval]
+    is_correct: list[bool]
 
 
 def evaluate_text(
@@ -130,18 +135,6 @@ def evaluate_text(
     )
 
 
-def bootstrap(rows: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> Interval:
-    """The interval of a statistic of summed rows [n, C], over draws of n rows with replacement.
-
-    statistic   sums [draws, C] -> [draws]
-
-    The same rows give the same interval.
-    """
-    picks = np.random.default_rng(SEED).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), RESAMPLES)
-    low, high = np.quantile(statistic(picks @ rows), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
-
-
 def encode_text(tokenizer: Tokenizer, text: str) -> Sequence[int]:
     """Token ids of a long text, four bytes each: a list of Python's integers would burst a small budget."""
     ids = array("I")
@@ -171,8 +164,8 @@ def _scored_pieces(
         wanted = targets[done : done + len(scores)]
         done += len(scores)
         if len(wanted):
-            kept = None if reference_scores is None else reference_scores[: len(wanted)]
-            yield wanted, scores[: len(wanted)], kept
+            kept = None if reference_scores is None else reference_scores[: len(wanted)].cpu()
+            yield wanted, scores[: len(wanted)].cpu(), kept
 
 
 def _log_softmax(scores: torch.Tensor, engine: Engine | None) -> torch.Tensor:
@@ -206,36 +199,52 @@ def evaluate_tools(
 
     Raises UsageError if the pack has no chat template or a prompt does not fit the context.
     """
-    shares = []
+    verdicts, reference_verdicts, identical = [], [], []
     hold = _make_constraints(engine) if is_constrained else lambda prompt: None
     for prompt in prompts:
         answer = answer_prompt(engine, prompt, hold(prompt))
-        rest, calls = parse_tool_calls(engine.tokenizer.decode(answer), prompt.tools)
-        expected = prompt.expected
-        is_whole = "<tool_call>" not in rest and bool(calls or not expected)
-        right_function = is_whole and [call.name for call in calls] == [name for name, _ in expected]
-        correct = is_whole and [(call.name, call.arguments) for call in calls] == expected
-        identical = reference is not None and answer_prompt(reference, prompt, hold(prompt)) == answer
-        shares.append((is_whole, right_function, correct, identical))
+        verdicts.append(judge_answer(engine, prompt, answer))
+        if reference is not None:
+            other = answer_prompt(reference, prompt, hold(prompt))
+            reference_verdicts.append(judge_answer(reference, prompt, other))
+            identical.append(other == answer)
         on_prompt(1)
-    table = np.array(shares, dtype=float)
-    names = ("well_formed", "right_function", "correct", "identical")[: 3 if reference is None else 4]
-    means = dict(zip(names, table.mean(0).tolist()))
-    intervals = {
-        name: bootstrap(table[:, [column]], lambda total: total[..., 0] / len(table))
-        for column, name in enumerate(names)
-    }
-    return ToolScores(len(prompts), **{"identical": None, **means}, intervals=intervals)
+    well_formed, right_function, correct = map(list, zip(*verdicts))
+    columns = {"well_formed": well_formed, "right_function": right_function, "correct": correct}
+    reference_correct = [verdict[2] for verdict in reference_verdicts]
+    if reference is not None:
+        columns |= {"identical": identical, "reference_correct": reference_correct}
+    shares: dict[str, Any] = {name: sum(column) / len(prompts) for name, column in columns.items()}
+    intervals = {name: share_interval(sum(column), len(prompts)) for name, column in columns.items()}
+    compared = compare_rates(correct, reference_correct) if reference is not None else None
+    if compared:
+        shares["correct_of_reference"], intervals["correct_of_reference"] = compared
+    missing = {"identical": None, "reference_correct": None, "correct_of_reference": None}
+    return ToolScores(n=len(prompts), **{**missing, **shares}, intervals=intervals, is_correct=correct)
+
+
+def judge_answer(engine: Engine, prompt: ToolPrompt, answer: Sequence[int]) -> tuple[bool, bool, bool]:
+    """Whether an answer is well-formed, calls the right functions, and is right in every argument."""
+    rest, calls = parse_tool_calls(engine.tokenizer.decode(answer), prompt.tools)
+    expected = prompt.expected
+    is_whole = "<tool_call>" not in rest and bool(calls or not expected)
+    right_function = is_whole and [call.name for call in calls] == [name for name, _ in expected]
+    correct = is_whole and [(call.name, call.arguments) for call in calls] == expected
+    return is_whole, right_function, correct
 
 
 def answer_prompt(engine: Engine, prompt: ToolPrompt, constraint: Constraint | None = None) -> list[int]:
     """The greedy answer's tokens, thinking off. Raises UsageError as evaluate_tools does."""
+    sampling = SamplingParams(temperature=0, max_tokens=MAX_ANSWER_TOKENS)
+    return list(engine.generate(render_prompt(engine, prompt), sampling, constraint=constraint))
+
+
+def render_prompt(engine: Engine, prompt: ToolPrompt) -> list[int]:
+    """What an answer follows, thinking off. Raises UsageError if the pack has no chat template."""
     template = engine.chat_template()
     if template is None:
         raise UsageError(f"{engine.pack.directory}: has no chat template, tool prompts need one")
-    text = template.render(prompt.messages, tools=prompt.tools, enable_thinking=False)
-    sampling = SamplingParams(temperature=0, max_tokens=MAX_ANSWER_TOKENS)
-    return list(engine.generate(engine.tokenizer.encode(text), sampling, constraint=constraint))
+    return engine.tokenizer.encode(template.render(prompt.messages, tools=prompt.tools, enable_thinking=False))
 
 
 def _make_constraints(engine: Engine) -> Callable[[ToolPrompt], Constraint]:

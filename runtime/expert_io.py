@@ -2,7 +2,8 @@
 
 A thread per read in flight, each in one preadv with Python's lock released: four of them read an SSD at its limit while
 all cores compute (EXPERIMENTS.md). io_uring measured no better than threads and is left out. Reads that somebody waits
-for come first; a hint begins only while none of the others waits and at most one read runs.
+for come first; a hint begins only while none of the others waits and at most one read runs. Where `moe-inspect plan`
+has found that it pays on this machine, the system is told of a read before its turn.
 
     queue = ReadQueue(BlockReader(pack, ReadOptions()).read, depth=4)
     queue.submit(Read(layer=3, experts=(17,), buffers=[slot]))
@@ -14,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from time import perf_counter
@@ -32,11 +34,13 @@ class ReadOptions:
     direct        past the system's page cache, where the file system lets us
     queue_depth   reads in flight at the same time
     huge_pages    ask for slots in pages of 2 MiB
+    advise        tell the system of a read that waits when the one before it begins
     """
 
     direct: bool = True
     queue_depth: int = 4
     huge_pages: bool = True
+    advise: bool = False
 
 
 @dataclass(eq=False)
@@ -47,6 +51,7 @@ class Read:
     retries   how often it had to be tried again
     error     what went wrong; the buffers then hold anything
     started_s, ended_s   when it ran, by time.perf_counter
+    is_told   the system knows that it comes
     """
 
     layer: int
@@ -57,6 +62,7 @@ class Read:
     error: BaseException | None = None
     started_s: float = 0.0
     ended_s: float = 0.0
+    is_told: bool = False
 
 
 class BlockReader:
@@ -79,6 +85,12 @@ class BlockReader:
             for expert, buffer in zip(read.experts, read.buffers):  # one by one, so that an error is of one block
                 self._read_again(read.layer, expert, buffer)
 
+    def advise(self, read: Read) -> None:
+        """Tell the system that a read is to come. What is wrong with it is the read's own to say."""
+        with suppress(OSError, DamagedPack):
+            offset = self._pack.geometry(read.layer).offsets[read.experts[0]]
+            self._file(read.layer).advise(offset, sum(map(len, read.buffers)))
+
     def _read_again(self, layer: int, expert: int, buffer: memoryview) -> None:
         try:
             self._read_once(layer, (expert,), (buffer,))
@@ -99,11 +111,12 @@ class BlockReader:
 class ReadQueue:
     """Threads that execute reads and hand them back in the order in which they end. One thread submits and collects.
 
-    depth   reads that run at the same time: the number of threads
+    depth    reads that run at the same time: the number of threads
+    advise   called before a read begins with the first one that waits behind it, guesses included, each once
     """
 
-    def __init__(self, execute: Callable[[Read], None], depth: int):
-        self._execute, self.depth = execute, depth
+    def __init__(self, execute: Callable[[Read], None], depth: int, advise: Callable[[Read], None] | None = None):
+        self._execute, self.depth, self._advise = execute, depth, advise
         self._waiting: deque[Read] = deque()
         self._hints: deque[Read] = deque()
         self._num_running = 0
@@ -151,6 +164,8 @@ class ReadQueue:
         while read := self._start_next():
             read.started_s = perf_counter()
             try:
+                if self._advise and (following := self._next_untold()):
+                    self._advise(following)
                 self._execute(read)
             except BaseException as error:  # whatever it is, the one who waits must learn of it
                 read.error = error
@@ -160,6 +175,14 @@ class ReadQueue:
                 if self._hints:
                     self._changed.notify()
             self._done.put(read)
+
+    def _next_untold(self) -> Read | None:
+        with self._changed:
+            for read in (*self._waiting, *self._hints):
+                if not read.is_told:
+                    read.is_told = True
+                    return read
+        return None
 
     def _start_next(self) -> Read | None:
         with self._changed:

@@ -149,7 +149,8 @@ class ExpertStore:
         self._fetch: _Fetch | None = None
         self._reads, self._hints = 0, 0  # under way, of all and of hints
         self._reader = BlockReader(pack, io.direct, verify_reads)
-        self._queue = ReadQueue(self._slots.reads_into(self._reader.read), io.queue_depth)
+        execute, advise = self._slots.reads_into(self._reader.read), self._reader.advise if io.advise else None
+        self._queue, self._advises = ReadQueue(execute, io.queue_depth, advise), io.advise
         self._close = weakref.finalize(self, self._queue.close)
         # In order: neighbours that one read brings, and slots that are computed from or read ahead into.
         self._joined = max(1, min(JOINED_BYTES // self.slot_bytes, num_slots // 8))
@@ -255,6 +256,7 @@ class ExpertStore:
         return {
             "method": self._reader.method,
             "queue_depth": self._queue.depth,
+            "advises": self._advises,
             "huge_pages": self._slots.is_huge,
             "policy": self._policy.name,
             "num_slots": self.num_slots,
@@ -437,6 +439,7 @@ class ExpertStore:
         self.counts.retries += read.retries
         keys = [(read.layer, expert_id) for expert_id in read.experts]
         if read.error is None:
+            self._slots.admit(read.buffers)
             size_bytes = sum(map(len, read.buffers))
             self.counts.bytes_read += size_bytes
             if self.recorder:

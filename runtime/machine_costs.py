@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moepack.kernels.backend import describe_backend
+from moepack.kernels.backend import describe_backend, share_memory_load
 from moepack.kernels.native_ops import read_stream
 from moepack.layout import disk_speed
 from moepack.layout.architecture import Architecture
@@ -35,6 +35,7 @@ from moepack.runtime.rehearsal import rehearse
 STREAM_BYTES = 2**29
 STREAM_ROUNDS = 5
 STARTS = 25
+ADVICE_ROUNDS = 3
 AS_FAST = 0.97  # a queue this close to the fastest is as good, and a shorter one leaves more for others
 
 
@@ -53,7 +54,7 @@ class Measured:
 
 def count_steps(num_candidates: int) -> int:
     """Steps of a measurement, for a progress bar."""
-    return disk_speed.NUM_STEPS + 2 + num_candidates * rehearsal.NUM_STEPS
+    return disk_speed.NUM_STEPS + 3 + num_candidates * rehearsal.NUM_STEPS
 
 
 def measure_machine(
@@ -97,12 +98,17 @@ def measure_machine(
             disk = replace(disk, busy_bytes_s=measure_while_busy(blocks, settings, seconds, work))
         disk = replace(disk, start_s=measure_start(work, settings.queue_depth))
         on_step(1)
+        advice = compare_advice(blocks, settings, seconds, work) if blocks else None
+        settings = replace(settings, advise=advice is not None and advice.pays)
+        on_step(1)
     machine = Machine(memory_gb_s or here_gb_s, arithmetic, disk, settings, process_bytes, ops.cache_dtype)
     facts = {
         "disk": f"{ssd_gb_s:g} GB/s, as stated" if ssd_gb_s else _describe_disk(speeds, settings),
         "memory": f"{here_gb_s:.1f} GB/s read by all threads, {available_bytes() / 2**30:.1f} GiB available",
         "arithmetic": describe_backend(ops),
     }
+    if advice:
+        facts["read ahead"] = str(advice)
     if memory_gb_s:
         facts["memory"] += f"; predicted for {memory_gb_s:g} GB/s"
     busy = {str(depth): bytes_s / 1e9 for depth, bytes_s in disk.busy_bytes_s.items()}
@@ -120,17 +126,66 @@ def measure_while_busy(
     blocks: Sequence[Block], settings: ReadSettings, seconds: float, work: Callable[[], object]
 ) -> dict[int, float]:
     """Bytes per second at random by reads in flight, as many as are used, while something is computed."""
-    method = "direct" if settings.direct else "buffered"
     found = {}
     for depth in sorted({1, HINTS_AT_ONCE, settings.queue_depth}):
-        with ThreadPoolExecutor(1) as pool:
-            reading = pool.submit(measure_reads, blocks, method, depth, False, seconds)
-            while not reading.done():
-                work()
-        speed = reading.result()
+        speed = _read_meanwhile(work, blocks, settings, depth, seconds)
         if speed is not None:
             found[depth] = speed.gb_s * 1e9
     return found
+
+
+def _read_meanwhile(
+    work: Callable[[], object],
+    blocks: Sequence[Block],
+    settings: ReadSettings,
+    queue_depth: int,
+    seconds: float,
+    advises: bool | None = None,
+) -> DiskSpeed | None:
+    method = "direct" if settings.direct else "buffered"
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(measure_reads, blocks, method, queue_depth, False, seconds, advises)
+        while not reading.done():
+            work()
+    return reading.result()
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What telling the system of the next block does while something is computed: GB/s of rounds, without and with."""
+
+    without: tuple[float, ...]
+    told: tuple[float, ...]
+
+    @property
+    def pays(self) -> bool:
+        """Faster in every round, and by more than what counts as fast alike."""
+        return all(mine > other for mine, other in zip(self.told, self.without)) and AS_FAST * statistics.median(
+            self.told
+        ) > statistics.median(self.without)
+
+    def __str__(self) -> str:
+        told, without = statistics.median(self.told), statistics.median(self.without)
+        verdict = "used" if self.pays else "not used"
+        return f"told of the next block the system brings {told:.2f} GB/s, else {without:.2f}: {verdict}"
+
+
+def compare_advice(
+    blocks: Sequence[Block], settings: ReadSettings, seconds: float, work: Callable[[], object]
+) -> Advice | None:
+    """Whether the system is to be told of the next block; None where it does not listen.
+
+    Under load, because that is where it was seen to hurt: what reads ahead takes memory bandwidth from a GPU that
+    shares it, and a queue that is full anyway gains nothing.
+    """
+    load, found = share_memory_load(work), []
+    for _ in range(ADVICE_ROUNDS):
+        pair = [_read_meanwhile(load, blocks, settings, settings.queue_depth, seconds, told) for told in (False, True)]
+        if pair[0] is None or pair[1] is None:
+            return None
+        found.append((pair[0].gb_s, pair[1].gb_s))
+    without, told = zip(*found)
+    return Advice(without, told)
 
 
 def measure_start(work: Callable[[], object], queue_depth: int) -> float:

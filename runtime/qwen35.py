@@ -294,7 +294,7 @@ class Qwen35:
         """
         xs = {lane: self.ops.embed(self.embedding, torch.tensor([token_id])) for lane, token_id in enumerate(token_ids)}
         for x, state, fused in zip(xs.values(), states, self.fused):
-            fused.start(x, state.tensors, self.store.places, state.next_position(), pauses=True)
+            fused.start(x, state.tensors, self.store.places, state.next_position(), pauses=True, watched=True)
         results: dict[int, torch.Tensor | MoepackError] = {}
         for number, layer in enumerate(self.layers):
             choices = {}
@@ -316,7 +316,8 @@ class Qwen35:
         Where experts are read ahead it pauses at each layer instead, so that reads start as early as can be.
         """
         fused = self.fused[0]
-        fused.start(x, state.tensors, self.store.places, state.next_position(), self.prefetches)
+        watched = self.store.recorder is not None
+        fused.start(x, state.tensors, self.store.places, state.next_position(), self.prefetches, watched)
         done = 0
         while (reached := fused.run(done)) < len(self.layers):
             self._note_fused(done, reached)

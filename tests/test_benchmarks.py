@@ -176,3 +176,21 @@ def test_a_lap_tells_own_work_from_that_of_others(benchmark: Any, monkeypatch: p
     monkeypatch.setattr(laps, "_all_users_s", iter([10.0, 12.0]).__next__)
     monkeypatch.setattr(laps, "os", SimpleNamespace(times=iter(own).__next__))
     assert laps.Meter().lap()["others_s"] == 1.5
+
+
+def test_quality_pairs_tool_calls_with_bf16_and_draws_both(benchmark: Any, tmp_path: Path) -> None:
+    quality = benchmark("quality")
+    text = {"perplexity": 23.0, "kl_mean": 0.1, "kl_p99": 0.5, "top1_agreement": 0.8}
+    measured = []
+    for bits, right in ((16, [True, True, True, False]), (2, [True, True, False, False])):
+        row = quality.Row(f"experts{bits}", f"{bits} bits", "mse", (), tmp_path)
+        tools = {"n": 4, "well_formed": 1.0, "right_function": 0.75, "correct": sum(right) / 4, "is_correct": right}
+        recall = {kind: {"correct": 0.5, "correct_of_reference": 0.9, "intervals": {"correct_of_reference": [0.8, 1]}}
+                  for kind in ("needle", "copy")}  # fmt: skip
+        measured.append(quality.Measured(row, bits + 0.5, text, tools, recall))
+    line = quality.format_row(measured[1], measured[0])
+    assert line.startswith("| 2 bits | 2.50 | 23.000 | 0.1000 | 0.5000 | 0.8000 | 1.000 | 0.750 | 0.500 | 0.667 | ")
+    assert line.endswith(" | 0.500 | 0.900 (0.800 to 1.000) | 0.500 | 0.900 (0.800 to 1.000) |")
+    assert " | 1.000 | 1.000 to 1.000 | " in quality.format_row(measured[0], measured[0])
+    quality.draw(measured, tmp_path / "quality.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["quality.png", "quality_tools.png"]

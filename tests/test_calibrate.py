@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import fake_cuda
 from conftest import make_pack
 from convert_command import problems_of, run_convert
 from moepack.convert.quantizers import quantize_gptq
@@ -25,6 +26,7 @@ from moepack.runtime.engine import Engine
 from tiny_checkpoint import TinyModel, write_checkpoint
 
 MODEL = TinyModel(layers=2, full_attention_interval=2, experts=5)
+STATISTICS_TOLERANCE = 1e-5  # of the largest value of their kind in a layer
 WINDOWS = [np.random.default_rng(seed).integers(0, 64, size).tolist() for seed, size in enumerate((70, 33))]
 
 
@@ -98,6 +100,33 @@ def test_sums_are_those_of_an_ordinary_run(engine: Engine, files: dict[str, Path
         for name in ("inputs", "inner"):
             squares = np.diagonal(values[name], axis1=1, axis2=2)
             np.testing.assert_allclose(diagonal.layer(layer)[name], squares, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
+@pytest.mark.parametrize("device", ["metal-emulated", "cuda"])
+def test_statistics_of_a_gpu_are_those_of_the_cpu(
+    engine: Engine, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """In another order of float32 sums; through a part of the experts at a time, tokens in two parts."""
+    if device == "cuda":
+        fake_cuda.install(monkeypatch)
+    monkeypatch.setattr("moepack.runtime.calibrate.TOKENS_AT_ONCE", 64)
+    pack, context = engine.pack.directory, 64
+    with Engine.open(pack, exact=True, max_context=context) as plain:
+        plan = plain.memory_plan
+    options = {"memory": plan.total_bytes - 4 * plan.slot_bytes, "process_bytes": plan.process_bytes}
+    with Engine.open(pack, device=device, exact=True, max_context=context, **options) as other:
+        assert other.store.num_slots == plan.num_slots - 4
+        for name in files:
+            calibrate(other, WINDOWS, tmp_path / name, full=name == "full")
+    for name, path in files.items():
+        expected, found = Calibration.open(path), Calibration.open(tmp_path / name)
+        for layer in range(MODEL.layers):
+            values = found.layer(layer)
+            for key, array in expected.layer(layer).items():
+                largest = np.abs(array.astype(np.float64)).max()
+                np.testing.assert_allclose(values[key], array, rtol=0, atol=STATISTICS_TOLERANCE * largest, err_msg=key)
+            assert (values["tokens"] == expected.layer(layer)["tokens"]).all()
 
 
 def test_an_expert_nobody_chose_takes_its_layers_mean(files: dict[str, Path]) -> None:

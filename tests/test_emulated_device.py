@@ -20,7 +20,7 @@ import torch
 
 from conftest import make_pack
 from kernel_memory import lay_out
-from moepack.kernels import gpu_ops, launches, metal_device, msl, reference
+from moepack.kernels import backend, gpu_ops, launches, metal_device, msl, reference
 from moepack.kernels.backend import describe_arithmetic, describe_backend
 from moepack.kernels.cuda_device import CudaDevice
 from moepack.kernels.device import DeviceSlots
@@ -42,6 +42,7 @@ pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++"))
 IDS = torch.randint(0, 256, (9,), generator=torch.Generator().manual_seed(1)).tolist()
 LOGIT_TOLERANCE = 2e-5  # of the largest logit: the same float32 sums in another order, layer after layer
 CONTEXT = 64
+RECORDED = ("note_fetch", "note_guess", "note_read", "note_wait")
 
 
 def greedy(engine: Engine, num_tokens: int, ids: list[int] = IDS) -> list[int]:
@@ -270,6 +271,16 @@ def test_the_metal_host_hands_over_what_the_emulated_one_does(fake_mps: list[str
     assert list(engine.generate(IDS, sampling)) == greedy(Engine.open(tiny_pack, exact=True, max_context=CONTEXT), 4)
 
 
+def test_the_gpu_works_beside_what_is_measured(fake_mps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "GPU_LOAD_FLOATS", 8)
+    log: list[str] = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: log.append("GPU waited for"))
+    backend.share_memory_load(lambda: log.append("work"))()
+    assert log == ["work", "GPU waited for"]
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert backend.share_memory_load(log.clear) == log.clear
+
+
 def test_an_old_torch_is_told_what_metal_needs(fake_mps: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.mps, "_host_alias_storage")
     with pytest.raises(UsageError, match=r"needs torch 2\.13 or newer"):
@@ -309,3 +320,26 @@ def test_a_widened_matrix_gives_the_product_of_its_definition(monkeypatch: pytes
         expected = reference.linear(x, matrix)
         found = ops.linear(ops.upload(x), matrix).as_subclass(torch.Tensor)
         assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_layers_with_nothing_to_read_ahead_are_not_stopped_at(
+    tiny_pack: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool
+) -> None:
+    """With all but one expert in memory most layers have what they chose, and what the next one would choose."""
+    expected = greedy(Engine.open(tiny_pack, exact=True, max_context=CONTEXT), 20)
+    engine = open_with(23, tiny_pack, prefetch=True)
+    if recorded:
+        monkeypatch.setattr(engine.store, "recorder", SimpleNamespace(**dict.fromkeys(RECORDED, lambda *facts: None)))
+    stops: list[int] = []
+    run = engine.model.fused[0].run
+    monkeypatch.setattr(engine.model.fused[0], "run", lambda first: (stops.append(run(first)), stops[-1])[1])
+    assert greedy(engine, 20) == expected
+    layers, steps = len(engine.model.layers), 19  # the first token comes from the prompt
+    stopped = sum(stop < layers for stop in stops)
+    if recorded:
+        assert stopped == steps * layers
+    else:
+        assert layers <= stopped < steps * layers / 3  # the second token knows of no guesses yet
+    counts = engine.store.counts
+    assert counts.hits + counts.misses >= steps * layers * engine.architecture.num_experts_per_tok

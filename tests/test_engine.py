@@ -46,6 +46,15 @@ def test_int8_decode_is_near_int8_prefill(engine: Engine) -> None:
     assert (torch.cat(steps) - prefill).abs().max() <= 1e-2 * prefill.abs().max()
 
 
+def test_scores_from_a_position_on_are_those_of_all(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "memory_plan", dataclasses.replace(engine.memory_plan, prefill_chunk=64))
+    whole = engine.logits(IDS)
+    for first in (0, 1, 64, 100):
+        assert torch.equal(torch.cat(list(engine.iter_logits(IDS, first))), whole[first:])
+    (last,) = engine.iter_logits(IDS, len(IDS) - 1)  # one row has operations of its own
+    assert (last - whole[-1:]).abs().max() <= 1e-2 * whole.abs().max()
+
+
 def test_prefill_in_two_parts_equals_one(tiny_pack: Path) -> None:
     """Chunks that end at odd places: the state carries over."""
     engine = Engine.open(tiny_pack, exact=True)

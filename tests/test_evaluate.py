@@ -12,7 +12,8 @@ import pytest
 from conftest import make_pack
 from moepack.runtime import evaluate
 from moepack.runtime.engine import Engine
-from moepack.runtime.evaluate import bootstrap, evaluate_text, evaluate_tools, read_tool_prompts
+from moepack.runtime.evaluate import evaluate_text, evaluate_tools, read_tool_prompts
+from moepack.runtime.intervals import bootstrap, compare_rates, share_interval
 
 DATA = Path(__file__).parent / "data"
 
@@ -68,6 +69,30 @@ def test_a_bootstrap_is_as_wide_as_the_spread_says() -> None:
     assert bootstrap(np.ones((5, 1)), lambda total: total[..., 0] / 5) == (1.0, 1.0)
 
 
+def test_a_share_has_an_interval_at_none_and_at_all() -> None:
+    """Wilson's values, as statistical tables have them."""
+    assert share_interval(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
+    assert share_interval(20, 20) == pytest.approx((0.8389, 1), abs=1e-4)
+    assert share_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+
+
+def test_rates_are_compared_in_pairs() -> None:
+    """Who is right on the same prompts but for ten of a thousand differs by those alone, not by their spread."""
+    rng = np.random.default_rng(2)
+    reference = rng.random(1000) < 0.7
+    own = reference.copy()
+    own[np.flatnonzero(reference)[:10]] = False
+    share, (low, high) = compare_rates(own.tolist(), reference.tolist())
+    assert share == own.sum() / reference.sum()
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(10) / reference.sum(), rel=0.15)
+    unpaired = compare_rates(rng.permutation(own).tolist(), reference.tolist())[1]
+    assert unpaired[1] - unpaired[0] > 5 * (high - low)
+    assert compare_rates([True, False], [False, False]) is None
+    assert np.isfinite(compare_rates([True, False], [True, False])[1]).all()  # some draws have no right one
+    with pytest.raises(ValueError, match="inhomogeneous"):
+        compare_rates([True], [True, False])
+
+
 def test_answers_are_compared_with_the_references(demo_pack, tmp_path: Path) -> None:
     lines = (DATA / "tools.jsonl").read_text().splitlines()[:4]
     (tmp_path / "tools.jsonl").write_text("\n".join(lines))
@@ -78,6 +103,14 @@ def test_answers_are_compared_with_the_references(demo_pack, tmp_path: Path) -> 
         assert other.identical == np.mean(
             [evaluate.answer_prompt(poor, p) == evaluate.answer_prompt(good, p) for p in prompts]
         )
-        assert set(own.intervals) == {"well_formed", "right_function", "correct", "identical"}
+        assert own.correct_of_reference == 1
+        assert own.intervals["correct_of_reference"] == (1, 1)
+        assert other.reference_correct == own.correct == np.mean(own.is_correct)
+        assert other.correct_of_reference == other.correct / own.correct
+        shares = {"well_formed", "right_function", "correct", "identical"}
+        assert set(own.intervals) == {*shares, "reference_correct", "correct_of_reference"}
         assert json.dumps(vars(own))
+        alone = evaluate_tools(poor, prompts)
+        assert (alone.correct, alone.is_correct) == (other.correct, other.is_correct)
+        assert (alone.identical, alone.reference_correct, alone.correct_of_reference) == (None, None, None)
     assert own.n == 4

@@ -77,3 +77,26 @@ def test_guesses_add_nothing_to_the_hints_of_a_scan(tiny_pack: Path) -> None:
         assert store._queue.cancel() == []
         store.close()
         assert store._queue.next_done(wait=False) is None
+
+
+def test_the_system_is_told_of_each_read_that_waits_once_and_before_its_turn() -> None:
+    log: list[tuple[str, int]] = []
+    begun, go = threading.Event(), threading.Event()
+
+    def execute(read: Read) -> None:
+        if read.layer == 0:
+            begun.set()
+            assert go.wait(60)
+        log.append(("read", read.layer))
+
+    queue = ReadQueue(execute, depth=1, advise=lambda read: log.append(("told", read.layer)))
+    queue.submit(Read(0, (0,), ()))
+    assert begun.wait(60)
+    for layer in (1, 2):
+        queue.submit(Read(layer, (0,), ()))
+    queue.submit(Read(3, (0,), (), is_hint=True))
+    go.set()
+    for _ in range(4):
+        queue.next_done()
+    queue.close()
+    assert log == [("read", 0), ("told", 2), ("read", 1), ("told", 3), ("read", 2), ("read", 3)]

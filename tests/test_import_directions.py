@@ -37,6 +37,7 @@ HOMES = {
     "llguidance": "runtime/constrain.py",
     "prometheus_client": "runtime/metrics.py",
     "fastapi": "runtime/server.py",
+    "lm_eval": "runtime/harness.py",
 }
 CONSOLE, CONSOLE_FILE = "moepack.layout.console", "layout/console.py"
 MAX_LINES = 600

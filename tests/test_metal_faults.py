@@ -64,6 +64,25 @@ def embed_launch() -> tuple[Launch, torch.Tensor]:
     return launches.embed(base, form, matrix, torch.tensor([3], dtype=torch.int32), out), out
 
 
+def attention_launch() -> tuple[Launch, torch.Tensor]:
+    chance = torch.Generator().manual_seed(5)
+    q, caches = torch.randn(8, 64, generator=chance), torch.randn(2, 1, 90, 64, generator=chance)
+    position, stats, partial = torch.tensor([89], dtype=torch.int32), torch.zeros(8, 1, 2), torch.zeros(8, 1, 64)
+    return launches.attention_split(q, *caches, position, partial, stats), partial
+
+
+def scan_launch() -> tuple[Launch, torch.Tensor]:
+    chance = torch.Generator().manual_seed(6)
+    q, k, v = (torch.randn(40, 1, 64, generator=chance) for _ in range(3))
+    gates, out = torch.rand(2, 40, 1, generator=chance), torch.zeros(40, 1, 64)
+    return launches.delta_scan(q, k, v, -gates[0], gates[1], torch.ones(1, 64, 64), out), out
+
+
+def argmax_launch() -> tuple[Launch, torch.Tensor]:
+    parts = torch.zeros(2, 1, 1, dtype=torch.int32)
+    return launches.argmax_parts(torch.arange(4000.0)[None], *parts), parts
+
+
 Make = Callable[[], tuple[Launch, torch.Tensor]]
 
 
@@ -75,6 +94,8 @@ Make = Callable[[], tuple[Launch, torch.Tensor]]
         (delta_launch, ("delta_step", BARRIER, ";", 1)),  # before the state meets the key
         (delta_launch, ("delta_step", BARRIER, ";", 2)),  # before the parts of what is recalled are added
         (experts_launch, ("experts", BARRIER, ";")),
+        (attention_launch, ("attention_step", BARRIER, ";", 1)),  # before the teams' largest scores meet
+        (attention_launch, ("attention_step", BARRIER, ";", 2)),  # before their sums do
     ],
 )
 def test_a_missing_barrier_changes_the_numbers(make: Make, fault: tuple, order: int) -> None:
@@ -138,12 +159,19 @@ def test_threadgroup_memory_starts_as_nan() -> None:
             "heap-buffer-overflow",
         ),
         (norm_launch, "address", ("norms", "partial[32];", "partial[6];"), "heap-buffer-overflow"),
+        # The bound of a context, of a prompt.
+        (attention_launch, "address", ("attention_step", "min(s + p, end - 1)", "(s + p)"), "heap-buffer-overflow"),
+        (scan_launch, "address", ("delta_scan", "token < tokens && d < keys", "d < keys"), "heap-buffer-overflow"),
         # Barriers that order nothing, whatever the numbers say.
         (norm_launch, "thread", ("norms", BARRIER, ";"), "data race"),
         (norm_launch, "thread", ("norms", BARRIER, "threadgroup_barrier(mem_flags::mem_none);"), "data race"),
         (delta_launch, "thread", ("delta_step", BARRIER, ";", 1), "data race"),
         (delta_launch, "thread", ("delta_step", BARRIER, ";", 3), "data race"),
         (experts_launch, "thread", ("experts", BARRIER, ";"), "data race"),
+        (attention_launch, "thread", ("attention_step", BARRIER, ";", 3), "data race"),  # the sums of the next head
+        (scan_launch, "thread", ("delta_scan", BARRIER, ";", 0), "data race"),  # the next tokens replace the last
+        (scan_launch, "thread", ("delta_scan", BARRIER, ";", 1), "data race"),  # they are read
+        (argmax_launch, "thread", ("argmax", BARRIER, ";"), "data race"),
         # Two threadgroups that write the same place.
         (
             norm_launch,

@@ -29,18 +29,18 @@ RUNNER = default_runner()
 CALLS = [launches] if CHOSEN == "metal" else [launches, byte_launches]  # metal/'s kernels, and NVIDIA's own
 
 
-@pytest.fixture(params=CALLS, ids=lambda calls: calls.__name__.rpartition(".")[2])
-def calls(request: pytest.FixtureRequest) -> Any:
+@pytest.fixture(params=CALLS, ids=lambda chosen_launches: chosen_launches.__name__.rpartition(".")[2])
+def chosen_launches(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
 def run_linears(
-    executor: Runner, calls: Any, x: torch.Tensor, matrices: list[Matrix], **options: torch.Tensor
+    executor: Runner, chosen_launches: Any, x: torch.Tensor, matrices: list[Matrix], **options: torch.Tensor
 ) -> torch.Tensor:
     base, matrices = lay_out(matrices)
     out = torch.full((len(x), sum(matrix.out_features for matrix in matrices)), 0.5)
-    forms = bytes_tensor(calls.matrix_forms(matrices, base))
-    executor.run(calls.linears(base, forms, matrices, x, out, eps=1e-6, **options))
+    forms = bytes_tensor(chosen_launches.matrix_forms(matrices, base))
+    executor.run(chosen_launches.linears(base, forms, matrices, x, out, eps=1e-6, **options))
     return out
 
 
@@ -49,53 +49,57 @@ def plain(rows: int, columns: int, dtype: torch.dtype) -> Matrix:
 
 
 @pytest.mark.parametrize(("bits", "group_size"), SCHEMES)
-def test_linears_on_quantized_weights(calls: Any, bits: int, group_size: int) -> None:
+def test_linears_on_quantized_weights(chosen_launches: Any, bits: int, group_size: int) -> None:
     """Row lengths that take 4 to 32 lanes, no whole number of steps, two parts of inputs; memory ends with a row."""
     for rows, columns in ((75, 128), (1, 384), (33, 640), (70, 1024 + 128), (3, 4096 + 128)):
         matrix = quantized(rows, columns, bits, group_size)
         for tokens in (1, 3):
             x = random_input(tokens, columns)
-            check_linear(run_linears(RUNNER, calls, x, [matrix]), x, matrix, PRODUCT)
+            check_linear(run_linears(RUNNER, chosen_launches, x, [matrix]), x, matrix, PRODUCT)
 
 
 @pytest.mark.parametrize("dtype", PLAIN)
-def test_linears_on_plain_weights(calls: Any, dtype: torch.dtype) -> None:
+def test_linears_on_plain_weights(chosen_launches: Any, dtype: torch.dtype) -> None:
     for rows, columns in ((75, 131), (3, 16), (34, 544), (1, 1), (5, 20)):
         matrix = plain(rows, columns, dtype)
         for tokens in (1, 2):
             x = random_input(tokens, columns)
-            check_linear(run_linears(RUNNER, calls, x, [matrix]), x, matrix, PRODUCT)
+            check_linear(run_linears(RUNNER, chosen_launches, x, [matrix]), x, matrix, PRODUCT)
 
 
-def test_linears_of_several_matrices(executor: Runner, calls: Any) -> None:
+def test_linears_of_several_matrices(executor: Runner, chosen_launches: Any) -> None:
     """Side by side in one result, whatever their storages and sizes."""
     matrices = [quantized(70, 256, 4, 64), plain(3, 256, torch.bfloat16), quantized(1, 256, 8, 32)]
     matrices.append(quantized(129, 256, 2, 128))
     x = random_input(2, 256)
-    parts = run_linears(executor, calls, x, matrices).split([matrix.out_features for matrix in matrices], dim=1)
+    parts = run_linears(executor, chosen_launches, x, matrices).split(
+        [matrix.out_features for matrix in matrices], dim=1
+    )
     for part, matrix in zip(parts, matrices):
         check_linear(part, x, matrix, PRODUCT)
 
 
-def test_linears_of_a_norm(executor: Runner, calls: Any) -> None:
+def test_linears_of_a_norm(executor: Runner, chosen_launches: Any) -> None:
     """The norm and the product in one dispatch, and the normed input kept beside."""
     matrices, x = [quantized(40, 320, 4, 64), plain(5, 320, torch.float32)], 3 * random_input(2, 320)
     norm, normed = random_input(1, 320)[0], torch.zeros(2, 320)
     expected = reference.rms_norm(x, norm, 1e-6)
-    out = run_linears(executor, calls, x, matrices, norm=norm, normed=normed)
+    out = run_linears(executor, chosen_launches, x, matrices, norm=norm, normed=normed)
     torch.testing.assert_close(gather(normed, 320), expected, rtol=2e-6, atol=2e-6)
     for part, matrix in zip(out.split([40, 5], dim=1), matrices):
         check_linear(part, expected, matrix, PRODUCT)
 
 
-def test_linears_add_to_what_is_there(executor: Runner, calls: Any) -> None:
+def test_linears_add_to_what_is_there(executor: Runner, chosen_launches: Any) -> None:
     matrix, x = quantized(40, 320, 8, 32), random_input(2, 320)
-    check_linear(run_linears(executor, calls, x, [matrix], accumulate=True) - 0.5, x, matrix, PRODUCT)
+    check_linear(run_linears(executor, chosen_launches, x, [matrix], accumulate=True) - 0.5, x, matrix, PRODUCT)
 
 
 @pytest.mark.skipif(CHOSEN == "metal", reason="needs an NVIDIA GPU or the CPU executor")
 @pytest.mark.parametrize("bits", [3, 8])
-def test_a_threadgroup_of_bytes_takes_several_tiles(executor: Runner, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_threadgroup_of_bytes_takes_several_tiles(
+    executor: Runner, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a large GPU has them: the last one of a matrix reaches beyond its rows, or is wholly outside."""
     monkeypatch.setattr(byte_launches, "GROUPS", 2)
     for wanted, columns in ((1, 640), (20, 1024 + 64)):
@@ -124,9 +128,9 @@ def test_linears_by_bytes_pass_on_what_is_not_a_number() -> None:
         assert not run_linears(RUNNER, byte_launches, x, [matrix]).isfinite().any()
 
 
-def test_linears_read_the_front_of_longer_rows(calls: Any) -> None:
+def test_linears_read_the_front_of_longer_rows(chosen_launches: Any) -> None:
     matrix, wide = quantized(9, 64, 4, 32), random_input(3, 80)
-    check_linear(run_linears(RUNNER, calls, wide, [matrix]), wide[:, :64], matrix, PRODUCT)
+    check_linear(run_linears(RUNNER, chosen_launches, wide, [matrix]), wide[:, :64], matrix, PRODUCT)
 
 
 @pytest.mark.parametrize(("bits", "group_size"), SCHEMES)

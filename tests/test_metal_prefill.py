@@ -84,7 +84,7 @@ def test_experts_of_a_prompt(executor: Runner) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "key_heads", "heads", "key_width", "value_width"),
-    [(40, 2, 4, 64, 20), (5, 1, 3, 37, 33), (1, 1, 1, 128, 16), (3, 1, 1, 256, 1)],
+    [(40, 2, 4, 64, 20), (5, 1, 3, 37, 33), (1, 1, 1, 128, 16), (3, 1, 1, 256, 1), (19, 1, 2, 200, 5)],
 )
 def test_delta_scan(
     executor: Runner, tokens: int, key_heads: int, heads: int, key_width: int, value_width: int
@@ -106,7 +106,8 @@ def test_delta_scan(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "context", "heads", "kv_heads", "width"), [(19, 30, 4, 2, 64), (5, 5, 2, 1, 37), (1, 40, 2, 2, 256)]
+    ("tokens", "context", "heads", "kv_heads", "width"),
+    [(19, 30, 4, 2, 64), (5, 5, 2, 1, 37), (1, 40, 2, 2, 256), (22, 22, 6, 2, 128)],
 )
 def test_attention_tiles(executor: Runner, tokens: int, context: int, heads: int, kv_heads: int, width: int) -> None:
     """The caches are longer than the context; beyond it lie NaN."""

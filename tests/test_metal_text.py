@@ -106,16 +106,27 @@ def test_geometry_is_that_of_the_text() -> None:
     assert values["experts", "MAX_CHUNKS"] == launches.MAX_CHUNKS
     assert values["experts", "MAX_ROWS"] == launches.MAX_ROWS
     assert values["causal_conv", "MAX_TAPS"] == launches.MAX_TAPS
-    assert values["delta_step", "ROWS_EACH"] == launches.DELTA_ROWS
+    assert values["delta_step", "ROWS"] == launches.DELTA_ROWS
+    assert values["delta_step", "SIMDGROUPS"] * launches.LANES == launches.DELTA_THREADS
     assert values["delta_step", "MAX_WIDTH"] == values["rope_cache", "MAX_WIDTH"] == launches.MAX_WIDTH
     assert values["attention_step", "EACH"] * 32 == launches.MAX_WIDTH
-    assert values["choose_experts", "EACH"] * 32 == launches.MAX_EXPERTS
+    assert values["attention_step", "SPLIT_POSITIONS"] == launches.SPLIT_POSITIONS
+    assert values["attention_step", "MAX_SPLITS"] == launches.MAX_SPLITS
+    assert values["attention_step", "SIMDGROUPS"] == launches.SPLIT_SIMDGROUPS
+    assert values["attention_step", "COMBINING"] == launches.COMBINING
+    assert values["choose_experts", "MAX_EACH"] * 32 == launches.MAX_EXPERTS
+    assert launches.MAX_CHOSEN + 1 == launches.LANES == launches.MAX_PLACES
+    assert values["argmax", "PART"] == launches.ARGMAX_PART == values["argmax", "EACH"] * launches.ARGMAX_THREADS
+    assert values["argmax", "SIMDGROUPS"] * launches.LANES == launches.ARGMAX_THREADS
     assert values["matmul", "TILE"] == launches.TILE
     assert values["matmul", "TILE_THREADS"] == launches.TILE_THREADS
     assert values["matmul", "STRIDE"] * values["matmul", "TILE"] == values["matmul", "TILE_FLOATS"]
     assert values["delta_scan", "COLUMNS"] == launches.SCAN_COLUMNS
-    assert values["attention_tiles", "QUERIES"] == launches.QUERIES
-    assert values["delta_scan", "SIMDGROUPS"] == values["attention_tiles", "SIMDGROUPS"] == launches.SIMDGROUPS
+    assert values["attention_tiles", "QUERIES"] == values["attention_step", "QUERIES"] == launches.QUERIES
+    assert values["delta_scan", "SIMDGROUPS"] == launches.SCAN_SIMDGROUPS
+    assert values["delta_scan", "MAX_ROWS"] * 8 == launches.MAX_WIDTH
+    assert values["causal_conv", "TOKENS"] == launches.CONV_TOKENS
+    assert values["attention_tiles", "SIMDGROUPS"] == launches.TILES_SIMDGROUPS
     storages = {values["linears", name] for name in ("BF16", "F16", "F32")}
     assert storages == set(launches.PLAIN_STORAGES.values())
 
@@ -198,6 +209,14 @@ def test_launches_refuse_what_a_kernel_cannot_hold() -> None:
         launches.attention_split(head(264)[0], head(264), head(264), torch.zeros(1), head(264), torch.zeros(1, 1, 2))
     with pytest.raises(ValueError, match="at most 1024 experts"):
         launches.choose_experts(torch.zeros(1, 1026), *[torch.zeros(1, 2)] * 4)
+    with pytest.raises(ValueError, match="at most 31 experts"):
+        launches.choose_experts(torch.zeros(1, 65), torch.zeros(1, 32), *[torch.zeros(1, 2)] * 3)
+    with pytest.raises(ValueError, match="at most 32 heads share"):
+        launches.attention_split(
+            head(8)[0].expand(33, 8), head(8), head(8), torch.zeros(1), *[torch.zeros(33, 1, 8)] * 2
+        )
+    with pytest.raises(ValueError, match="at most 256 parts"):
+        launches.attention_combine(torch.zeros(1, 257, 8), torch.zeros(1, 257, 2), head(8), *[torch.zeros(8)] * 3)
     with pytest.raises(ValueError, match="at most 32 experts"):
         launches.experts_down(
             [torch.zeros(1)] * 3, torch.zeros(1), torch.zeros(33 * 4), head(32)[0], torch.zeros(33), head(32)[0]

@@ -47,7 +47,7 @@ def test_gated_rms_norm_with_gates_inside_longer_rows(executor: Runner, tokens: 
     close(out, reference.gated_rms_norm(x.double(), gates.double(), weight.double(), EPS), SUMS)
 
 
-@pytest.mark.parametrize(("tokens", "channels", "taps"), [(1, 300, 4), (7, 513, 4), (2, 5, 2), (3, 40, 8)])
+@pytest.mark.parametrize(("tokens", "channels", "taps"), [(1, 300, 4), (7, 513, 4), (2, 5, 2), (3, 40, 8), (39, 33, 4)])
 def test_causal_conv(executor: Runner, tokens: int, channels: int, taps: int) -> None:
     x, weight = torch.randn(tokens, channels + 3), torch.randn(channels, taps)
     state, out = torch.randn(taps - 1, channels), torch.zeros(tokens, channels)
@@ -140,12 +140,22 @@ def test_choose_experts_without_places() -> None:
 def test_ids_are_experts_whatever_the_logits(fill: float) -> None:
     """An id out of range would be read through."""
     ids, _ = choose(torch.full((1, 38), fill), 5)
-    assert ((ids >= 0) & (ids < 37)).all()
+    assert ids.tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_choose_experts_takes_numbers_before_nan() -> None:
+    logits = torch.full((1, 301), torch.nan)
+    logits[0, [250, 40, 7]] = torch.tensor([-torch.inf, -0.0, 0.0])
+    ids, _ = choose(logits, 5)
+    assert ids.tolist() == [[7, 40, 250, 0, 1]]
 
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width", "context", "splits"),
-    [(4, 2, 256, 70, 3), (16, 1, 64, 1, 4), (6, 2, 37, 33, 1), (4, 2, 64, 5, 8), (32, 1, 16, 40, 5)],
+    [
+        *[(4, 2, 256, 70, 3), (16, 1, 64, 1, 4), (6, 2, 37, 33, 1), (4, 2, 64, 5, 8), (32, 1, 16, 40, 5)],
+        *[(3, 1, 256, 300, 2), (12, 2, 128, 171, 1), (5, 1, 20, 97, 3)],
+    ],
 )
 def test_attention_step(executor: Runner, heads: int, kv_heads: int, width: int, context: int, splits: int) -> None:
     """Beyond the context lie NaN, which nothing may read; some splits may be empty."""
@@ -155,22 +165,51 @@ def test_attention_step(executor: Runner, heads: int, kv_heads: int, width: int,
     partial, stats, out = torch.zeros(heads, splits, width), torch.zeros(heads, splits, 2), torch.zeros(heads, width)
     position = torch.tensor([context - 1], dtype=torch.int32)
     executor.run(launches.attention_split(q, keys, values, position, partial, stats))
-    executor.run(launches.attention_combine(partial, stats, keys, projected, out))
+    executor.run(launches.attention_combine(partial, stats, keys, position, projected, out))
     seen_keys, seen_values = keys[:, :context].double(), values[:, :context].double()
     expected = reference.attention(q[None].double(), seen_keys, seen_values)[0]
     close(out, reference.gated(expected, projected[:, width:].double()), SUMS)
 
 
-@pytest.mark.parametrize("width", [1, 37, 1024, 2500])
+def test_attention_does_not_depend_on_the_length_of_the_cache() -> None:
+    """To the last bit: a context planned longer has more splits, of which more stay empty."""
+    heads, width, context = 4, 64, 100
+    q, gate = torch.randn(heads, width), torch.randn(heads, 2 * width)
+    row, results = torch.randn(2, 1, context, width), []
+    position = torch.tensor([context - 1], dtype=torch.int32)
+    for max_positions in (context, 1000, 9000):
+        keys, values = torch.nn.functional.pad(row, (0, 0, 0, max_positions - context), value=torch.nan)
+        splits = launches.count_splits(max_positions)
+        partial, stats = (torch.zeros(heads, splits, numbers) for numbers in (width, 2))
+        out = torch.zeros(heads, width)
+        RUNNER.run(launches.attention_split(q, keys, values, position, partial, stats))
+        RUNNER.run(launches.attention_combine(partial, stats, keys, position, gate, out))
+        results.append(out)
+    assert splits == launches.MAX_SPLITS
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("width", [1, 37, 2500, 9001])
 def test_argmax(executor: Runner, width: int) -> None:
-    """The lowest of equal ones, also where one thread or two hold them; NaN is seen."""
+    """The lowest of equal ones, also where one thread, two or two threadgroups hold them; NaN is seen."""
     logits = torch.randn(4, width).round(decimals=1)
     logits[1, [width // 2, width - 1]] = 9.0
     logits[2] = -torch.inf
     logits[3, width // 3] = torch.nan
     ids, largest = torch.full((4,), -1, dtype=torch.int32), torch.zeros(4)
-    executor.run(launches.argmax(logits, ids, largest))
+    parts = torch.full((2, 4, launches.count_parts(width)), -1, dtype=torch.int32)
+    executor.run(launches.argmax_parts(logits, *parts))
+    executor.run(launches.argmax(*parts, ids, largest, width))
     expected = [int((row == row.max()).nonzero()[0]) for row in logits[:3]]
     assert ids.tolist() == [*expected, width // 3]
     assert torch.equal(largest[:3], logits[:3].max(dim=1).values)
     assert largest[3].isnan()
+
+
+def test_argmax_takes_both_zeros_for_one() -> None:
+    logits = torch.tensor([[-1.0, -0.0, 0.0, -torch.inf]])
+    parts, ids, largest = torch.zeros(2, 1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), torch.ones(1)
+    RUNNER.run(launches.argmax_parts(logits, *parts))
+    RUNNER.run(launches.argmax(*parts, ids, largest, 4))
+    assert (ids.tolist(), largest.tolist()) == ([1], [0.0])

@@ -18,10 +18,11 @@ from moepack.layout.errors import UsageError
 from moepack.layout.machine import ReadSettings, known_machine, load_settings, save_settings, settings_path
 from moepack.layout.plan import Arithmetic, Disk, ModelSizes, predict, uniform_hit_rate
 from moepack.layout.reader import Pack
+from moepack.layout.storage import DataFile
 from moepack.runtime import Engine
 from moepack.runtime.engine import read_architecture
 from moepack.runtime.forecast import Candidate, Row, recommend
-from moepack.runtime.machine_costs import choose_reads, measure_start, measure_while_busy
+from moepack.runtime.machine_costs import Advice, choose_reads, compare_advice, measure_start, measure_while_busy
 from moepack.runtime.rehearsal import pack_schemes, rehearse
 from moepack.runtime.resident import ResidentWeights
 
@@ -146,6 +147,39 @@ def test_blocks_are_read_as_the_pack_has_them(tiny_pack: Path) -> None:
                 assert found.gb_s > 0
 
 
+def test_advice_is_compared_by_blocks_that_are_read_once(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system listens: on Linux to reads through its cache. It then knows of all blocks but the first."""
+    told: list[tuple[int, int]] = []
+    read: list[int] = []
+    read_into = DataFile.read_into
+    monkeypatch.setattr(DataFile, "advise", lambda file, offset, size: told.append((offset, size)))
+    monkeypatch.setattr(DataFile, "read_into", lambda f, b, offset: (read.append(offset), read_into(f, b, offset)))
+    with Pack.open(tiny_pack) as pack:
+        blocks = list_blocks(pack)[:24]
+        assert measure_reads(blocks, "buffered", 1, False, 60, advises=False)
+        assert (len(read), told) == (24, [])
+        assert measure_reads(blocks, "buffered", 1, False, 60, advises=True)
+    assert len(read) == 48
+    assert [offset for offset, _ in told] == read[25:]
+    assert {size for _, size in told} == {size for _, _, size in blocks}
+
+
+def test_advice_is_followed_where_it_pays_in_every_round(tiny_pack: Path) -> None:
+    assert Advice((2.0, 2.1, 2.0), (2.2, 2.2, 2.3)).pays
+    assert not Advice((2.0, 2.1, 2.0), (2.2, 2.0, 2.3)).pays
+    assert not Advice((2.0, 2.0, 2.0), (2.05, 2.05, 2.05)).pays, "no more than noise"
+    assert str(Advice((2.0,), (1.5,))) == "told of the next block the system brings 1.50 GB/s, else 2.00: not used"
+    worked: list[int] = []
+    with Pack.open(tiny_pack) as pack:
+        blocks = list_blocks(pack)
+        found = compare_advice(blocks, ReadSettings(False, 2, True), 0.02, lambda: worked.append(1))
+        assert found is not None
+        assert min(found.told + found.without) > 0
+        assert worked
+        if not DataFile(blocks[0][0], direct=True).takes_advice:
+            assert compare_advice(blocks, ReadSettings(True, 2, True), 0.02, lambda: None) is None
+
+
 def test_a_stand_in_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moepack.layout.disk_speed.STAND_IN_BYTES", 10 * 16384)
     with stand_in_file(tmp_path, 16384) as blocks:
@@ -211,6 +245,12 @@ def test_the_command_plans_for_a_pack_and_moe_run_follows(tiny_copy: Path) -> No
         assert described["expert reads"].startswith("buffered, 3 at a time")
         assert described["read settings"] == f"of {settings_path(tiny_copy)}"
         assert engine.settings_note is None
+    save_settings(tiny_copy, ReadSettings(direct=False, queue_depth=3, prefetch=True, advise=True), {})
+    with Engine.open(tiny_copy, memory="2GiB") as engine:
+        assert engine.describe()["expert reads"].startswith("buffered, 3 at a time, the system told of the next")
+    path = settings_path(tiny_copy)
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "advise"}))
+    assert load_settings(tiny_copy)[0] == ReadSettings(False, 3, True), "of a version that did not know of advice"
     assert moe_inspect("verify", tiny_copy).returncode == 0, "the pack itself holds only its own files"
 
 
@@ -222,6 +262,7 @@ def test_the_command_plans_for_a_pack_and_moe_run_follows(tiny_copy: Path) -> No
         ({"queue_depth": 0}, "values out of range"),
         ({"queue_depth": True}, "values out of range"),
         ({"direct": None}, "values out of range"),
+        ({"advise": 1}, "values out of range"),
     ],
 )
 def test_settings_that_do_not_fit_are_not_used(tiny_copy: Path, change: dict, why: str) -> None:

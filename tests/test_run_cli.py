@@ -210,19 +210,43 @@ def test_eval_prints_the_measures(
     assert facts["tool_calls"]["n"] == 3
 
 
+def test_eval_prints_recall_by_length_and_depth(
+    moe_run_here: Callable[..., Result], demo_pack: Callable[[int], Path]
+) -> None:
+    options = ("eval", demo_pack(4), "--recall", 1, "--lengths", "64,96", "--seed", 5)
+    facts = json.loads(moe_run_here(*options, "--json").stdout)["recall"]
+    assert (facts["seed"], facts["prompts_per_length"], len(facts["copy"]["by_depth"])) == (5, 1, 5)
+    shown = moe_run_here(*options).stdout
+    needle = facts["needle"]["by_length"][1]
+    low, high = needle["intervals"]["correct"]
+    assert re.search(rf"recall: needle: 96 tokens: correct +{needle['correct']:.4f} +{low:.4f} to {high:.4f}\n", shown)
+    assert re.search(r"recall: copy: depth 90%: correct +\d", shown)
+
+
 def test_eval_refuses_what_it_cannot_do(
     moe_run_here: Callable[..., Result], demo_pack: Callable[[int], Path], tiny_pack: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "text.txt").write_text("one two three")
     (tmp_path / "tools.jsonl").write_text("{}\n")
     for arguments, text in (
-        ([], "expected --text FILE or --tools FILE, found neither"),
+        ([], "expected --text FILE, --tools FILE or --recall N, found none of them"),
+        (["--tools", tmp_path / "tools.jsonl", "--seed", 1], "--lengths and --seed are of --recall N"),
+        (["--recall", 1, "--lengths", "4096"], "--lengths 4096: expected 64 to 2048 tokens"),
+        (["--recall", 1, "--reference", tiny_pack], "a pack of the same model is needed"),
         (["--tools", tmp_path / "tools.jsonl"], "line 1: expected an object with messages, tools, expected_calls"),
         (["--text", tmp_path / "text.txt", "--reference", tiny_pack], "a pack of the same model is needed"),
     ):
         run = moe_run_here("eval", demo_pack(4), *arguments)
         assert run.returncode == 2
         assert text in run.stderr
+
+
+def test_the_harness_is_an_extra(moe_run_here: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "moepack.runtime.harness", raising=False)
+    refused = moe_run_here("lm-eval", "run", "--model", "moepack", "--help")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == "error: lm_eval is not installed: pip install 'moepack[lm-eval]'\n"
 
 
 def test_version_and_help_are_quick_and_complete() -> None:

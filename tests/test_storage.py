@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moepack.layout import storage
 from moepack.layout.pages import HUGE_PAGE_BYTES, Pages
 from moepack.layout.storage import DIRECT_ALIGNMENT, DataFile
 
@@ -178,3 +180,54 @@ def test_memory_without_huge_pages_is_memory_all_the_same(monkeypatch: pytest.Mo
     pages.buffer[:3] = b"abc"
     assert isinstance(pages.lock(), bool)
     assert pages.is_locked == pages.lock()
+
+
+class Radvisory(ctypes.Structure):
+    """As macOS documents it in fcntl(2)."""
+
+    _fields_ = [("ra_offset", ctypes.c_int64), ("ra_count", ctypes.c_int)]
+
+
+def test_macos_is_told_in_its_own_structure(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, bytes]] = []
+    file = DataFile(path)
+    monkeypatch.setattr(storage.sys, "platform", "darwin")
+    monkeypatch.setattr(storage.fcntl, "fcntl", lambda descriptor, command, argument: told.append((command, argument)))
+    assert file.takes_advice
+    file.advise(5 * 2**33 + 16384, 7077888)
+    ((command, raw),) = told
+    assert command == 44
+    assert len(raw) == ctypes.sizeof(Radvisory)
+    found = Radvisory.from_buffer_copy(raw)
+    assert (found.ra_offset, found.ra_count) == (5 * 2**33 + 16384, 7077888)
+
+
+def refuse(*arguments: object) -> None:
+    raise OSError(errno.ENOTSUP, "no")
+
+
+def test_advice_that_is_refused_is_no_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = DataFile(path)
+    monkeypatch.setattr(storage.sys, "platform", "darwin")
+    monkeypatch.setattr(storage.fcntl, "fcntl", refuse)
+    file.advise(0, SIZE)
+
+
+@needs_direct
+def test_linux_is_told_of_reads_through_its_cache_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, ...]] = []
+    buffered, direct = DataFile(path), DataFile(path, direct=True)
+    monkeypatch.setattr(storage.os, "posix_fadvise", lambda *arguments: told.append(arguments))
+    for file in (buffered, direct):
+        file.advise(4096, 8192)
+    assert told == [(buffered.fileno(), 4096, 8192, os.POSIX_FADV_WILLNEED)]
+    assert buffered.takes_advice
+    assert not direct.takes_advice
+
+
+@pytest.mark.parametrize("part", [(0, 0), (4096, 8192), (4096, 0), (4096, 2**40)])
+def test_what_macos_is_asked_to_forget_stays_in_the_file(path: Path, data: bytes, part: tuple[int, int]) -> None:
+    """The calls are those of any Unix; whether they empty the cache only a Mac can tell. A refusal is no error."""
+    file = DataFile(path)
+    storage.invalidate(file.fileno(), *part)
+    assert path.read_bytes() == data

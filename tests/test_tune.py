@@ -25,9 +25,11 @@ from moepack.layout.errors import CalibrationError, MemoryBudgetError, UsageErro
 from moepack.layout.manifest import Manifest
 from moepack.layout.reader import Pack
 from moepack.runtime import tune
-from moepack.runtime.calibrate import SAMPLED_SUFFIX, calibrate, sample_windows
+from moepack.runtime.calibrate import ANSWERED_SUFFIX, SAMPLED_SUFFIX, answer_windows, calibrate, sample_windows
 from moepack.runtime.cli import main
 from moepack.runtime.engine import Engine
+from moepack.runtime.evaluate import ToolPrompt, answer_prompt, render_prompt
+from moepack.runtime.learner import Learner
 from moepack.runtime.tune import KEPT_APART, Tuning, TuningPlan, check_memory
 from tiny_checkpoint import TinyModel, write_checkpoint
 
@@ -84,20 +86,47 @@ def assert_same_gradients(
         torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
+def each_window(
+    count: int, run: Callable[..., torch.Tensor], dimensions: tuple[int, ...]
+) -> Callable[..., torch.Tensor]:
+    """A function of one window, of several of equal length; the windows follow each other in these dimensions."""
+
+    def run_each(*inputs: torch.Tensor) -> torch.Tensor:
+        parts = (x.chunk(count, dim=dimension) for x, dimension in zip(inputs, dimensions, strict=True))
+        return torch.cat([run(*window) for window in zip(*parts)])
+
+    return run_each
+
+
+@pytest.mark.parametrize("windows", [1, 3])
 @pytest.mark.parametrize("tokens", [2, 64, 150])
-def test_the_delta_rule_and_its_gradient(tokens: int) -> None:
+def test_the_delta_rule_and_its_gradient(tokens: int, windows: int) -> None:
     def run(ops: Any) -> Callable[..., torch.Tensor]:
         return lambda q, k, v, decay, beta: ops.gated_delta(
             q, k, v, -decay.square(), beta.sigmoid(), torch.zeros(4, 8, 16)
         )
 
-    inputs = leaves((tokens, 2, 8), (tokens, 2, 8), (tokens, 4, 16), (tokens, 4), (tokens, 4))
-    assert_same_gradients(run(DifferentiableOps()), run(reference), inputs)
+    rows = windows * tokens
+    inputs = leaves((rows, 2, 8), (rows, 2, 8), (rows, 4, 16), (rows, 4), (rows, 4))
+    one_by_one = each_window(windows, run(reference), (0,) * 5)
+    assert_same_gradients(run(DifferentiableOps(windows=windows)), one_by_one, inputs)
 
 
-def test_attention_and_its_gradient() -> None:
-    inputs = leaves((70, 4, 16), (2, 70, 16), (2, 70, 16))
-    assert_same_gradients(DifferentiableOps().attention, reference.attention, inputs)
+def test_attention_rope_and_convolution_and_their_gradients() -> None:
+    ops = DifferentiableOps(windows=2)
+    inputs = leaves((140, 4, 16), (2, 140, 16), (2, 140, 16))
+    assert_same_gradients(ops.attention, each_window(2, reference.attention, (0, 1, 1)), inputs)
+
+    def turn(ops: Any) -> Callable[..., torch.Tensor]:
+        return lambda x: ops.rope(x, 0, 1e4, 8)
+
+    assert_same_gradients(turn(ops), each_window(2, turn(reference), (0,)), inputs[:1])
+    x, weight = leaves((140, 12), (12, 4))
+
+    def convolve(ops: Any) -> Callable[..., torch.Tensor]:
+        return lambda x: ops.causal_conv(x, weight, torch.zeros(3, 12))
+
+    assert_same_gradients(convolve(ops), each_window(2, convolve(reference), (0,)), [x])
 
 
 def test_chosen_experts_and_their_gradient() -> None:
@@ -123,10 +152,16 @@ def test_chosen_experts_and_their_gradient() -> None:
 
 def test_the_rounded_model_is_the_one_that_runs(engine: Engine, start: Path, tmp_path: Path) -> None:
     with Pack.open(start) as pack, Engine.open(start, exact=True, threads=1) as rounded:
-        learner = Tuning(engine, pack, WINDOWS, tmp_path / "out", PLAN)
-        expected = rounded.logits(WINDOWS[0])
-        found = learner.hidden(WINDOWS[0], is_final=True) @ learner.head.T
-        torch.testing.assert_close(found.detach(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+        learner = Learner(engine, pack, torch.device("cpu"))
+        for windows in (WINDOWS[:2], [WINDOWS[2][:5]]):  # two at once, which do not see each other; a short one
+            token_ids = torch.tensor(windows)
+            for states, one in (
+                (learner.hidden(token_ids, is_final=True).detach(), rounded),
+                (learner.target(token_ids), engine),
+            ):
+                expected = torch.cat([one.logits(window) for window in windows])
+                found = states @ learner.head.T
+                torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
 def test_the_answers_come_nearer(engine: Engine, tuned: tuple[Path, float, float]) -> None:
@@ -184,6 +219,17 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_what_is_no_better_is_not_written(source: Path, engine: Engine, start: Path, tmp_path: Path) -> None:
+    out, pack = tmp_path / "file", tmp_path / "pack"
+    with Pack.open(start) as opened, patch.object(tune, "LEVEL_RATE", 1.0):  # breaks every integer
+        before, after = Tuning(engine, opened, WINDOWS, out, TuningPlan(steps=3)).run()
+    assert after > before
+    assert Calibration.open(out).facts["tuned"]["kl"] == [before, after]
+    assert run_convert(source, pack, "--resident-bits", 16, "--calibration", out).code == 0
+    for one, other in zip(Manifest.read(pack).expert_files, Manifest.read(start).expert_files):
+        assert one.sha256 == other.sha256
+
+
 def test_mixed_bits_are_tuned_as_they_are(source: Path, engine: Engine, tmp_path: Path) -> None:
     known, start, out = (tmp_path / name for name in ("known", "start", "tuned"))
     calibrate(engine, WINDOWS, known, full=True)
@@ -236,9 +282,9 @@ def test_what_cannot_be_tuned(engine: Engine, start: Path, tmp_path: Path) -> No
             Tuning(engine, opened, windows, tmp_path / "out", PLAN)
     weights = 3 * 2 * 5 * engine.architecture.hidden_size * engine.architecture.moe_intermediate_size
     with Pack.open(start) as opened:
-        assert check_memory(opened, 2**30) > 24 * weights
+        assert check_memory(opened, 2**30, 512) > 24 * weights
         with pytest.raises(MemoryBudgetError, match="tune a smaller model"):
-            check_memory(opened, 24 * weights)
+            check_memory(opened, 24 * weights, 512)
 
 
 def test_text_of_its_own_is_kept_beside_the_pack(engine: Engine) -> None:
@@ -254,8 +300,25 @@ def test_text_of_its_own_is_kept_beside_the_pack(engine: Engine) -> None:
     assert sample_windows(engine, 100, 40) == windows
 
 
+def test_answers_of_its_own_are_kept_beside_the_pack(engine: Engine) -> None:
+    path = engine.pack.directory.with_name(engine.pack.directory.name + ANSWERED_SUFFIX)
+    prompts = [ToolPrompt([{"role": "user", "content": text}], [], []) for text in ("of the fox", "and")]
+    windows = answer_windows(engine, prompts)
+    for prompt, window in zip(prompts, windows, strict=True):
+        assert window == [*render_prompt(engine, prompt), *answer_prompt(engine, prompt)]
+    kept = path.read_bytes()
+    counted: list[int] = []
+    assert answer_windows(engine, prompts, counted.append) == windows
+    assert (counted, path.read_bytes()) == ([2], kept)
+    assert answer_windows(engine, prompts[1:]) == windows[1:]  # other prompts: another file
+    path.unlink()
+
+
 @pytest.mark.parametrize(("more", "code", "said"), [
     (("--sample", 100, "--steps", 3), 0, "on text kept apart"),
+    (("--tools", "TOOLS", "--steps", 2, "--step-tokens", 1024), 0, "on text kept apart"),
+    (("--tools", "nothing.jsonl"), 2, "nothing.jsonl"),
+    (("--device", "cuda"), 2, "finds no GPU"),
     (("--full",), 2, "expected one of them"),
     (("--memory", "1MiB"), 1, "tune a smaller model"),
     (("--device", "metal-emulated"), 2, "on the processor"),
@@ -272,6 +335,9 @@ def test_the_command(
 ) -> None:
     text, out = tmp_path / "text", tmp_path / "out"
     text.write_text("in the of and the fox " * 300)
+    tools = tmp_path / "tools.jsonl"
+    tools.write_text(json.dumps({"messages": [{"role": "user", "content": "fox"}], "tools": [], "expected_calls": []}))
+    more = tuple(tools if option == "TOOLS" else option for option in more)
     options = ("--tune", start, "--text", text, "--threads", 1, "-o", out, *more)
     monkeypatch.setattr(sys, "argv", [str(part) for part in ("moe-run", "calibrate", engine.pack.directory, *options)])
     with pytest.raises(SystemExit) as end:
@@ -301,7 +367,7 @@ def test_what_is_of_tuning_alone_is_refused_without_it(
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
-    assert "--steps and --seed are of --tune PACK" in capsys.readouterr().err
+    assert "--step-tokens and --seed are of --tune PACK" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -1,5 +1,7 @@
 #include <metal_stdlib>
 using namespace metal;
+#include "sums.h"
+#include "attention.h"
 
 // Causal attention of the last T positions of a context, for a prompt: no matrix of scores is ever written.
 //
@@ -8,13 +10,12 @@ using namespace metal;
 // q, out        float [T, H, Dh]
 // keys, values  float, kv head i's [S, Dh] at i * kv_stride
 //
-// Threads: grid (H, T / (QUERIES * SIMDGROUPS)); a simdgroup takes QUERIES consecutive tokens of a head along the
-// context, so that each key and value is read once for them; a lane holds every 32nd dimension; the softmax is taken
-// along the way. Bound by arithmetic. Reference: attention. Test: test_metal_prefill.py.
+// Threads: grid (Hkv, T R / (QUERIES * SIMDGROUPS)). A simdgroup takes QUERIES consecutive tokens of a head along the
+// context; its neighbours take the same tokens of the heads that share keys and values, so that these come from memory
+// once, and from the cache for the others. The last tokens come first: they have the longest way. Bound by arithmetic.
+// Reference: attention. Test: test_metal_prefill.py.
 
-constant constexpr uint QUERIES = 4;
-constant constexpr uint SIMDGROUPS = 4;
-constant constexpr uint EACH = 8;  // dimensions of a lane: Dh <= 256
+constant constexpr uint SIMDGROUPS = 8;
 
 struct AttentionTilesShape {
   uint heads;
@@ -25,56 +26,36 @@ struct AttentionTilesShape {
   uint kv_stride;
 };
 
-[[kernel, max_total_threads_per_threadgroup(128)]] void attention_tiles(device const float* q [[buffer(0)]],
+[[kernel, max_total_threads_per_threadgroup(256)]] void attention_tiles(device const float* q [[buffer(0)]],
     device const float* keys [[buffer(1)]], device const float* values [[buffer(2)]], device float* out [[buffer(3)]],
     constant AttentionTilesShape& shape [[buffer(4)]], uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  const uint head = group.x, width = shape.width, tokens = shape.tokens;
-  const uint first = (group.y * SIMDGROUPS + simdgroup) * QUERIES, past = shape.context - tokens;
-  const ulong kv = ulong(head / (shape.heads / shape.kv_heads)) * shape.kv_stride;
-  const float scale = rsqrt(float(width));
-  float query[QUERIES][EACH];
-  float sum[QUERIES][EACH];
-  float largest[QUERIES];
-  float total[QUERIES];
-  for (uint n = 0; n < QUERIES; n++) {
-    for (uint j = 0; j < EACH; j++) {
-      const uint i = lane + 32 * j;
-      const bool is_inside = i < width && first + n < tokens;
-      query[n][j] = is_inside ? q[(ulong(first + n) * shape.heads + head) * width + i] * scale : 0.0f;
-      sum[n][j] = 0.0f;
-    }
-    largest[n] = -INFINITY;
-    total[n] = 0.0f;
+  const uint width = shape.width, tokens = shape.tokens, past = shape.context - tokens;
+  const uint sharing = shape.heads / shape.kv_heads, blocks = (tokens + QUERIES - 1) / QUERIES;
+  const uint place = group.y * SIMDGROUPS + simdgroup;
+  if (place >= blocks * sharing) return;
+  const uint head = group.x * sharing + place % sharing, first = (blocks - 1 - place / sharing) * QUERIES;
+  const uint end = min(past + first + QUERIES, shape.context), limit = min(past + first + lane / STEP + 1, end);
+  const uint stride = shape.heads * width, count = min(QUERIES, tokens - first);
+  float sum[QUERIES * EACH];
+  float largest, total;
+  q += (ulong(first) * shape.heads + head) * width;
+  keys += ulong(group.x) * shape.kv_stride;
+  values += ulong(group.x) * shape.kv_stride;
+  if (width % 4 == 0 && shape.kv_stride % 4 == 0) {
+    walk_positions<true>(
+        q, stride, count, keys, values, width, 0, end, STEP, limit, lane, sum, &largest, &total);
+  } else {
+    walk_positions<false>(
+        q, stride, count, keys, values, width, 0, end, STEP, limit, lane, sum, &largest, &total);
   }
-  const uint end = first < tokens ? min(past + first + QUERIES, shape.context) : 0u;
-  for (uint s = 0; s < end; s++) {
-    float key[EACH];
-    float value[EACH];
-    for (uint j = 0; j < EACH; j++) {
-      const uint i = lane + 32 * j;
-      key[j] = i < width ? keys[kv + ulong(s) * width + i] : 0.0f;
-      value[j] = i < width ? values[kv + ulong(s) * width + i] : 0.0f;
-    }
-    for (uint n = 0; n < QUERIES; n++) {
-      float score = 0.0f;
-      for (uint j = 0; j < EACH; j++) score = fma(query[n][j], key[j], score);
-      score = simd_sum(score);
-      if (s <= past + first + n) {  // alike in all lanes
-        const float top = max(largest[n], score);
-        const float kept = exp(largest[n] - top), weight = exp(score - top);
-        for (uint j = 0; j < EACH; j++) sum[n][j] = fma(weight, value[j], sum[n][j] * kept);
-        total[n] = fma(total[n], kept, weight);
-        largest[n] = top;
-      }
-    }
-  }
+  for (uint mask = 1; mask < STEP; mask *= 2) total += simd_shuffle_xor(total, mask);
   for (uint n = 0; n < QUERIES; n++) {
+    const float factor = 1.0f / simd_shuffle(total, n * STEP);
+    device float* row = out + (ulong(first + n) * shape.heads + head) * width;
     for (uint j = 0; j < EACH; j++) {
-      const uint i = lane + 32 * j;
-      if (i < width && first + n < tokens) {
-        out[(ulong(first + n) * shape.heads + head) * width + i] = sum[n][j] / total[n];
-      }
+      const uint i = j / 4 * 128 + 4 * lane + j % 4;
+      if (i < width && first + n < tokens) row[i] = sum[n * EACH + j] * factor;
     }
   }
 }

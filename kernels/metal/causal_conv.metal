@@ -11,10 +11,11 @@ using namespace metal;
 // state    float [W - 1, C], the inputs before x; replaced by the last W - 1 inputs
 // out      float [T, C]
 //
-// Threads: one for each channel, which walks along the tokens; grid (C / 256). Bound by the bytes of x.
-// Reference: causal_conv. Test: test_metal_token.py.
+// Threads: grid (C / 256, T / TOKENS), one thread for each channel and TOKENS tokens; only the threads of the first
+// tokens read the state, and they write it. Bound by the bytes of x. Reference: causal_conv. Test: test_metal_token.py.
 
 constant constexpr uint MAX_TAPS = 8;
+constant constexpr uint TOKENS = 16;
 
 struct ConvShape {
   uint channels;
@@ -27,26 +28,34 @@ struct ConvShape {
     device const float* weight [[buffer(1)]], device float* state [[buffer(2)]], device float* out [[buffer(3)]],
     constant ConvShape& shape [[buffer(4)]], uint3 group [[threadgroup_position_in_grid]],
     uint index [[thread_index_in_threadgroup]]) {
-  const uint c = group.x * 256 + index;
-  if (c >= shape.channels) return;
-  float taps[MAX_TAPS];
-  float past[MAX_TAPS];  // the last W inputs, the current one at the end
-  for (uint j = 0; j < MAX_TAPS; j++) {
-    const bool is_used = j < shape.taps;
-    taps[j] = is_used ? weight[c * shape.taps + j] : 0.0f;
-    past[j] = is_used && j + 1 < shape.taps ? state[j * shape.channels + c] : 0.0f;
-  }
-  for (uint t = 0; t < shape.tokens; t++) {
-    const float now = x[ulong(t) * shape.x_stride + c];
-    float sum = 0.0f;
-    for (uint j = 0; j < MAX_TAPS; j++) {
-      if (j + 1 == shape.taps) past[j] = now;
-      sum = fma(taps[j], past[j], sum);
+  const uint c = group.x * 256 + index, first = group.y * TOKENS;
+  const uint channels = shape.channels, taps = shape.taps, kept = taps - 1;
+  if (c >= channels) return;
+  const uint unused = MAX_TAPS - taps;  // taps at the front
+  float weights[MAX_TAPS];
+  float inputs[MAX_TAPS - 1 + TOKENS];  // those before the first token at the front
+  for (uint j = 0; j < MAX_TAPS; j++) weights[j] = j >= unused ? weight[c * taps + j - unused] : 0.0f;
+  for (uint i = 0; i < MAX_TAPS - 1 + TOKENS; i++) {
+    const uint t = first + i;  // of u, counted from MAX_TAPS - 1 tokens before x
+    inputs[i] = 0.0f;
+    if (t >= MAX_TAPS - 1) {
+      if (t < shape.tokens + MAX_TAPS - 1) inputs[i] = x[ulong(t - (MAX_TAPS - 1)) * shape.x_stride + c];
+    } else if (t >= unused) {
+      inputs[i] = state[(t - unused) * channels + c];
     }
-    out[ulong(t) * shape.channels + c] = silu(sum);
-    for (uint j = 0; j + 1 < MAX_TAPS; j++) past[j] = past[j + 1];
   }
-  for (uint j = 0; j < MAX_TAPS; j++) {
-    if (j + 1 < shape.taps) state[j * shape.channels + c] = past[j];
+  for (uint i = 0; i < TOKENS; i++) {
+    if (first + i < shape.tokens) {
+      float sum = 0.0f;
+      for (uint j = 0; j < MAX_TAPS; j++) {
+        if (j >= unused) sum = fma(weights[j], inputs[i + j], sum);  // what is not multiplied may be infinite
+      }
+      out[ulong(first + i) * channels + c] = silu(sum);
+    }
+  }
+  if (first > 0) return;
+  for (uint j = 0; j < kept; j++) {  // a place is read before it is written: those read are further on
+    const uint t = shape.tokens + j;
+    state[j * channels + c] = t < kept ? state[t * channels + c] : x[ulong(t - kept) * shape.x_stride + c];
   }
 }

@@ -14,10 +14,11 @@ using namespace metal;
 // q            float [T, H, Dh]
 // keys, values float [Hkv, max_positions, Dh]: rows position .. position + T - 1 are written
 //
-// Threads: grid (H + 2 Hkv, T), one simdgroup for each head. Bound by the dispatch.
+// Threads: grid (H + 2 Hkv, T), one simdgroup for each head; a lane turns every 32nd pair. Bound by the dispatch.
 // Reference: rms_norm, rope, KeyValueCache.append. Test: test_metal_token.py.
 
 constant constexpr uint MAX_WIDTH = 256;
+constant constexpr uint PAIRS = 4;  // of a lane
 
 struct RopeShape {
   uint heads;
@@ -49,21 +50,40 @@ struct RopeShape {
   const uint kv = group.x - heads;
   device const float* source = is_key ? row + (2 * heads + kv) * width : row + 2 * group.x * width;
   device const float* weight = is_key ? k_norm : q_norm;
+  float own[MAX_WIDTH / 32];
+  float gains[MAX_WIDTH / 32];
+  for (uint j = 0; j < MAX_WIDTH / 32; j++) {
+    const bool is_inside = lane + 32 * j < width;
+    own[j] = is_inside ? source[lane + 32 * j] : 0.0f;
+    gains[j] = is_inside ? weight[lane + 32 * j] : 0.0f;
+  }
+  float sines[PAIRS];
+  float cosines[PAIRS];
+  for (uint j = 0; j < PAIRS; j++) {
+    if (32 * j < half_width) {  // alike in all lanes
+      const float angle = float(at) * frequencies[min(lane + 32 * j, half_width - 1)];
+      sines[j] = precise::sin(angle);
+      cosines[j] = precise::cos(angle);
+    }
+  }
   float squares = 0.0f;
-  for (uint i = lane; i < width; i += 32) squares = fma(source[i], source[i], squares);
+  for (uint j = 0; j < MAX_WIDTH / 32; j++) squares = fma(own[j], own[j], squares);
   const float factor = rsqrt(simd_sum(squares) / float(width) + shape.eps);
-  for (uint i = lane; i < width; i += 32) head[i] = source[i] * factor * (1.0f + weight[i]);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
   device float* target =
       is_key ? keys + (ulong(kv) * shape.max_positions + at) * width : q + (ulong(group.y) * heads + group.x) * width;
-  for (uint i = lane; i < width; i += 32) {
-    const uint pair = i % max(half_width, 1u);
-    float turned = head[i];
-    if (i < shape.rotary) {
-      const float angle = float(at) * frequencies[pair];
-      const float other = head[i < half_width ? i + half_width : pair] * precise::sin(angle);
-      turned = turned * precise::cos(angle) + (i < half_width ? -other : other);
+  for (uint j = 0; j < MAX_WIDTH / 32; j++) {
+    const uint i = lane + 32 * j;
+    const float normed = own[j] * factor * (1.0f + gains[j]);
+    if (i < shape.rotary) head[i] = normed;
+    if (i >= shape.rotary && i < width) target[i] = normed;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint j = 0; j < PAIRS; j++) {
+    const uint i = lane + 32 * j;
+    if (i < half_width) {
+      const float x = head[i], y = head[i + half_width];
+      target[i] = x * cosines[j] - y * sines[j];
+      target[i + half_width] = y * cosines[j] + x * sines[j];
     }
-    target[i] = turned;
   }
 }

@@ -40,6 +40,9 @@ MSL_FUNCTION T simd_min(T value) {
   return value;
 }
 
+MSL_FUNCTION uint simd_max(uint value) { return __reduce_max_sync(ALL_LANES, value); }
+MSL_FUNCTION uint simd_min(uint value) { return __reduce_min_sync(ALL_LANES, value); }
+
 MSL_FUNCTION void threadgroup_barrier(mem_flags) { __syncthreads(); }  // orders all memory of the threadgroup
 MSL_FUNCTION void simdgroup_barrier(mem_flags) { __syncwarp(); }
 

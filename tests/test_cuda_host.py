@@ -1,0 +1,176 @@
+"""The CUDA host without a GPU: its driver calls, run as late as streams may, give the tokens of --device cpu."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import fake_cuda
+from moepack.kernels import cuda_device, cuda_slots
+from moepack.layout.errors import MoepackError
+from moepack.runtime import Engine, SamplingParams
+from moepack.runtime.evaluate import evaluate_text
+from moepack.runtime.expert_io import Read
+from test_emulated_device import CONTEXT, IDS, greedy, open_with
+
+pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> fake_cuda.Driver:
+    return fake_cuda.install(monkeypatch)
+
+
+@pytest.mark.parametrize(("slots", "prefetch"), [(24, False), (12, True), (8, False), (8, True)])
+def test_tokens_are_those_of_the_cpu_backend(
+    driver: fake_cuda.Driver, tiny_pack: Path, slots: int, prefetch: bool
+) -> None:
+    expected = greedy(Engine.open(tiny_pack, exact=True, max_context=CONTEXT), 8)
+    with open_with(slots, tiny_pack, device="cuda", prefetch=prefetch) as engine:
+        assert greedy(engine, 8) == expected
+        assert greedy(engine, 8) == expected  # another sequence
+        assert driver.calls["graph"]
+
+
+def step_once(engine: Engine, token_id: int, state: object) -> int:
+    """One token; the likeliest next."""
+    with torch.inference_mode():
+        return int(engine.model.ops.argmax(engine.model.logits(engine.model(torch.tensor([token_id]), state)))[0])
+
+
+def test_scores_of_the_gpu_serve_whoever_wants_them(driver: fake_cuda.Driver, tiny_pack: Path) -> None:
+    """Sampled, with log-probabilities, from a kept state, evaluated against a reference."""
+    cpu = Engine.open(tiny_pack, exact=True, max_context=256)
+    gpu = Engine.open(tiny_pack, exact=True, max_context=256, device="cuda", snapshot_bytes=2**22)
+    ids = [place % 60 for place in range(150)]
+    assert gpu.read_ahead(ids) == 128
+    for sampling in (
+        SamplingParams(temperature=1, seed=3, max_tokens=8, ignore_eos=True),
+        SamplingParams(temperature=0, top_logprobs=3, max_tokens=8, ignore_eos=True),
+    ):
+        generation = gpu.generate(ids, sampling)
+        assert list(generation) == list(cpu.generate(ids, sampling))
+        assert generation.cached_tokens == 128
+    scores = evaluate_text(gpu, ids, reference=cpu)
+    assert scores.perplexity == pytest.approx(evaluate_text(cpu, ids).perplexity, rel=1e-5)
+    assert scores.top1_agreement == 1
+
+
+def calls_of_a_token(driver: fake_cuda.Driver, engine: Engine) -> tuple[Counter[str], int]:
+    """The driver's calls for a token whose experts are all in memory, and how often the GPU is waited for."""
+    state, token_id = engine.new_state(40), IDS[0]
+    for count in range(40):
+        driver.calls.clear()
+        misses, epoch = engine.store.counts.misses, engine.model.ops.device.epoch
+        token_id = step_once(engine, token_id, state)
+        if engine.store.counts.misses == misses and count > 2:
+            break
+    return Counter(driver.calls), engine.model.ops.device.epoch - epoch
+
+
+def test_a_token_is_few_calls(driver: fake_cuda.Driver, tiny_pack: Path) -> None:
+    """All in memory for good: one graph. Else a layer: its experts' places, their kernel, a graph, a wait."""
+    with open_with(24, tiny_pack, device="cuda") as engine:
+        layers = len(engine.model.layers)
+        settled, waits = calls_of_a_token(driver, engine)
+        assert (settled["graph"], settled["copy"], settled["recorded"], waits) == (1, 1, 0, 1)  # a copy of the answer
+        assert settled["kernel"] <= 5  # embed, norm, head, the likeliest
+    with open_with(23, tiny_pack, device="cuda", prefetch=False) as engine:
+        streamed, waits = calls_of_a_token(driver, engine)
+        assert streamed == settled + Counter(graph=layers, copy=layers, kernel=layers)
+        assert waits == layers + 1
+
+
+def test_sequences_that_take_turns_keep_their_graphs(driver: fake_cuda.Driver, tiny_pack: Path) -> None:
+    engine = open_with(23, tiny_pack, device="cuda", prefetch=True)
+    expected = greedy(engine, 12)
+    one, other = (engine.generate(IDS, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)) for _ in "ab")
+    pairs = [(next(one), next(other)) for _ in range(5)]
+    driver.calls.clear()
+    pairs += [(next(one), next(other)) for _ in range(7)]
+    assert not driver.calls["recorded"]
+    assert pairs == list(zip(expected, expected))
+
+
+def test_graphs_end_with_their_sequence(driver: fake_cuda.Driver, tiny_pack: Path) -> None:
+    engine = open_with(12, tiny_pack, device="cuda")
+    gc.disable()  # not when the collector comes round to them
+    try:
+        for _ in range(3):
+            greedy(engine, 6)
+            assert driver.graphs == len(engine.model.layers) + 1
+        engine.new_state(8)
+        assert driver.graphs == 0
+    finally:
+        gc.enable()
+
+
+def test_pieces_are_given_back(driver: fake_cuda.Driver, tiny_pack: Path) -> None:
+    engine = open_with(8, tiny_pack, device="cuda")
+    greedy(engine, 4)
+    registered = fake_cuda.CudaTensor.cuda.registered
+    assert 0 < len(registered) <= 2 * engine.store.describe()["queue_depth"]
+    engine.close()
+    gc.collect()
+    assert not registered
+
+
+@pytest.mark.parametrize("fault", ["admitted", "seen"])
+def test_a_copy_that_nobody_waits_for_changes_the_answer(
+    driver: fake_cuda.Driver, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """The tests above would notice if kernels did not wait for it."""
+    expected = greedy(Engine.open(tiny_pack, exact=True, max_context=CONTEXT), 12)
+    if fault == "admitted":
+        monkeypatch.setattr(cuda_slots.CudaSlots, "admit", lambda slots, buffers: None)
+    else:
+        monkeypatch.setattr(fake_cuda.Stream, "wait_event", lambda stream, event: None)
+    with open_with(8, tiny_pack, device="cuda", prefetch=True) as engine:
+        try:
+            found = greedy(engine, 12)
+        except MoepackError:  # memory that was never written is full of NaN
+            found = []
+    assert found != expected
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_piece_is_read_into_when_nothing_is_copied_from_it_any_more(
+    driver: fake_cuda.Driver, monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    """Three reads of one thread, whose copies run as late as can be: with two pieces the third one has to wait."""
+    if not waits:
+        monkeypatch.setattr(fake_cuda.Event, "synchronize", lambda event: None)
+    slots = cuda_device.CudaDevice().new_slots(3, 4096)
+    execute = slots.reads_into(lambda read: read.buffers[0].__setitem__(slice(4096), bytes([read.layer]) * 4096))
+    reads = [Read(layer, (0,), [slots.buffer(layer, 4096)]) for layer in range(3)]
+    for read in reads:
+        execute(read)
+    for read in reads:
+        slots.admit(read.buffers)
+    slots.wait_until_free(2)
+    with torch._C.DisableTorchFunctionSubclass():
+        found = [slots.block(slot)[0].item() for slot in range(3)]
+    assert found == ([0, 1, 2] if waits else [2, 1, 2])
+
+
+def test_a_slot_is_in_use_until_the_copy_into_it_has_ended(driver: fake_cuda.Driver) -> None:
+    """Whether or not a kernel has read it: two copies in two streams have no order."""
+    device = cuda_device.CudaDevice()
+    slots = device.new_slots(2, 4096)
+    read = Read(0, (0,), [slots.buffer(1, 4096)])
+
+    def fill(read: Read) -> None:
+        read.buffers[0][:4] = b"read"
+
+    slots.reads_into(fill)(read)
+    assert not slots.is_in_use(1)
+    slots.admit(read.buffers)
+    assert slots.is_in_use(1)
+    slots.wait_until_free(1)
+    with torch._C.DisableTorchFunctionSubclass():
+        assert slots.block(1)[:4].tolist() == list(b"read")
