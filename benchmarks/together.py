@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=24, help="of a stretch")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     print("| experts in memory | answers | | tok/s, all together | ms from token to token | MB read a token | hits |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
@@ -83,7 +84,7 @@ def measure(arguments: argparse.Namespace, share: float, answers: int) -> None:
 
 def open_engine(arguments: argparse.Namespace, share: float, answers: int, context: int) -> Engine:
     """With a budget of what is needed in any case and a share of all experts."""
-    options = {"threads": arguments.threads, "max_context": context, "sequences": answers}
+    options = {"threads": arguments.threads, "max_context": context, "sequences": answers, "device": arguments.device}
     with Engine.open(arguments.pack, **options) as engine:
         plan, a = engine.memory_plan, engine.architecture
     if share == 1:

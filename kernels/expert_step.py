@@ -45,6 +45,10 @@ class ExpertStep(ABC):
     def add(self) -> None:
         """Add all rows to x."""
 
+    @abstractmethod
+    def again(self) -> None:
+        """Some experts have been run, others could not be read: all of them are run once more."""
+
 
 class HostExpertStep(ExpertStep):
     """By operations that have their results when they return."""
@@ -79,6 +83,9 @@ class HostExpertStep(ExpertStep):
 
     def run(self, experts: Sequence[Expert], rows: Sequence[int]) -> None:
         self._run_experts(self._normed, experts, self._results, rows)
+
+    def again(self) -> None:
+        """Every row is written anew."""
 
     def add(self) -> None:
         self._add_rows(self._x, self._results, self._weights)

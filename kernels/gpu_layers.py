@@ -114,12 +114,12 @@ class GpuLayers:
         position  of the token; the caches get it there
         pauses    stop after each layer's router, so that the caller sees what was chosen as early as can be; but go on
                   if it and what the next layer's router would choose are all in memory: nothing is to be read then
-        watched   stop even so
+        watched   stop even so: others take the step together with this one, or somebody records what was guessed
         """
         self._x, self._pauses, self._watched = x, pauses, watched
         self._places = places[: len(self._steps)].numpy()
-        self._ops.set_position(position)
-        if not self._is_settled and self._places.all():
+        self._ops.position_of(x).fill_(position)
+        if not self._is_settled and not (pauses and watched) and self._places.all():
             for step, row, shared in zip(self._steps, self._places, self._shared):
                 step.settle(row.tolist(), shared)
             self._is_settled = True
@@ -132,7 +132,7 @@ class GpuLayers:
 
     def run(self, first: int) -> int:
         """Go on with layer `first`. Returns the layer whose experts are chosen but not run; their number if all are."""
-        if self._is_settled:
+        if self._is_settled and not (self._pauses and self._watched):
             self._run.whole()
             return len(self._steps)
         if first == 0:

@@ -69,13 +69,12 @@ class GpuOps(TokenOps):
     def __init__(self, device: Device, exact: bool = False):
         self.device, self.exact = device, exact
         super().__init__()
-        self._stream = device.empty(1, 0)  # the hidden state of the token under way
-        self._embed_steps: dict[int, Step] = {}  # of the matrix that it came from last
+        self._streams: dict[tuple[int, int], tuple[torch.Tensor, Step]] = {}  # hidden states of the tokens under way
         self._products: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor, Step, Sequence[Matrix]]] = {}
         self._tiles: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor, Sequence[Matrix]]] = {}
         self._rows = torch.zeros(0, dtype=torch.int32)
         self._embeddings: dict[int, tuple[torch.Tensor, torch.Tensor, Matrix]] = {}
-        self._token = torch.zeros(1, dtype=torch.int32, device=device.place)
+        self._token = device.upload(torch.zeros(1, dtype=torch.int32))
         self._likeliest: tuple[torch.Tensor, list[Step]] | None = None  # logits of one shape, in their own memory
         self._found = device.new_mailbox(8)  # an id and a logit
 
@@ -105,14 +104,17 @@ class GpuOps(TokenOps):
 
     # Operations
 
-    def embed(self, matrix: Matrix, token_ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, matrix: Matrix, token_ids: torch.Tensor, lane: int = 0) -> torch.Tensor:
         if len(token_ids) == 1:
             self._token.fill_(int(token_ids))
-            if id(matrix) not in self._embed_steps:
-                self._stream = self.device.empty(1, matrix.in_features)
-                self._embed_steps = {id(matrix): self.device.bind(self._embedding(matrix, self._token, self._stream))}
-            self._embed_steps[id(matrix)]()
-            return self._stream
+            known = self._streams.get((id(matrix), lane))
+            if known is None:
+                stream = self.device.empty(1, matrix.in_features)
+                known = (stream, self.device.bind(self._embedding(matrix, self._token, stream)))
+                self._streams[id(matrix), lane] = known
+            stream, step = known
+            step()
+            return stream
         out = self.device.empty(len(token_ids), matrix.in_features)
         self.device.run(self._embedding(matrix, self.device.upload(token_ids.to(torch.int32)), out))
         return out

@@ -34,15 +34,14 @@ class TokenOps:
     """Whole parts of a layer for one token, as native_token.TokenOps has them for the processor."""
 
     device: Device
-    # No lanes: what a token goes through is bound once, to memory of which there is one of each kind.
-    fuses_tokens, settles, has_lanes = True, True, False
+    fuses_tokens, settles, has_lanes = True, True, True
 
     def __init__(self) -> None:
         self._repeats: list[Repeat] = []
         self._linears: dict[tuple[int, ...], Callable[..., Launch]] = {}
         self._scratch: dict[tuple[str, int], torch.Tensor] = {}
-        self._position = torch.zeros(1, dtype=torch.int32, device=self.device.place)
-        self._steps: dict[int, GpuExpertStep] = {}  # by the router
+        self._positions: dict[int, torch.Tensor] = {}  # by the hidden state of a token under way
+        self._steps: dict[int, list[GpuExpertStep]] = {}  # by the router, then by lane: of a model that is being made
         self._layers: list[GpuLayers] = []
         self.forms = ExpertForms(self.device)
 
@@ -105,38 +104,47 @@ class TokenOps:
             splits = launches.count_splits(keys.shape[1])
             partial = self.scratch("partial", heads * splits * width).view(heads, splits, width)
             stats = self.scratch("stats", heads * splits * 2).view(heads, splits, 2)
+            position = self.position_of(x)
             return [
                 inputs(x, projected, norm=norm, eps=eps),
-                launches.rope_cache(projected, q_norm, k_norm, frequencies, self._position, q, keys, values, eps),
-                launches.attention_split(q[0], keys, values, self._position, partial, stats),
-                launches.attention_combine(partial, stats, keys, self._position, projected, out),
+                launches.rope_cache(projected, q_norm, k_norm, frequencies, position, q, keys, values, eps),
+                launches.attention_split(q[0], keys, values, position, partial, stats),
+                launches.attention_combine(partial, stats, keys, position, projected, out),
                 output(out, x, accumulate=True),
             ]
 
         return self.repeat(describe)
 
-    def set_position(self, position: int) -> None:
-        """The position of the token to come, for all layers."""
-        self._position.fill_(position)
+    def position_of(self, x: torch.Tensor) -> torch.Tensor:
+        """Where the position of a token is, int32 [1], for all layers: by the memory of its hidden state."""
+        if id(x) not in self._positions:
+            self._positions[id(x)] = self.device.upload(torch.zeros(1, dtype=torch.int32))
+        return self._positions[id(x)]
 
     def fuse_router(
         self, norm: torch.Tensor, router: Matrix, shared_gate: Matrix, num_chosen: int, eps: float
-    ) -> GpuExpertStep:
-        """The step of the layer that this router belongs to: choosing is a part of it."""
-        return self._steps[id(router)]
+    ) -> list[GpuExpertStep]:
+        """The steps, by lane, of the layer that this router belongs to: choosing is a part of them."""
+        return self._steps.pop(id(router))  # a later model of the same weights has steps of its own
 
     def fuse_layers(
-        self, mixers: Sequence[Repeat], routers: Sequence[GpuExpertStep], shared_experts: Sequence[Expert]
+        self,
+        mixers: Sequence[Repeat],
+        routers: Sequence[list[GpuExpertStep]],
+        shared_experts: Sequence[Expert],
+        lane: int = 0,
     ) -> GpuLayers:
-        """Layers of a mixer, a router and a shared expert each."""
-        self._layers.append(GpuLayers(self, mixers, routers, shared_experts))
+        """Layers of a mixer, a router and a shared expert each, for the tokens of a lane."""
+        self._layers.append(GpuLayers(self, mixers, [steps[lane] for steps in routers], shared_experts))
         return self._layers[-1]
 
     def expert_step(
         self, norm: torch.Tensor, router: Matrix, shared_gate: Matrix, num_chosen: int, width: int, eps: float
     ) -> GpuExpertStep:
-        step = self._steps[id(router)] = GpuExpertStep(self, norm, router, shared_gate, num_chosen, width, eps)
-        return step
+        """The next lane's step of a layer. What lasts from one call of its to the next is the lane's own."""
+        steps = self._steps.setdefault(id(router), [])
+        steps.append(GpuExpertStep(self, norm, router, shared_gate, num_chosen, width, eps, len(steps)))
+        return steps[-1]
 
     # Parts
 
@@ -260,14 +268,15 @@ class GpuExpertStep(ExpertStep):
         num_chosen: int,
         width: int,
         eps: float,
+        lane: int,
     ):
         self._ops, self._norm, self._eps = ops, norm, eps
         self._matrices, self._num_chosen = [router, shared_gate], num_chosen
         rows, device = num_chosen + 1, ops.device
         self._place_bytes = struct_bytes("Place")
-        self._normed = ops.scratch("normed", launches.spread_width(router.in_features))
+        self._normed = ops.scratch(f"normed {lane}", launches.spread_width(router.in_features))
         width = launches.spread_width(width)
-        self._hidden = ops.scratch("hidden", rows * width).view(rows, width)
+        self._hidden = ops.scratch(f"hidden {lane}", rows * width).view(rows, width)
         # Two lists of places: in the order in which experts arrive, and in that of their ranks.
         self._places = device.new_mailbox(2 * rows * self._place_bytes)
         self._ranked: dict[int, tuple[int, int, int]] = {}  # row -> place, of those that have come
@@ -357,6 +366,10 @@ class GpuExpertStep(ExpertStep):
 
     def add(self) -> None:
         self.go_on()
+
+    def again(self) -> None:
+        self._ops.device.wait()  # the places of what was run may still be on their way
+        self._ranked, self._arrived = {}, 0
 
     def hand_over_sum(self, x: torch.Tensor) -> None:
         """Add the rows of the experts that have been run to x."""

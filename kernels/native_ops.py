@@ -56,7 +56,7 @@ class NativeOps(FloatOps, TokenOps):
         self._linear(addresses, x.data_ptr(), tokens, places, len(outs), self.exact)
         return outs
 
-    def embed(self, matrix: Matrix, token_ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, matrix: Matrix, token_ids: torch.Tensor, lane: int = 0) -> torch.Tensor:
         out = torch.empty(len(token_ids), matrix.in_features)
         token_ids = token_ids.to(torch.int64).contiguous()
         self._embed(out.data_ptr(), place(matrix), token_ids.data_ptr(), len(token_ids))

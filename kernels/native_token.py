@@ -192,9 +192,13 @@ class TokenOps:
         self._add_rows = declare("add_rows", ADDRESS, ADDRESS, ADDRESS, INT, INT)
 
     def fuse_layers(
-        self, mixers: Sequence[FusedPart], routers: Sequence[FusedPart], shared_experts: Sequence[Expert]
+        self,
+        mixers: Sequence[FusedPart],
+        routers: Sequence[FusedPart],
+        shared_experts: Sequence[Expert],
+        lane: int = 0,
     ) -> FusedLayers:
-        """Layers of a mixer, a router and a shared expert each."""
+        """Layers of a mixer, a router and a shared expert each. What one lane is given serves any."""
         return FusedLayers(self._run_token, mixers, routers, shared_experts, self.exact)
 
     def fuse_delta_net(

@@ -78,8 +78,11 @@ def linears(x: torch.Tensor, matrices: Sequence[Matrix]) -> list[torch.Tensor]:
     return [linear(x, matrix) for matrix in matrices]
 
 
-def embed(matrix: Matrix, token_ids: torch.Tensor) -> torch.Tensor:
-    """Rows of the embedding [V, D] for token ids [T]: float32 [T, D]."""
+def embed(matrix: Matrix, token_ids: torch.Tensor, lane: int = 0) -> torch.Tensor:
+    """Rows of the embedding [V, D] for token ids [T]: float32 [T, D].
+
+    lane   of one token: which of those under way together it is; a backend may keep a place for each
+    """
     return dequantize(matrix.take_rows(token_ids), 0, len(token_ids))
 
 

@@ -150,6 +150,7 @@ class SparseMoe:
         return failed
 
     def _run_alone(self, lane: int, expert_ids: list[int]) -> tuple[int, MoepackError] | None:
+        self.steps[lane].again()
         try:
             self._run({lane: expert_ids})
         except MoepackError as error:
@@ -267,7 +268,7 @@ class Qwen35:
             mixers = [layer.mixer.fuse(layer.norm) for layer in layers]
             routers = [layer.experts.fuse() for layer in layers]
             shared_experts = [layer.experts.shared_expert for layer in layers]
-            self.fused = [ops.fuse_layers(mixers, routers, shared_experts) for _ in range(lanes)]
+            self.fused = [ops.fuse_layers(mixers, routers, shared_experts, lane) for lane in range(lanes)]
         self.norm = weights.vector("model.norm.weight")
         self.head = self.embedding if a.tie_word_embeddings else weights.matrix("lm_head")
 
@@ -292,7 +293,8 @@ class Qwen35:
         Returns the normed hidden state [1, D] of each, or why it has none: its experts cannot be read. Its state is
         then of no use any more.
         """
-        xs = {lane: self.ops.embed(self.embedding, torch.tensor([token_id])) for lane, token_id in enumerate(token_ids)}
+        ids = {lane: torch.tensor([token_id]) for lane, token_id in enumerate(token_ids)}
+        xs = {lane: self.ops.embed(self.embedding, one, lane) for lane, one in ids.items()}
         for x, state, fused in zip(xs.values(), states, self.fused):
             fused.start(x, state.tensors, self.store.places, state.next_position(), pauses=True, watched=True)
         results: dict[int, torch.Tensor | MoepackError] = {}

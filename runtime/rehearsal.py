@@ -166,7 +166,7 @@ class RandomWeights:
 class _AllInMemory:
     """Random experts that are always there, each another one than the last; the interface of ExpertStore."""
 
-    holds_everything = True
+    holds_everything, recorder = True, None
 
     def __init__(self, a: Architecture, ops: Any, block: BlockGeometry, generator: torch.Generator):
         count, stride = max(2, POOL_BYTES // block.block_stride), block.block_stride

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import fake_cuda
 from moepack.layout.errors import DamagedPack
 from moepack.runtime.constrain import AnswerConstraint, Grammars
 from moepack.runtime.engine import Engine
@@ -43,7 +45,7 @@ def open_engine(tiny_pack: Path) -> Iterator[Callable[..., Engine]]:
     opened: list[Engine] = []
 
     def make(pack: Path = tiny_pack, slots: int | None = None, **options: Any) -> Engine:
-        engine = Engine.open(pack, sequences=4, max_context=128, threads=1, **options)
+        engine = Engine.open(pack, **{"sequences": 4, "max_context": 128, "threads": 1, **options})
         opened.append(engine)
         if slots is not None:
             give_slots(engine, slots)
@@ -180,10 +182,68 @@ def test_an_answer_that_has_ended_keeps_no_state(open_engine: Callable[..., Engi
     assert [state() for state in states if state() is not None] == []
 
 
-def test_a_backend_of_one_lane_takes_turns(open_engine: Callable[..., Engine]) -> None:
-    engine, expected = open_engine(device="metal-emulated"), open_engine(exact=True)
-    assert (engine.model.lanes, expected.model.lanes) == (1, 4)
-    short = replace(SAMPLINGS[0], max_tokens=2)
-    together, alone = ([one.generate([first], short) for first in (3, 50)] for one in (engine, expected))
+def budget_of(engine: Engine, slots: int) -> dict[str, int]:
+    """What gives another engine so many slots."""
+    plan = engine.memory_plan
+    memory = plan.total_bytes - (plan.num_slots - slots) * plan.slot_bytes
+    return {"memory": memory, "process_bytes": plan.process_bytes, "max_context": engine.max_context}
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("device", "slots", "prefetch"),
+    [("metal-emulated", 12, False), ("metal-emulated", 24, True), ("cuda", 12, True), ("cuda", 24, False)],
+)
+def test_together_is_as_alone_on_a_gpu(
+    open_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, device: str, slots: int, prefetch: bool
+) -> None:
+    """With few slots, where each layer's experts make room for the next one's, and with all; answers end one by one."""
+    expected = open_engine(exact=True, max_context=64)
+    if device == "cuda":
+        fake_cuda.install(monkeypatch)
+    engine = open_engine(**budget_of(expected, slots), device=device, exact=True, prefetch=prefetch)
+    assert engine.store.num_slots == slots
+    calls: list[int] = []
+    engine.store.on_fetch = lambda layer, expert_ids, in_order: calls.append(0 if in_order else len(expert_ids))
+    samplings = [replace(sampling, temperature=0, presence_penalty=0) for sampling in SAMPLINGS[:3]]
+    together, alone = (
+        [
+            one.generate([first], replace(sampling, max_tokens=4 + place))
+            for place, (first, sampling) in enumerate(zip((3, 50, 120), samplings))
+        ]
+        for one in (engine, expected)
+    )
     assert run_together(together) == {}
+    assert max(calls) > engine.architecture.num_experts_per_tok, "some were fetched for several"
     assert [one.token_ids for one in together] == [list(one) for one in alone]
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
+def test_a_lane_of_a_gpu_whose_experts_cannot_be_read_leaves_the_others(
+    open_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have run some of their experts by then, and run all of them once more."""
+    expected = open_engine(exact=True, max_context=64)
+    engine = open_engine(**budget_of(expected, 12), device="metal-emulated", exact=True, prefetch=False)
+    together = [engine.generate([first], replace(SAMPLINGS[0], max_tokens=6)) for first in (3, 50)]
+    alone = [expected.generate([first], replace(SAMPLINGS[0], max_tokens=6)) for first in (3, 50)]
+    for generation in together:
+        next(generation)
+    moe = engine.model.layers[2].experts
+    run, failed = moe._run, []
+
+    def fail(chosen: dict[int, list[int]]) -> None:
+        if chosen.keys() == {0}:
+            failed.append(0)
+            raise DamagedPack(engine.pack.directory, "a block is damaged")
+        run(chosen)
+        if len(chosen) == 2 and not failed:
+            raise DamagedPack(engine.pack.directory, "a block is damaged")
+
+    monkeypatch.setattr(moe, "_run", fail)
+    step_together(together)
+    monkeypatch.undo()
+    assert failed
+    with pytest.raises(DamagedPack):
+        next(together[0])
+    assert [together[1].token_ids[0], *together[1]] == list(alone[1])
