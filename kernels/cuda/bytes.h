@@ -32,6 +32,7 @@ constant constexpr uint STRIP_QUADS = 118;  // of four words: the digits, factor
 constant constexpr uint ZERO_QUADS = 2;     // after the strips
 constant constexpr uint LINE = 16;          // scales of a row for a strip, at most
 constant constexpr uint LINE_QUADS = 64;    // the scales and biases of a tile's strip
+constant constexpr uint PLAIN_ROWS = 4;     // that a simdgroup takes of a plain matrix at a time
 constant constexpr uint MAX_STRIPS = 16;    // columns of a matrix, at most
 
 struct Scratch {  // threadgroup memory
@@ -359,56 +360,63 @@ inline float multiply_bits(thread const Weights& w, uint row, thread const RowIn
   return multiply_packed<BITS, false>(w, row, inputs, share, digits, lines, results);
 }
 
-// The same for a plain matrix, in float32.
-MSL_NOINLINE float multiply_plain(Weights w, uint row, RowInputs inputs, Share share, threadgroup float* results) {
-  float sums[TILE_ROWS];
-#pragma unroll
-  for (uint r = 0; r < TILE_ROWS; r++) sums[r] = 0.0f;
+// results[r] = row + r of a plain matrix times the inputs, in float32, for every row that is this simdgroup's: PLAIN_ROWS
+// at a time, with all columns. Returns the squares of all inputs in the first simdgroup, nothing in others.
+MSL_NOINLINE float multiply_plain(Weights w, uint row, uint rows, RowInputs inputs, uint simdgroup, uint simdgroups,
+    uint lane, threadgroup float* results) {
+  float squares = 0.0f;
   wait_for_last();
 #pragma unroll 1
-  for (uint strip = share.first_strip; strip < share.end_strip; strip++) {
-    float x[16];
-    load_half(inputs, strip * STRIP_UNITS + share.lane / 2, share.lane % 2, x);
-    const uint column = strip * STRIP + 16 * share.lane;
-    const bool is_whole = w.storage == BF16 && w.columns % 16 == 0;
-    if (column >= w.columns) continue;
+  for (uint r = simdgroup * PLAIN_ROWS; r < rows && row + r < w.rows; r += simdgroups * PLAIN_ROWS) {
+    float sums[PLAIN_ROWS];
 #pragma unroll
-    for (uint r = 0; r < TILE_ROWS; r++) {
-      const ulong at = ulong(min(row + r, w.rows - 1)) * w.columns + column;
-      if (is_whole) {
+    for (uint k = 0; k < PLAIN_ROWS; k++) sums[k] = 0.0f;
+#pragma unroll 1
+    for (uint column = 16 * lane; column < w.columns; column += STRIP) {
+      float x[16];
+      load_half(inputs, column / UNIT, column / HALF_UNIT % 2, x);
 #pragma unroll
-        for (uint i = 0; i < 2; i++) {
-          const uint4 words = *(device const uint4*)(w.data + 2 * at + 16 * i);
-          sums[r] = fma(widen_bf16(words.x), x[8 * i], sums[r]);
-          sums[r] = fma(as_type<float>(words.x & 0xffff0000u), x[8 * i + 1], sums[r]);
-          sums[r] = fma(widen_bf16(words.y), x[8 * i + 2], sums[r]);
-          sums[r] = fma(as_type<float>(words.y & 0xffff0000u), x[8 * i + 3], sums[r]);
-          sums[r] = fma(widen_bf16(words.z), x[8 * i + 4], sums[r]);
-          sums[r] = fma(as_type<float>(words.z & 0xffff0000u), x[8 * i + 5], sums[r]);
-          sums[r] = fma(widen_bf16(words.w), x[8 * i + 6], sums[r]);
-          sums[r] = fma(as_type<float>(words.w & 0xffff0000u), x[8 * i + 7], sums[r]);
+      for (uint k = 0; k < PLAIN_ROWS; k++) {
+        const ulong at = ulong(min(row + r + k, w.rows - 1)) * w.columns + column;
+        if (w.storage == BF16 && w.columns % 16 == 0) {
+#pragma unroll
+          for (uint i = 0; i < 2; i++) {
+            const uint4 words = *(device const uint4*)(w.data + 2 * at + 16 * i);
+            sums[k] = fma(widen_bf16(words.x), x[8 * i], sums[k]);
+            sums[k] = fma(as_type<float>(words.x & 0xffff0000u), x[8 * i + 1], sums[k]);
+            sums[k] = fma(widen_bf16(words.y), x[8 * i + 2], sums[k]);
+            sums[k] = fma(as_type<float>(words.y & 0xffff0000u), x[8 * i + 3], sums[k]);
+            sums[k] = fma(widen_bf16(words.z), x[8 * i + 4], sums[k]);
+            sums[k] = fma(as_type<float>(words.z & 0xffff0000u), x[8 * i + 5], sums[k]);
+            sums[k] = fma(widen_bf16(words.w), x[8 * i + 6], sums[k]);
+            sums[k] = fma(as_type<float>(words.w & 0xffff0000u), x[8 * i + 7], sums[k]);
+          }
+        } else {
+          // Unrolled, as an index into registers must be; no loads beyond the row.
+#pragma unroll
+          for (uint i = 0; i < 16; i++) {
+            if (column + i < w.columns) sums[k] = fma(load_plain(w, at + i), x[i], sums[k]);
+          }
         }
-      } else {
-        for (uint i = 0; i < 16 && column + i < w.columns; i++) sums[r] = fma(load_plain(w, at + i), x[i], sums[r]);
       }
     }
-  }
-  team_sums<TILE_ROWS>(sums, 5);
+    if (r == 0) squares = inputs.squares;
+    team_sums<PLAIN_ROWS>(sums, 5);
 #pragma unroll
-  for (uint r = 0; r < TILE_ROWS; r++) {
-    if (share.lane == r) results[r] = sums[r];
+    for (uint k = 0; k < PLAIN_ROWS; k++) {
+      if (lane == k && r + k < rows) results[r + k] = sums[k];
+    }
   }
-  return inputs.squares;
+  return squares;
 }
 
-// Either of them. All simdgroups of a threadgroup come here, with matrices of one storage and one number of columns.
+// results[r] as multiply_packed has it, whatever the bits. All simdgroups of a threadgroup come here, with one matrix.
 inline float multiply_tile(thread const Weights& w, uint row, thread const RowInputs& inputs, thread const Share& share,
     threadgroup uint4* digits, threadgroup uint4* lines, threadgroup float* results) {
   switch (w.storage) {
     case 2: return multiply_bits<2>(w, row, inputs, share, digits, lines, results);
     case 3: return multiply_bits<3>(w, row, inputs, share, digits, lines, results);
     case 4: return multiply_bits<4>(w, row, inputs, share, digits, lines, results);
-    case 8: return multiply_bits<8>(w, row, inputs, share, digits, lines, results);
+    default: return multiply_bits<8>(w, row, inputs, share, digits, lines, results);
   }
-  return multiply_plain(w, row, inputs, share, results);
 }

@@ -45,16 +45,21 @@ struct LinearsShape {
   const uint first_row = (group.x - matrices[which].first_group) * tiles * TILE_ROWS;
   const bool is_aligned = (columns | shape.x_stride) % 4 == 0;
   RowInputs inputs = {x + ulong(group.y) * shape.x_stride, norm, columns, is_aligned, shape.is_normed != 0, 0.0f};
-  const Share share = share_of((columns + STRIP - 1) / STRIP, simdgroup % parts, parts, index, simdgroups * 32);
-  const uint row = min(first_row + tile * TILE_ROWS, w.rows - 1);  // a tile beyond the last row is not stored
-  const float own = multiply_tile(w, row, inputs, share, digits, lines + simdgroup * 2 * LINE_QUADS, results[simdgroup]);
-  // Plain weights: the simdgroups of each tile have loaded all inputs.
-  const bool counts = w.storage < BF16 || tile == 0;
-  const float squares = threadgroup_sum(counts ? own : 0.0f, partial, simdgroup, simdgroups, lane);
+  float own;
+  if (w.storage >= BF16) {
+    own = multiply_plain(w, first_row, tiles * TILE_ROWS, inputs, simdgroup, simdgroups, lane, results[0]);
+  } else {
+    const Share share = share_of((columns + STRIP - 1) / STRIP, simdgroup % parts, parts, index, simdgroups * 32);
+    const uint row = min(first_row + tile * TILE_ROWS, w.rows - 1);  // a tile beyond the last row is not stored
+    own = multiply_tile(w, row, inputs, share, digits, lines + simdgroup * 2 * LINE_QUADS, results[simdgroup]);
+  }
+  const float squares = threadgroup_sum(own, partial, simdgroup, simdgroups, lane);
   const float factor = shape.is_normed ? rsqrt(squares / float(columns) + shape.eps) : 1.0f;
   if (index < tiles * TILE_ROWS && first_row + index < w.rows) {
-    float sum = 0.0f;
-    for (uint s = 0; s < parts; s++) sum += results[index / TILE_ROWS * parts + s][index % TILE_ROWS];
+    float sum = w.storage >= BF16 ? results[index / TILE_ROWS][index % TILE_ROWS] : 0.0f;
+    for (uint s = 0; s < parts && w.storage < BF16; s++) {
+      sum += results[index / TILE_ROWS * parts + s][index % TILE_ROWS];
+    }
     const ulong at = ulong(group.y) * shape.out_stride + matrices[which].first_out + first_row + index;
     out[at] = shape.accumulates ? fma(sum, factor, out[at]) : sum * factor;
   }
