@@ -50,7 +50,7 @@ class CudaDevice(Device):
         self._architecture = f"sm_{major}{minor}"
         self._overlaps_starts = major >= 9
         self.name = f"{torch.cuda.get_device_name(self.place)}, {self._architecture}"
-        self._stream = 0  # torch's default stream
+        self._stream, self._order = 0, torch.cuda.current_stream(self.place)  # torch's default stream
         error, self._recording = self._driver.cuStreamCreate(self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
         _check(error, "a stream")
         self._modules: dict[str, Any] = {}
@@ -163,7 +163,7 @@ class CudaDevice(Device):
         return function
 
     def _wait(self) -> None:
-        torch.cuda.current_stream(self.place).synchronize()  # not for copies of experts that are read ahead
+        self._order.synchronize()  # and not for copies of experts that are read ahead
 
 
 class _CudaMailbox(Mailbox):

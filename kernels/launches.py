@@ -358,17 +358,9 @@ def rope_cache(
     """q [T, H, Dh], and rows position .. of keys and values [Hkv, max_positions, Dh], from projected [T, any]."""
     (tokens, heads, width), (kv_heads, max_positions, _) = q.shape, keys.shape
     _check_head(width)
-    shape = shape_of(
-        "rope_cache",
-        "RopeShape",
-        heads=heads,
-        kv_heads=kv_heads,
-        width=width,
-        rotary=2 * frequencies.shape[0],
-        max_positions=max_positions,
-        stride=projected.shape[-1],
-        eps=eps,
-    )
+    sizes = {"heads": heads, "kv_heads": kv_heads, "width": width, "rotary": 2 * frequencies.shape[0]}
+    places = {"max_positions": max_positions, "stride": projected.shape[-1]}
+    shape = shape_of("rope_cache", "RopeShape", **sizes, **places, eps=eps)
     arguments = (projected, q_norm, k_norm, frequencies, position, q, keys, values, shape)
     return Launch("rope_cache", "rope_cache", arguments, (heads + 2 * kv_heads, tokens, 1), (LANES, 1, 1))
 
@@ -575,18 +567,9 @@ def delta_scan(
     (tokens, key_heads, _), (value_heads, key_width, value_width) = q.shape, state.shape
     if key_width > MAX_WIDTH:
         raise ValueError(f"the delta rule takes keys of up to {MAX_WIDTH} dimensions, got {key_width}")
-    shape = shape_of(
-        "delta_scan",
-        "ScanShape",
-        key_heads=key_heads,
-        value_heads=value_heads,
-        key_width=key_width,
-        value_width=value_width,
-        tokens=tokens,
-        q_stride=q.stride(0),
-        k_stride=k.stride(0),
-        v_stride=v.stride(0),
-    )
+    sizes = {"key_heads": key_heads, "value_heads": value_heads, "key_width": key_width, "value_width": value_width}
+    strides = {"q_stride": q.stride(0), "k_stride": k.stride(0), "v_stride": v.stride(0)}
+    shape = shape_of("delta_scan", "ScanShape", **sizes, **strides, tokens=tokens)
     arguments = (_span(q), _span(k), _span(v), decay, beta, state, out, shape)
     grid = (-(-value_width // (SCAN_COLUMNS * SCAN_SIMDGROUPS)), value_heads, 1)
     return Launch("delta_scan", "delta_scan", arguments, grid, (SCAN_SIMDGROUPS * LANES, 1, 1))
@@ -606,16 +589,8 @@ def attention_tiles(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, o
     _check_head(width)
     if values.stride() != keys.stride():
         raise ValueError("keys and values must lie alike")
-    shape = shape_of(
-        "attention_tiles",
-        "AttentionTilesShape",
-        heads=heads,
-        kv_heads=kv_heads,
-        width=width,
-        tokens=tokens,
-        context=context,
-        kv_stride=keys.stride(0),
-    )
+    sizes = {"heads": heads, "kv_heads": kv_heads, "width": width, "tokens": tokens, "context": context}
+    shape = shape_of("attention_tiles", "AttentionTilesShape", **sizes, kv_stride=keys.stride(0))
     simdgroups = -(-tokens // QUERIES) * (heads // kv_heads)
     grid = (kv_heads, -(-simdgroups // TILES_SIMDGROUPS), 1)
     arguments = (q, _span(keys), _span(values), out, shape)

@@ -37,21 +37,21 @@ struct ConvShape {
   for (uint j = 0; j < MAX_TAPS; j++) weights[j] = j >= unused ? weight[c * taps + j - unused] : 0.0f;
   for (uint i = 0; i < MAX_TAPS - 1 + TOKENS; i++) {
     const uint t = first + i;  // of u, counted from MAX_TAPS - 1 tokens before x
+    if (t >= shape.tokens + MAX_TAPS - 1) break;
     inputs[i] = 0.0f;
     if (t >= MAX_TAPS - 1) {
-      if (t < shape.tokens + MAX_TAPS - 1) inputs[i] = x[ulong(t - (MAX_TAPS - 1)) * shape.x_stride + c];
+      inputs[i] = x[ulong(t - (MAX_TAPS - 1)) * shape.x_stride + c];
     } else if (t >= unused) {
       inputs[i] = state[(t - unused) * channels + c];
     }
   }
   for (uint i = 0; i < TOKENS; i++) {
-    if (first + i < shape.tokens) {
-      float sum = 0.0f;
-      for (uint j = 0; j < MAX_TAPS; j++) {
-        if (j >= unused) sum = fma(weights[j], inputs[i + j], sum);  // what is not multiplied may be infinite
-      }
-      out[ulong(first + i) * channels + c] = silu(sum);
+    if (first + i >= shape.tokens) break;  // a single token is done here
+    float sum = 0.0f;
+    for (uint j = 0; j < MAX_TAPS; j++) {
+      if (j >= unused) sum = fma(weights[j], inputs[i + j], sum);  // what is not multiplied may be infinite
     }
+    out[ulong(first + i) * channels + c] = silu(sum);
   }
   if (first > 0) return;
   for (uint j = 0; j < kept; j++) {  // a place is read before it is written: those read are further on
