@@ -56,12 +56,13 @@ class _Piece:
         runtime, place = torch.cuda.cudart(), self.bytes.data_ptr()
         # Where the system refuses, copies take a way round through memory of the driver's: slower, not wrong.
         if int(runtime.cudaHostRegister(place, pages.size_bytes, 0)) == 0:
-            weakref.finalize(self, _unregister, runtime, place, self.bytes).atexit = False
+            weakref.finalize(self, _unregister, runtime, self.bytes, self.copied).atexit = False
 
 
-def _unregister(runtime: Any, place: int, memory: torch.Tensor) -> None:
-    """Before the memory goes, which this keeps until then."""
-    runtime.cudaHostUnregister(place)
+def _unregister(runtime: Any, memory: torch.Tensor, copied: torch.cuda.Event) -> None:
+    """Before the memory goes, which this keeps until then, and after the last copy from it."""
+    copied.synchronize()
+    runtime.cudaHostUnregister(memory.data_ptr())
 
 
 class _Staging(threading.local):
