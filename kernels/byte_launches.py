@@ -15,7 +15,7 @@ from moepack.kernels import launches
 from moepack.kernels.launches import LANES, Launch, shape_of
 from moepack.kernels.matrix import Matrix
 
-TILE_ROWS, STRIP, MAX_STRIPS = 16, 512, 16  # cuda/bytes.h
+TILE_ROWS, STRIP, MAX_STRIPS = 16, 512, 8  # cuda/bytes.h
 MAX_SIMDGROUPS = 8  # cuda/linears_bytes.cu
 GROUPS, WANTED = 128, 1024  # threadgroups, and simdgroups in all, that fill a large GPU
 

@@ -33,7 +33,7 @@ constant constexpr uint ZERO_QUADS = 2;     // after the strips
 constant constexpr uint LINE = 16;          // scales of a row for a strip, at most
 constant constexpr uint LINE_QUADS = 64;    // the scales and biases of a tile's strip
 constant constexpr uint PLAIN_ROWS = 4;     // that a simdgroup takes of a plain matrix at a time
-constant constexpr uint MAX_STRIPS = 16;    // columns of a matrix, at most
+constant constexpr uint MAX_STRIPS = 8;     // columns of a matrix, at most
 
 struct Scratch {  // threadgroup memory
   threadgroup uint* digits;

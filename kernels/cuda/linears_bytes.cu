@@ -11,7 +11,7 @@ using namespace metal;
 // Reference: rms_norm, linears. Test: test_metal_matrices.py.
 
 constant constexpr uint MAX_SIMDGROUPS = 8;
-constant constexpr uint DIGIT_QUADS = 1890;    // MAX_STRIPS * STRIP_QUADS + ZERO_QUADS
+constant constexpr uint DIGIT_QUADS = 946;     // MAX_STRIPS * STRIP_QUADS + ZERO_QUADS
 constant constexpr uint ALL_LINE_QUADS = 1024;  // MAX_SIMDGROUPS * 2 * LINE_QUADS
 
 struct LinearsShape {
