@@ -1,9 +1,10 @@
 """The Metal kernels as text: found, put together, understood, and rewritten for other compilers.
 
-Kernels are plain Metal Shading Language in a restricted style, one operation per file in metal/. The text of a file,
-its own #includes filled in, is what Apple's compiler gets, and what everything here starts from: the signatures,
-against which every call is checked, the structs that hosts must fill, and the translations, which are the same text
-with the address spaces dropped, threadgroup variables given a home, and an entry point for each kernel.
+Kernels are plain Metal Shading Language in a restricted style, one operation per file in metal/; cuda/ has those that
+need what only NVIDIA's GPUs can do, in the same language. The text of a file, its own #includes filled in, is what
+Apple's compiler gets, and what everything here starts from: the signatures, against which every call is checked, the
+structs that hosts must fill, and the translations, which are the same text with the address spaces dropped, threadgroup
+variables given a home, and an entry point for each kernel.
 
     source = load("linears")
     source.kernels["linears"].parameters        # name, address space, type of each buffer
@@ -21,17 +22,16 @@ import functools
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 METAL = Path(__file__).with_name("metal")
-CUDA = Path(__file__).with_name("cuda")  # kernels that need what only NVIDIA's GPUs have, in the same language
+CUDA = Path(__file__).with_name("cuda")
 SHIM = Path(__file__).with_name("shim")
 MAX_THREADS = 1024  # of a threadgroup, on every Apple GPU
-METAL_SHARED_BYTES, CUDA_SHARED_BYTES = 32 * 1024, 48 * 1024  # threadgroup memory at most
 
 _INCLUDE = re.compile(r'^#include "(\w+\.h)"\n', re.M)
 _COMMENT = re.compile(r"//[^\n]*")
@@ -80,7 +80,7 @@ _CUDA_GROUPS = {"experts_down": 2, "linears": 2, "attention_tiles": 2, "delta_sc
 
 
 class KernelTextError(ValueError):
-    """A .metal file leaves the restricted style, or a call does not fit a kernel's signature."""
+    """A kernel file leaves the restricted style, or a call does not fit a kernel's signature."""
 
 
 @dataclass(frozen=True)
@@ -221,29 +221,25 @@ class Signature:
 
 @dataclass(frozen=True)
 class Source:
-    """A kernel file, its own includes filled in: `text` is what Apple's compiler gets.
-
-    max_shared_bytes   threadgroup memory at most
-    """
+    """A kernel file, its own includes filled in: `text` is what Apple's compiler gets."""
 
     name: str
     text: str
     kernels: Mapping[str, Signature]
     structs: Mapping[str, Struct]
-    max_shared_bytes: int = METAL_SHARED_BYTES
 
 
 @functools.cache
 def load(name: str) -> Source:
     """The kernel file metal/<name>.metal or cuda/<name>.cu. Raises KernelTextError if it is not in the style."""
-    path, limit = METAL / f"{name}.metal", METAL_SHARED_BYTES
+    path = METAL / f"{name}.metal"
     if not path.exists():
-        path, limit = CUDA / f"{name}.cu", CUDA_SHARED_BYTES
-    return replace(parse(name, _include(path.read_text(encoding="utf-8"), set())), max_shared_bytes=limit)
+        path = CUDA / f"{name}.cu"
+    return parse(name, _include(path.read_text(encoding="utf-8"), set()))
 
 
 def list_files() -> list[str]:
-    """Names of all files in metal/."""
+    """Names of all files in metal/, which is what a Mac compiles."""
     return sorted(path.stem for path in METAL.glob("*.metal"))
 
 

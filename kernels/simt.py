@@ -56,14 +56,14 @@ class Executor:
         source = _check(launch, self.replaced)
         library = self._libraries.get(launch.file)
         if library is None:
-            library = self._libraries[launch.file] = _load_library(source)
+            library = self._libraries[launch.file] = load_library(source)
         buffers = [
             torch.frombuffer(bytearray(a), dtype=torch.uint8) if isinstance(a, bytes) else a for a in launch.arguments
         ]
         addresses = (ctypes.c_void_p * len(buffers))(*[buffer.data_ptr() for buffer in buffers])
         grid, group = (ctypes.c_uint * 3)(*launch.grid), (ctypes.c_uint * 3)(*launch.group)
         kernel = ctypes.cast(getattr(library, launch.kernel), ctypes.c_void_p)
-        failed = library.simt_launch(kernel, addresses, grid, group, self.lane_order, source.max_shared_bytes)
+        failed = library.simt_launch(kernel, addresses, grid, group, self.lane_order)
         self.threadgroup_bytes = library.simt_threadgroup_bytes()
         if failed:
             raise KernelError(f"{launch.file}.metal: {launch.kernel}: {library.simt_error().decode()}")
@@ -85,8 +85,7 @@ class WatchedExecutor:
         raw = [a if isinstance(a, bytes) else _bytes_of(a) for a in launch.arguments]
         with tempfile.TemporaryDirectory() as folder:
             case = Path(folder) / "case"
-            limits = (self.lane_order, source.max_shared_bytes)
-            numbers = (*launch.grid, *launch.group, *limits, len(raw), *map(len, raw))
+            numbers = (*launch.grid, *launch.group, self.lane_order, len(raw), *map(len, raw))
             case.write_bytes(struct.pack(f"<{len(numbers)}q", *numbers) + b"".join(raw))
             command = [str(program), launch.kernel, str(case)]
             done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **SANITIZER_OPTIONS})
@@ -111,8 +110,10 @@ def _bytes_of(tensor: torch.Tensor) -> bytes:
     return bytes(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
-def _load_library(source: msl.Source) -> ctypes.CDLL:
+def load_library(source: msl.Source) -> ctypes.CDLL:
+    """A file's kernels, compiled, with the functions of shim/simt.h. Raises KernelError if it does not compile."""
     library = ctypes.CDLL(str(_build(source)))
+    library.simt_launch.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_uint]
     library.simt_error.restype = ctypes.c_char_p
     library.simt_threadgroup_bytes.restype = ctypes.c_size_t
     return library

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from moepack.kernels import cuda_device, cuda_slots, gpu_ops, gpu_token, msl
 from moepack.kernels.cuda_device import CudaDevice
 from moepack.kernels.emulated_device import VIEWS, EmulatedTensor
-from moepack.kernels.simt import _load_library
+from moepack.kernels.simt import load_library
 
 Work = Callable[[], object]
 
@@ -185,8 +185,8 @@ class Driver:
     CUlaunchAttribute = staticmethod(lambda: SimpleNamespace(value=SimpleNamespace()))
 
     def __init__(self, cuda: Cuda):
-        self._streams, self._cuda = {0: cuda.default}, cuda
-        self._load = functools.cache(lambda name: _load_library(msl.load(name)))
+        self._streams = {0: cuda.default}
+        self._load = functools.cache(lambda name: load_library(msl.load(name)))
         self.calls: Counter[str] = Counter()
         self.graphs = 0  # that exist
 

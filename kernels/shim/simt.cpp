@@ -104,9 +104,9 @@ struct Arena {
   char* base;
   size_t used, size_bytes;
 
-  SIMT_UNCHECKED void open(size_t threadgroups, size_t max_bytes) {
+  SIMT_UNCHECKED void open(size_t threadgroups) {
     used = 0;
-    size_bytes = 2 * max_bytes * threadgroups;
+    size_bytes = 2 * SIMT_MAX_THREADGROUP_BYTES * threadgroups;
     base = (char*)mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   }
   SIMT_UNCHECKED void* allocate(size_t bytes) {
@@ -118,7 +118,7 @@ struct Arena {
   SIMT_UNCHECKED void release(void*) {}
   SIMT_UNCHECKED void close() { munmap(base, size_bytes); }
 #else
-  void open(size_t, size_t) {}
+  void open(size_t) {}
   void* allocate(size_t bytes) { return malloc(bytes); }
   void release(void* memory) { free(memory); }
   void close() {}
@@ -426,8 +426,7 @@ SIMT_UNCHECKED void* simt_threadgroup_memory(unsigned number, size_t size_bytes)
 }
 
 SIMT_UNCHECKED int simt_launch(
-    simt_kernel kernel, void** buffers, const unsigned* grid, const unsigned* group, unsigned order_kind,
-    size_t max_bytes) {
+    simt_kernel kernel, void** buffers, const unsigned* grid, const unsigned* group, unsigned order_kind) {
   const unsigned threads = group[0] * group[1] * group[2], threadgroups = grid[0] * grid[1] * grid[2];
   machine.error[0] = 0;
   machine.threadgroup_bytes = 0;
@@ -444,7 +443,7 @@ SIMT_UNCHECKED int simt_launch(
   Order order(order_kind);
   std::vector<unsigned> numbers(threadgroups), lanes(threads);
   order.arrange(numbers);
-  machine.arena.open(threadgroups, max_bytes);
+  machine.arena.open(threadgroups);
   for (unsigned number : numbers) {
     const unsigned position[3] = {number % grid[0], number / grid[0] % grid[1], number / grid[0] / grid[1]};
     prepare_threadgroup(position, grid, group);
@@ -454,9 +453,9 @@ SIMT_UNCHECKED int simt_launch(
       fail_diverged(position);
       break;
     }
-    if (machine.threadgroup_bytes > max_bytes) {
-      snprintf(machine.error, sizeof machine.error, "%zu bytes of threadgroup memory: at most %zu",
-          machine.threadgroup_bytes, max_bytes);
+    if (machine.threadgroup_bytes > SIMT_MAX_THREADGROUP_BYTES) {
+      snprintf(machine.error, sizeof machine.error, "%zu bytes of threadgroup memory: at most %d",
+          machine.threadgroup_bytes, SIMT_MAX_THREADGROUP_BYTES);
       break;
     }
   }

@@ -9,7 +9,7 @@
 
 #define SIMT_UNCHECKED __attribute__((no_sanitize("thread", "address", "undefined")))
 
-enum { SIMT_LANES = 32, SIMT_MAX_THREADS = 1024 };
+enum { SIMT_LANES = 32, SIMT_MAX_THREADS = 1024, SIMT_MAX_THREADGROUP_BYTES = 32768 };
 
 // What a lane can wait at. Lanes of a simdgroup that wait at different operations have diverged.
 enum simt_operation {
@@ -48,9 +48,7 @@ void* simt_threadgroup_memory(unsigned variable, size_t size_bytes);
 
 extern "C" {
 // Returns 0, or 1 with simt_error() set. order: 0 lanes and threadgroups ascending, 1 descending, else a random seed.
-// max_bytes: of threadgroup memory.
-int simt_launch(simt_kernel kernel, void** buffers, const unsigned* grid, const unsigned* group, unsigned order,
-    size_t max_bytes);
+int simt_launch(simt_kernel kernel, void** buffers, const unsigned* grid, const unsigned* group, unsigned order);
 const char* simt_error();
 size_t simt_threadgroup_bytes();  // threadgroup memory of the last launch
 }
