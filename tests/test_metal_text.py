@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moepack.kernels import launches, msl, reference
+from moepack.kernels import byte_launches, launches, msl, reference
 from moepack.kernels.msl import KernelTextError, Source, parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,9 +90,9 @@ def test_the_restricted_style(name: str) -> None:
 
 
 def test_geometry_is_that_of_the_text() -> None:
-    """launches.py repeats some constants of the files."""
+    """launches.py and byte_launches.py repeat some constants of the files."""
     values = {}
-    for name in FILES:
+    for name in (*FILES, "linears_bytes"):
         values |= {(name, constant): int(value) for constant, value in constants_of(name).items()}
     assert values["linears", "UNIT"] == launches.UNIT
     assert values["linears", "LINEAR_ROWS"] == launches.LINEAR_ROWS
@@ -127,6 +127,14 @@ def test_geometry_is_that_of_the_text() -> None:
     assert values["delta_scan", "MAX_ROWS"] * 8 == launches.MAX_WIDTH
     assert values["causal_conv", "TOKENS"] == launches.CONV_TOKENS
     assert values["attention_tiles", "SIMDGROUPS"] == launches.TILES_SIMDGROUPS
+    assert values["linears_bytes", "TILE_ROWS"] == byte_launches.TILE_ROWS
+    assert values["linears_bytes", "STRIP"] == byte_launches.STRIP
+    assert values["linears_bytes", "MAX_STRIPS"] == byte_launches.MAX_STRIPS
+    assert values["linears_bytes", "MAX_SIMDGROUPS"] == byte_launches.MAX_SIMDGROUPS
+    strips = values["linears_bytes", "MAX_STRIPS"] * values["linears_bytes", "STRIP_QUADS"]
+    assert values["linears_bytes", "DIGIT_QUADS"] == strips + values["linears_bytes", "ZERO_QUADS"]
+    lines = 2 * values["linears_bytes", "MAX_SIMDGROUPS"] * values["linears_bytes", "LINE_QUADS"]
+    assert values["linears_bytes", "ALL_LINE_QUADS"] == lines
     storages = {values["linears", name] for name in ("BF16", "F16", "F32")}
     assert storages == set(launches.PLAIN_STORAGES.values())
 

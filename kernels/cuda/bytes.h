@@ -33,7 +33,7 @@ constant constexpr uint ZERO_QUADS = 2;     // after the strips
 constant constexpr uint LINE = 16;          // scales of a row for a strip, at most
 constant constexpr uint LINE_QUADS = 64;    // the scales and biases of a tile's strip
 constant constexpr uint PLAIN_ROWS = 4;     // that a simdgroup takes of a plain matrix at a time
-constant constexpr uint MAX_STRIPS = 8;     // columns of a matrix, at most
+constant constexpr uint MAX_STRIPS = 8;     // of a row: 4096 columns
 
 struct Scratch {  // threadgroup memory
   threadgroup uint* digits;
@@ -42,12 +42,12 @@ struct Scratch {  // threadgroup memory
   threadgroup uint* zeros;     // the digits of lanes that have none
 };
 
-inline Scratch scratch_at(threadgroup uint4* memory, uint strips) {
+inline Scratch scratch_at(threadgroup uint4* memory) {
   Scratch scratch;
   scratch.digits = (threadgroup uint*)memory;
-  scratch.factors = (threadgroup float*)(memory + strips * STRIP_UNITS * DIGIT_WORDS / 4);
-  scratch.totals = scratch.factors + strips * STRIP_UNITS / 2;
-  scratch.zeros = (threadgroup uint*)(memory + strips * STRIP_QUADS);
+  scratch.factors = (threadgroup float*)(memory + MAX_STRIPS * STRIP_UNITS * DIGIT_WORDS / 4);
+  scratch.totals = scratch.factors + MAX_STRIPS * STRIP_UNITS / 2;
+  scratch.zeros = (threadgroup uint*)(memory + MAX_STRIPS * STRIP_QUADS);
   return scratch;
 }
 
@@ -310,7 +310,7 @@ template <int BITS, bool IS_SMALL>
 MSL_NOINLINE float multiply_packed(Weights w, uint row, RowInputs inputs, Share share, threadgroup uint4* digits,
     threadgroup uint4* lines, threadgroup float* results) {
   constexpr int AHEAD = BITS == 8 ? 4 : 8;  // spans under way
-  const Scratch scratch = scratch_at(digits, MAX_STRIPS);
+  const Scratch scratch = scratch_at(digits);
   const Tile tile = tile_of<BITS>(w, row, share.lane);
   const uint first = share.first_strip * STRIP_SPANS, end = share.end_strip * STRIP_SPANS;
   uint words[AHEAD * 2 * BITS];
