@@ -69,7 +69,8 @@ class Measured:
         assert self.tools
         assert original.tools
         compared = compare_rates(self.tools["is_correct"], original.tools["is_correct"])
-        return compared or (math.nan, (math.nan, math.nan))
+        share, interval = compared or (math.nan, None)
+        return share, interval or (math.nan, math.nan)
 
 
 def main() -> None:

@@ -307,13 +307,15 @@ def evaluate(
     from moepack.runtime.evaluate import WINDOW, encode_text, evaluate_text, evaluate_tools, read_tool_prompts
     from moepack.runtime.memory import taken_bytes
     from moepack.runtime.prompt import read_text
-    from moepack.runtime.recall import RecallPlan, choose_lengths, evaluate_recall
+    from moepack.runtime.recall import RecallPlan, check_plan, choose_lengths, evaluate_recall
     from moepack.runtime.tokenizer import Tokenizer
 
     if text is None and tools is None and recall is None:
         raise UsageError("expected --text FILE, --tools FILE or --recall N, found none of them")
     if recall is None and (lengths is not None or seed is not None):
         raise UsageError("--lengths and --seed are of --recall N: give it, or leave them out")
+    if constrained and tools is None:
+        raise UsageError("--constrained is of --tools FILE: give it, or leave it out")
     passage = None if text is None else encode_text(Tokenizer.load(pack), read_text(text))
     prompts = None if tools is None else read_tool_prompts(tools)
     budget = _read_budget(memory, device)
@@ -333,6 +335,8 @@ def evaluate(
     other = None
     if reference:
         other = Engine.open(reference, memory=budget, process_bytes=engine.memory_plan.total_bytes, **common)
+    if plan is not None:
+        check_plan(engine, plan)  # before hours of text
     facts: dict[str, Any] = {"tokens": None, "nll": None, "perplexity": None}
     if passage is not None:
         with open_progress(len(passage), "text", "tok") as progress:

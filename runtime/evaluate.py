@@ -41,7 +41,7 @@ MAX_ANSWER_TOKENS = 256
 class TextScores:
     """nll is the mean over scored tokens, in nats; what compares is None without a reference.
 
-    intervals   (low, high) of perplexity, kl_mean and top1_agreement
+    intervals   (low, high) of perplexity, kl_mean and top1_agreement; empty for a single window
     """
 
     tokens: int
@@ -71,7 +71,7 @@ class ToolScores:
     identical             share of answers that are the reference's token for token; None without one
     reference_correct     share of the reference's own answers that are right; None without one
     correct_of_reference  correct as a share of that; None without a reference, or if it has none right
-    intervals             (low, high) of each share; of correct_of_reference over the prompts in pairs
+    intervals             (low, high) of each share; of correct_of_reference over the prompts in pairs, if there are two
     is_correct            of each prompt in turn, so that runs on the same prompts can be paired later
     """
 
@@ -96,11 +96,7 @@ def evaluate_text(
 
     Raises UsageError if there are fewer than two tokens or the reference is another model.
     """
-    if reference and reference.architecture.vocab_size != engine.architecture.vocab_size:
-        raise UsageError(
-            f"--reference: vocabulary of {reference.architecture.vocab_size}, expected "
-            f"{engine.architecture.vocab_size}: a pack of the same model is needed"
-        )
+    check_reference(engine, reference)
     windows, skipped = split_windows(token_ids, min(WINDOW, engine.max_context))
     sums, divergences = [], []  # of each window: scored tokens, nll, KL, agreements
     for window in windows:
@@ -118,10 +114,10 @@ def evaluate_text(
     table = np.array(sums)  # [windows, 4]
     scored, nll, kl_sum, agreed = table.sum(0)
     kl = torch.cat(divergences) if divergences else None
-    intervals = {"perplexity": bootstrap(table, lambda total: np.exp(total[..., 1] / total[..., 0]))}
+    found = {"perplexity": bootstrap(table, lambda total: np.exp(total[..., 1] / total[..., 0]))}
     if kl is not None:
-        intervals["kl_mean"] = bootstrap(table, lambda total: total[..., 2] / total[..., 0])
-        intervals["top1_agreement"] = bootstrap(table, lambda total: total[..., 3] / total[..., 0])
+        found["kl_mean"] = bootstrap(table, lambda total: total[..., 2] / total[..., 0])
+        found["top1_agreement"] = bootstrap(table, lambda total: total[..., 3] / total[..., 0])
     return TextScores(
         tokens=int(scored),
         skipped_tokens=skipped,
@@ -131,8 +127,17 @@ def evaluate_text(
         kl_median=None if kl is None else kl.median().item(),
         kl_p99=None if kl is None else np.quantile(kl.numpy(), 0.99).item(),
         top1_agreement=None if kl is None else agreed / scored,
-        intervals=intervals,
+        intervals={name: interval for name, interval in found.items() if interval},
     )
+
+
+def check_reference(engine: Engine, reference: Engine | None) -> None:
+    """Raise UsageError if the reference is another model."""
+    if reference and reference.architecture.vocab_size != engine.architecture.vocab_size:
+        raise UsageError(
+            f"--reference: vocabulary of {reference.architecture.vocab_size}, expected "
+            f"{engine.architecture.vocab_size}: a pack of the same model is needed"
+        )
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> Sequence[int]:
@@ -169,10 +174,15 @@ def _scored_pieces(
 
 
 def _log_softmax(scores: torch.Tensor, engine: Engine | None) -> torch.Tensor:
+    check_scores(scores, engine)
+    return scores.log_softmax(-1)
+
+
+def check_scores(scores: torch.Tensor, engine: Engine | None) -> None:
+    """Raise MoepackError for scores that are not finite, of which any token could be called the likeliest."""
     if not scores.isfinite().all():
         place = engine.pack.directory if engine else "the model"
         raise MoepackError(f"{place}: scores are not finite: run moe-inspect verify on the pack")
-    return scores.log_softmax(-1)
 
 
 def read_tool_prompts(path: Path) -> list[ToolPrompt]:
@@ -197,8 +207,10 @@ def evaluate_tools(
 
     is_constrained   hold answers to well-formed calls, and to calling at all where a call is expected
 
-    Raises UsageError if the pack has no chat template or a prompt does not fit the context.
+    Raises UsageError if the pack has no chat template, a prompt does not fit the context, or the reference is another
+    model.
     """
+    check_reference(engine, reference)
     verdicts, reference_verdicts, identical = [], [], []
     hold = _make_constraints(engine) if is_constrained else lambda prompt: None
     for prompt in prompts:
@@ -218,7 +230,8 @@ def evaluate_tools(
     intervals = {name: share_interval(sum(column), len(prompts)) for name, column in columns.items()}
     compared = compare_rates(correct, reference_correct) if reference is not None else None
     if compared:
-        shares["correct_of_reference"], intervals["correct_of_reference"] = compared
+        shares["correct_of_reference"], interval = compared
+        intervals |= {"correct_of_reference": interval} if interval else {}
     missing = {"identical": None, "reference_correct": None, "correct_of_reference": None}
     return ToolScores(n=len(prompts), **{**missing, **shares}, intervals=intervals, is_correct=correct)
 

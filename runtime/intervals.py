@@ -21,13 +21,15 @@ RESAMPLES, SEED, CONFIDENCE = 2000, 0, 0.95
 Interval = tuple[float, float]
 
 
-def bootstrap(rows: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> Interval:
+def bootstrap(rows: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> Interval | None:
     """The interval of a statistic of summed rows [n, C], over draws of n rows with replacement.
 
     statistic   sums [draws, C] -> [draws]; draws that give NaN are left out
 
-    The same rows give the same interval.
+    The same rows give the same interval. None of a single row, which says nothing of how others would be.
     """
+    if len(rows) < 2:
+        return None
     picks = np.random.default_rng(SEED).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), RESAMPLES)
     low, high = np.nanquantile(statistic(picks @ rows), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
@@ -41,12 +43,13 @@ def share_interval(count: float, of: int) -> Interval:
     return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 
-def compare_rates(own: Sequence[float], reference: Sequence[float]) -> tuple[float, Interval] | None:
+def compare_rates(own: Sequence[float], reference: Sequence[float]) -> tuple[float, Interval | None] | None:
     """What share of the reference's rate one's own is, and its interval, over the same prompts in pairs.
 
     own, reference   how many things are right in each prompt, for a prompt that is right or not 1 or 0
 
-    None if the reference has none right. Raises ValueError if the two are not equally long.
+    None if the reference has none right; no interval of a single prompt. Raises ValueError if the two are not equally
+    long.
     """
     rows = np.array([own, reference], dtype=float).T
     if not rows[:, 1].any():

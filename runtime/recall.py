@@ -24,6 +24,7 @@ import numpy as np
 
 from moepack.layout.errors import UsageError
 from moepack.runtime.engine import Engine
+from moepack.runtime.evaluate import check_reference, check_scores
 from moepack.runtime.intervals import Interval, bootstrap, compare_rates, share_interval
 from moepack.runtime.sampling import SamplingParams
 from moepack.runtime.tokenizer import Tokenizer
@@ -128,17 +129,15 @@ def evaluate_recall(
     """Put needles and passages of every length to a model, and to a reference.
 
     Returns plain numbers: of each kind `correct`, the share of answers (needle) or tokens (copy) that are right, with
-    its interval; of copies also `exact`, the share without a wrong token; beside a reference also `reference_correct`,
-    `identical`, the share of answers or tokens that are the reference's, and `correct_of_reference`, in pairs. The same
-    `by_length`, in tokens, and `by_depth`, from 0 at the beginning to 1 at the end. Every prompt counts the same.
+    its interval, which parts of a single passage have not; of copies also `exact`, the share without a wrong token;
+    beside a reference also `reference_correct`, `identical`, the share of answers or tokens that are the reference's,
+    and `correct_of_reference`, in pairs. The same `by_length`, in tokens, and `by_depth`, from 0 at the beginning to 1
+    at the end. Every prompt counts the same.
 
     Raises UsageError if the tokenizer has too few words, a prompt does not fit, or the reference is another model.
     """
-    if reference and reference.architecture.vocab_size != engine.architecture.vocab_size:
-        raise UsageError(
-            f"--reference: vocabulary of {reference.architecture.vocab_size}, expected "
-            f"{engine.architecture.vocab_size}: a pack of the same model is needed"
-        )
+    check_reference(engine, reference)
+    check_plan(engine, plan)
     words, ask = list_words(engine.tokenizer), make_ask(engine)
     needles: list[Scored] = []
     copies: list[Scored] = []
@@ -157,6 +156,12 @@ def evaluate_recall(
         "needle": summarize(needles),
         "copy": summarize(copies, with_exact=True),
     }
+
+
+def check_plan(engine: Engine, plan: RecallPlan) -> None:
+    """Raise UsageError if the tokenizer has too few words, or the shortest length has no room for a question."""
+    words, ask = list_words(engine.tokenizer), make_ask(engine)
+    draw_needle(Random(0), engine.tokenizer, words, ask, plan.lengths[0], 0)
 
 
 def list_words(tokenizer: Tokenizer) -> list[str]:
@@ -187,6 +192,8 @@ def draw_needle(rng: Random, tokenizer: Tokenizer, words: Sequence[str], ask: As
     """
     names = rng.sample(NAMES, len(NAMES))
     word, others = rng.choice(words).title(), names[1:]
+    while word in {*names, *DAYS, "Where"}:  # which stand elsewhere in the text, and in wrong answers
+        word = rng.choice(words).title()
     fact, question = f"{names[0]} is a {rng.choice(JOBS)} from {word}.", f"Where is {names[0]} from?"
     sentences: list[str] = []
     begins = f"{names[0]} is from"
@@ -256,8 +263,11 @@ def score_copy(engine: Engine, copy: Copy, prompt: tuple[int, int], reference: E
 def pick_tokens(engine: Engine, copy: Copy) -> np.ndarray:
     """The likeliest token at each place of the passage but the first, after the right ones before it."""
     token_ids = [*copy.token_ids, *copy.passage[:-1]]
-    pieces = engine.iter_logits(token_ids, first=len(copy.token_ids))
-    return np.concatenate([scores.argmax(-1).cpu().numpy() for scores in pieces])
+    picked = []
+    for scores in engine.iter_logits(token_ids, first=len(copy.token_ids)):
+        check_scores(scores, engine)
+        picked.append(scores.argmax(-1).cpu().numpy())
+    return np.concatenate(picked)
 
 
 def _equal(some: np.ndarray, others: np.ndarray) -> float:
@@ -292,14 +302,15 @@ def _shares(scored: Sequence[Scored], with_exact: bool = False) -> dict[str, Any
     if with_exact:
         columns["exact"] = [float(value == 1) for value in columns["correct"]]
     facts: dict[str, Any] = {name: sum(column) / len(column) for name, column in columns.items()}
-    facts["intervals"] = {name: _interval(column) for name, column in columns.items()}
+    intervals = {name: _interval(column) for name, column in columns.items()}
     if compared:
-        facts["correct_of_reference"], facts["intervals"]["correct_of_reference"] = compared
+        facts["correct_of_reference"], intervals["correct_of_reference"] = compared
+    facts["intervals"] = {name: interval for name, interval in intervals.items() if interval}
     return facts
 
 
-def _interval(values: Sequence[float]) -> Interval:
-    """Of the mean of what prompts score: all or nothing is a share, parts are drawn again."""
+def _interval(values: Sequence[float]) -> Interval | None:
+    """Of the mean of what prompts score: all or nothing is a share, parts are drawn again, if there are two prompts."""
     if set(values) <= {0.0, 1.0}:
         return share_interval(sum(values), len(values))
     return bootstrap(np.array(values)[:, None], lambda total: total[..., 0] / len(values))

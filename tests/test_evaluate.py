@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from conftest import make_pack
+from moepack.layout.errors import UsageError
 from moepack.runtime import evaluate
 from moepack.runtime.engine import Engine
 from moepack.runtime.evaluate import evaluate_text, evaluate_tools, read_tool_prompts
@@ -54,10 +55,33 @@ def test_scores_are_those_of_the_whole_distributions(
     assert evaluate_text(poor, ids, good) == found
 
 
-def test_without_a_reference_nothing_is_compared(engines: tuple[Engine, Engine]) -> None:
+def test_without_a_reference_nothing_is_compared(
+    engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "WINDOW", 25)
     found = evaluate_text(engines[0], list(range(50)))
     assert (found.kl_mean, found.kl_median, found.kl_p99, found.top1_agreement) == (None,) * 4
     assert set(found.intervals) == {"perplexity"}
+
+
+def test_a_single_window_says_nothing_of_others(
+    engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bootstrap of one draw would have no width, as if nothing were uncertain."""
+    assert evaluate_text(engines[0], list(range(50)), engines[1]).intervals == {}
+    assert bootstrap(np.ones((1, 1)), lambda total: total[..., 0]) is None
+    assert compare_rates([1], [1]) == (1.0, None)
+    monkeypatch.setattr(evaluate, "judge_answer", lambda *_: (True, True, True))
+    prompt = evaluate.ToolPrompt([{"role": "user", "content": "fox"}], [], [])
+    shares = evaluate_tools(engines[1], [prompt], reference=engines[1])
+    assert (shares.correct_of_reference, "correct_of_reference" in shares.intervals) == (1, False)
+    assert shares.intervals["identical"] == pytest.approx((0.2065, 1), abs=1e-4)
+
+
+def test_another_model_is_no_reference(engines: tuple[Engine, Engine], demo_pack: Callable[[int], Path]) -> None:
+    prompts = read_tool_prompts(DATA / "tools.jsonl")[:1]
+    with Engine.open(demo_pack(4), threads=1) as other, pytest.raises(UsageError, match="of the same model is needed"):
+        evaluate_tools(engines[0], prompts, reference=other)
 
 
 def test_a_bootstrap_is_as_wide_as_the_spread_says() -> None:

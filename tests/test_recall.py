@@ -9,8 +9,9 @@ from random import Random
 
 import numpy as np
 import pytest
+import torch
 
-from moepack.layout.errors import UsageError
+from moepack.layout.errors import MoepackError, UsageError
 from moepack.runtime import recall
 from moepack.runtime.engine import Engine
 from moepack.runtime.recall import RecallPlan, Scored, choose_lengths, evaluate_recall, summarize
@@ -53,6 +54,19 @@ def test_a_passage_fits_twice_and_is_not_guessed(demo: Engine, length: int) -> N
     passage = demo.tokenizer.decode(copy.passage)
     assert f"Repeat after me: {passage}<" in demo.tokenizer.decode(copy.token_ids).replace("\n", "<")
     assert set(passage.split(" ")) <= set(words)
+
+
+def test_a_needle_is_no_word_of_the_other_sentences(demo: Engine) -> None:
+    """Who is asked about a Grace from Grace answers right by her name alone."""
+    words, ask = [*map(str.lower, recall.NAMES + recall.DAYS), "where", "zebra"], recall.make_ask(demo)
+    for seed in range(20):
+        assert recall.draw_needle(Random(seed), demo.tokenizer, words, ask, 128, 0).word == "Zebra"
+
+
+def test_scores_that_are_not_finite_are_no_copy(demo: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "iter_logits", lambda token_ids, first: iter([torch.full((3, 7), torch.nan)]))
+    with pytest.raises(MoepackError, match="scores are not finite: run moe-inspect verify"):
+        recall.pick_tokens(demo, recall.Copy([1], [2, 3, 4]))
 
 
 def test_the_same_seed_asks_the_same(demo: Engine) -> None:
@@ -105,6 +119,7 @@ def test_prompts_count_the_same_and_hang_together() -> None:
     facts = summarize(scored, with_exact=True)
     assert (facts["correct"], facts["exact"]) == (0.5, 0.5)
     assert facts["intervals"]["correct"] == pytest.approx((0.0945, 0.9055), abs=1e-3)
+    assert "correct" not in summarize([Scored((64, 0), 0, 0.5, None, None)])["intervals"]
     with_parts = summarize([Scored((64, n), 0, 0.25 * n, 1.0, 0.5) for n in range(4)], with_exact=True)
     assert (with_parts["correct"], with_parts["exact"], with_parts["correct_of_reference"]) == (0.375, 0, 0.375)
 

@@ -231,6 +231,7 @@ def test_eval_refuses_what_it_cannot_do(
     for arguments, text in (
         ([], "expected --text FILE, --tools FILE or --recall N, found none of them"),
         (["--tools", tmp_path / "tools.jsonl", "--seed", 1], "--lengths and --seed are of --recall N"),
+        (["--text", tmp_path / "text.txt", "--constrained"], "--constrained is of --tools FILE"),
         (["--recall", 1, "--lengths", "4096"], "--lengths 4096: expected 64 to 2048 tokens"),
         (["--recall", 1, "--reference", tiny_pack], "a pack of the same model is needed"),
         (["--tools", tmp_path / "tools.jsonl"], "line 1: expected an object with messages, tools, expected_calls"),
@@ -239,6 +240,16 @@ def test_eval_refuses_what_it_cannot_do(
         run = moe_run_here("eval", demo_pack(4), *arguments)
         assert run.returncode == 2
         assert text in run.stderr
+
+
+def test_eval_refuses_recall_before_hours_of_text(
+    moe_run_here: Callable[..., Result], tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moepack.runtime.evaluate.evaluate_text", None)
+    (tmp_path / "text.txt").write_text("one two three")
+    run = moe_run_here("eval", tiny_pack, "--text", tmp_path / "text.txt", "--recall", 1)
+    assert run.returncode == 2
+    assert "--recall: the tokenizer has 0 words of small letters, expected 200" in run.stderr
 
 
 def test_the_harness_is_an_extra(moe_run_here: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
