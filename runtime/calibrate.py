@@ -97,7 +97,8 @@ def _keep_beside(
     origin       what they depend on beside the pack; a file of another one is begun anew
     on_windows   called with how many are there, those of the file at once
     """
-    path = engine.pack.directory.with_name(engine.pack.directory.name + suffix)
+    directory = engine.pack.directory.resolve()  # "." has no name of its own
+    path = directory.with_name(directory.name + suffix)
     origin = {"manifest": hash_manifest(engine.pack), **origin}
     kept = json.loads(path.read_text()) if path.exists() else {}
     windows = kept["windows"] if {key: kept.get(key) for key in origin} == origin else []
@@ -132,7 +133,7 @@ def calibrate(
         "text_sha256": digest_windows(windows),
         "full": full,
     }
-    hidden, first = _resume(folder, facts, engine, windows)
+    hidden, first = _resume(folder, {**facts, "pack": hash_manifest(engine.pack)}, engine, windows)
     if first:
         on_layer(first)
     for layer in range(first, a.num_hidden_layers):
@@ -247,7 +248,8 @@ def digest_windows(windows: Sequence[Sequence[int]]) -> str:
 def _resume(
     folder: Path, facts: dict[str, Any], engine: Engine, windows: Sequence[Sequence[int]]
 ) -> tuple[torch.Tensor, int]:
-    """Hidden states and the layer to go on with: those of an earlier run with the same facts, or the start."""
+    """Hidden states and the layer to go on with: those of an earlier run with the same pack and facts, or the
+    start."""
     progress = folder / "progress.json"
     if progress.exists():
         state = json.loads(progress.read_text())

@@ -378,7 +378,9 @@ def calibrate(
         None, "--tune", help="Quantized pack of the model: tune its experts by the answers of the whole model."
     ),
     steps: int = typer.Option(None, "--steps", help="Of --tune.  [default: 1000]", min=1),
-    step_tokens: int = typer.Option(None, "--step-tokens", help="Each of --tune's learns from.  [default: 512]", min=1),
+    step_tokens: int = typer.Option(
+        None, "--step-tokens", help="Each of --tune's learns from, in whole 512s.  [default: 512]", min=1
+    ),
     seed: int = typer.Option(None, "--seed", help="Of the order of windows with --tune.  [default: 0]", min=0),
     threads: int = THREADS,
     memory: str = MEMORY,
@@ -452,7 +454,7 @@ def _tune(engine: Engine, start: Path, windows: list[Any], out: Path, plan: Any,
     with Pack.open(start) as opened, open_progress(plan.steps, "tune", "step") as progress:
         before, after = Tuning(engine, opened, windows, out, plan, device).run(progress.update)
     log(f"{out}: KL to {engine.pack.directory} on text kept apart {before:.4f}, now {after:.4f}")
-    if after >= before:
+    if not after < before:  # as it is not where a number became none
         log(f"note: that is no gain, so the file holds the experts of {start}: give more text or --steps")
 
 

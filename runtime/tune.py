@@ -38,7 +38,7 @@ from moepack.layout.reader import Pack
 from moepack.layout.sizes import format_size
 from moepack.layout.spec import UNQUANTIZED_BITS
 from moepack.runtime.calibrate import UNFINISHED, digest_windows, model_of, write_json
-from moepack.runtime.engine import Engine
+from moepack.runtime.engine import Engine, hash_manifest
 from moepack.runtime.learner import Learner, RoundedMatrices, read_expert, stored_arrays
 from moepack.runtime.resident import ResidentWeights
 
@@ -56,11 +56,15 @@ SAVE_EVERY = 100  # steps
 
 @dataclass(frozen=True)
 class TuningPlan:
-    """steps of so many tokens each; seed of their order."""
+    """steps of so many tokens each; seed of their order. Raises UsageError for tokens that are no whole pieces."""
 
     steps: int
     seed: int = 0
-    step_tokens: int = 512
+    step_tokens: int = PIECE_TOKENS
+
+    def __post_init__(self) -> None:
+        if self.step_tokens < 1 or self.step_tokens % PIECE_TOKENS:
+            raise UsageError(f"--step-tokens {self.step_tokens}: expected {PIECE_TOKENS} or a multiple of it")
 
 
 class Tuning:
@@ -99,7 +103,8 @@ class Tuning:
             "text_sha256": digest_windows(windows),
             "full": False,
         }
-        self.identity = {**self.facts, **vars(plan), "start": [file["sha256"] for file in self.schemes]}
+        packs = {"pack": hash_manifest(engine.pack), "start": [file["sha256"] for file in self.schemes]}
+        self.identity = {**self.facts, **vars(plan), **packs}
         self.learner = Learner(engine, start, device)
         self.optimizer = torch.optim.Adam(self._parameter_groups(), betas=MOMENTS, fused=True)
 
@@ -139,7 +144,7 @@ class Tuning:
 
     def _pieces_of(self, step: int) -> list[list[int]]:
         """What a step learns from: round after round through all pieces, each in an order of its own."""
-        found, count = [], max(1, self.plan.step_tokens // PIECE_TOKENS)
+        found, count = [], self.plan.step_tokens // PIECE_TOKENS
         for number in range(step * count, (step + 1) * count):
             epoch, place = divmod(number, len(self.pieces))
             order = np.random.default_rng([self.plan.seed, epoch]).permutation(len(self.pieces))
@@ -168,9 +173,10 @@ class Tuning:
         return groups
 
     def _resume(self) -> tuple[int, float]:
-        """Steps done by an earlier run with the same facts, and the KL before all of them."""
+        """Steps done by an earlier run with the same packs and facts, and the KL before all of them."""
         progress, state = self.folder / "progress.json", self.folder / "state.pt"
-        if state.exists() and json.loads(progress.read_text()) == json.loads(json.dumps({"facts": self.identity})):
+        is_there = state.exists() and progress.exists()
+        if is_there and json.loads(progress.read_text()) == json.loads(json.dumps({"facts": self.identity})):
             kept = torch.load(state, weights_only=True, map_location=self.device)
             with torch.no_grad():
                 for (_, _, part), values in zip(self.learner.parts, kept["parts"]):
@@ -215,7 +221,8 @@ class Tuning:
             return stored_arrays(getattr(read_expert(self.start, int(layer), int(expert)), projection))[array]
 
         schemes = [{key: file[key] for key in ("tiers", "expert_tiers")} for file in self.schemes]
-        tuned = {**vars(self.plan), "arguments": self.arguments, "kl": [before, after], "schemes": schemes}
+        kl = [value if math.isfinite(value) else None for value in (before, after)]  # JSON has no NaN
+        tuned = {**vars(self.plan), "arguments": self.arguments, "kl": kl, "schemes": schemes}
         is_better = after < before
         write_calibration(self.out, {**self.facts, "tuned": tuned}, arrays, read if is_better else read_start)
 
@@ -257,7 +264,7 @@ def check_memory(pack: Pack, budget_bytes: int, step_tokens: int, device: torch.
     # Floats kept for the way back. Experts' inputs and answers are padded to the busiest one's: PADDED times as many.
     chosen = PADDED * config["num_experts_per_tok"] * (3 * shape.hidden_size + 5 * shape.moe_intermediate_size)
     position = shape.num_hidden_layers * (chosen + 32 * shape.hidden_size)
-    needed = BYTES_PER_WEIGHT * weights + 4 * max(step_tokens, PIECE_TOKENS) * position
+    needed = BYTES_PER_WEIGHT * weights + 4 * step_tokens * position
     needed += 4 * 6 * LOGIT_ROWS * config["vocab_size"]
     needed += 3 * ResidentWeights.size_bytes(pack)  # once more as they are, and widened
     own = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

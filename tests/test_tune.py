@@ -219,6 +219,63 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_a_run_goes_on_with_the_same_packs_alone(
+    source: Path, engine: Engine, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps towards a pack of 8 bits are none towards one of 16, nor is a folder that was being removed half a run."""
+    monkeypatch.setattr(tune, "SAVE_EVERY", 8)
+    out = tmp_path / "file"
+
+    def stop_after(count: int) -> Callable[[int], object]:
+        done: list[int] = []
+
+        def note(steps: int) -> None:
+            done.append(steps)
+            if sum(done) >= count:
+                raise KeyboardInterrupt
+
+        return note
+
+    pack8 = make_pack(source, tmp_path / "pack8", 8, 32, 16)
+    with Engine.open(pack8, exact=True, threads=1) as other, pytest.raises(KeyboardInterrupt):
+        run_tuning(other, start, out, stop_after(9))
+    begun: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        run_tuning(engine, start, out, lambda steps: begun.append(steps) or stop_after(1)(steps))
+    assert begun == [0, 1]
+    with pytest.raises(KeyboardInterrupt):
+        run_tuning(engine, start, out, stop_after(9))
+    assert (out.with_name("file.unfinished") / "state.pt").exists()
+    (out.with_name("file.unfinished") / "progress.json").unlink()
+    begun.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run_tuning(engine, start, out, lambda steps: begun.append(steps) or stop_after(1)(steps))
+    assert begun == [0, 1]
+
+
+def test_numbers_that_became_none_are_no_gain(
+    source: Path,
+    engine: Engine,
+    start: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(tune, "LINE_RATE", float("nan"))
+    text, out = tmp_path / "text", tmp_path / "out"
+    text.write_text("in the of and the fox " * 300)
+    options = ("--tune", start, "--text", text, "--threads", 1, "-o", out, "--steps", 2)
+    monkeypatch.setattr(sys, "argv", [str(part) for part in ("moe-run", "calibrate", engine.pack.directory, *options)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    assert f"note: that is no gain, so the file holds the experts of {start}" in capsys.readouterr().err
+    assert Calibration.open(out).facts["tuned"]["kl"][1] is None
+    assert run_convert(source, tmp_path / "pack", "--resident-bits", 16, "--calibration", out).code == 0
+    found, expected = (Manifest.read(pack).expert_files for pack in (tmp_path / "pack", start))
+    assert [file.sha256 for file in found] == [file.sha256 for file in expected]
+
+
 def test_what_is_no_better_is_not_written(source: Path, engine: Engine, start: Path, tmp_path: Path) -> None:
     out, pack = tmp_path / "file", tmp_path / "pack"
     with Pack.open(start) as opened, patch.object(tune, "LEVEL_RATE", 1.0):  # breaks every integer
@@ -300,6 +357,15 @@ def test_text_of_its_own_is_kept_beside_the_pack(engine: Engine) -> None:
     assert sample_windows(engine, 100, 40) == windows
 
 
+def test_text_of_a_pack_that_is_named_by_a_dot(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = engine.pack.directory.with_name(engine.pack.directory.name + SAMPLED_SUFFIX)
+    path.unlink(missing_ok=True)
+    monkeypatch.chdir(engine.pack.directory)
+    with Engine.open(Path(), exact=True, threads=1) as here:
+        sample_windows(here, 10, 10)
+    path.unlink()
+
+
 def test_answers_of_its_own_are_kept_beside_the_pack(engine: Engine) -> None:
     path = engine.pack.directory.with_name(engine.pack.directory.name + ANSWERED_SUFFIX)
     prompts = [ToolPrompt([{"role": "user", "content": text}], [], []) for text in ("of the fox", "and")]
@@ -320,6 +386,7 @@ def test_answers_of_its_own_are_kept_beside_the_pack(engine: Engine) -> None:
     (("--tools", "nothing.jsonl"), 2, "nothing.jsonl"),
     (("--device", "cuda"), 2, "finds no GPU"),
     (("--full",), 2, "expected one of them"),
+    (("--step-tokens", 700), 2, "--step-tokens 700: expected 512 or a multiple of it"),
     (("--memory", "1MiB"), 1, "tune a smaller model"),
     (("--device", "metal-emulated"), 2, "on the processor"),
 ])  # fmt: skip
