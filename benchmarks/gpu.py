@@ -1,4 +1,4 @@
-"""The Metal kernels on an NVIDIA GPU: speed as a share of the GPU's copy bandwidth.
+"""The kernels on an NVIDIA GPU, metal/'s and cuda/'s: speed as a share of the GPU's copy bandwidth.
 
 Each kernel runs inside a CUDA graph over so many different weights that the L2 cannot hold them, all chosen experts of
 a layer in one dispatch, as in a decode step. The limit is what a copy of 4 GiB within the GPU moves, bytes read plus
@@ -8,6 +8,7 @@ the same way; a kernel that is not bound by bytes has a small share.
     python benchmarks/gpu.py                 # a table
     python benchmarks/gpu.py --json gpu.json
     python benchmarks/gpu.py --only between  # only what lies between the matrices
+    python benchmarks/gpu.py --portable      # metal/'s kernels throughout
 """
 
 from __future__ import annotations
@@ -73,30 +74,27 @@ def time_graph(device: CudaDevice, work: Sequence[Callable[[], object]]) -> floa
     """Seconds of one piece of work, all of them in one CUDA graph; the median of several replays."""
     for step in work[:2]:
         step()
-    replay = device.capture(lambda: [step() for step in work])
+    return median_seconds(device.capture(lambda: [step() for step in work])) / len(work)
+
+
+def median_seconds(work: Callable[[], object]) -> float:
+    """Seconds that work takes the GPU, after a few times that do not count."""
     times = []
     for _ in range(REPEATS + 3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        replay()
+        work()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / len(work))
+        times.append(start.elapsed_time(end) / 1e3)
     return statistics.median(times[3:])
 
 
 def copy_bandwidth() -> float:
     """Bytes per second, read plus written, of a large copy within the GPU."""
     source = torch.randint(0, 255, (COPY_BYTES,), dtype=torch.uint8, device="cuda")
-    target, times = torch.empty_like(source), []
-    for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return 2 * COPY_BYTES / statistics.median(times)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / median_seconds(lambda: target.copy_(source))
 
 
 def random_bank(size_bytes: int) -> torch.Tensor:
@@ -110,7 +108,7 @@ def bench_experts(device: CudaDevice, model: Model, bits: int, limit: float) -> 
     geometry = BlockGeometry.of(model.hidden, model.width, uniform_schemes(bits, 64))
     layers = -(-WORKING_SET // (geometry.block_stride * model.chosen))
     bank = random_bank(geometry.block_stride * model.chosen * layers)
-    forms = device.upload(torch.frombuffer(bytearray(launches.expert_form_of_block(geometry, 0)), dtype=torch.uint8))
+    forms = device.upload_bytes(launches.expert_form_of_block(geometry, 0))
     x = torch.randn(1, model.hidden, device="cuda")
     hidden = torch.randn(model.chosen, model.width, device="cuda")
     weights = torch.rand(model.chosen, device="cuda")
@@ -119,7 +117,7 @@ def bench_experts(device: CudaDevice, model: Model, bits: int, limit: float) -> 
     for layer in range(layers):
         ids = order[layer * model.chosen : (layer + 1) * model.chosen]
         raw = launches.pack_places((expert * geometry.block_stride, 0, rank) for rank, expert in enumerate(ids))
-        places = device.upload(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
+        places = device.upload_bytes(raw)
         gate_up.append(device.bind(launches.experts_gate_up([bank] * 3, forms, places, x, hidden)))
         down.append(device.bind(launches.experts_down([bank] * 3, forms, places, hidden, weights, x.clone())))
     sizes = dict(geometry.matrices)
@@ -153,6 +151,7 @@ def bench_linears(device: CudaDevice, model: Model, bits: int, limit: float) -> 
 def bench_matrices(
     device: CudaDevice, name: str, model: Model, rows: Sequence[int], columns: int, bits: int, limit: float
 ) -> Row:
+    """linears of matrices with these numbers of rows, which share a normed input of so many columns."""
     geometries = [MatrixGeometry(row, columns, Scheme.of(bits, 64)) for row in rows]
     payload = sum(geometry.payload_bytes for geometry in geometries)
     copies = -(-WORKING_SET // payload)
@@ -169,9 +168,7 @@ def bench_matrices(
                 end = align_up(end + size, 64)
             matrices.append(Matrix.from_arrays(geometry, arrays))
         memory = memory_of(bank)
-        forms = device.upload(
-            torch.frombuffer(bytearray(device.launches.matrix_forms(matrices, memory)), dtype=torch.uint8)
-        )
+        forms = device.upload_bytes(device.launches.matrix_forms(matrices, memory))
         steps.append(device.bind(device.launches.linears(memory, forms, matrices, x, out, norm=norm, eps=1e-6)))
     seconds = time_graph(device, steps)
     return Row(name, model.name, bits, payload / 1e6, seconds * 1e6, payload / seconds / limit)

@@ -85,6 +85,10 @@ class Device(ABC):
         """A copy of a tensor on the device."""
         return tensor.to(self.place)
 
+    def upload_bytes(self, raw: bytes) -> torch.Tensor:
+        """Packed structs on the device: uint8."""
+        return self.upload(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
+
     def submit(self) -> None:  # noqa: B027  most devices begin by themselves
         """Begin the work handed over so far: the caller is about to wait for something else."""
 
@@ -127,8 +131,7 @@ class Device(ABC):
             return argument
         place = self._structs.get(argument)
         if place is None:
-            place = self.upload(torch.frombuffer(bytearray(argument), dtype=torch.uint8))
-            self._structs[argument] = place
+            place = self._structs[argument] = self.upload_bytes(argument)
         return place
 
 

@@ -46,8 +46,8 @@ class ExpertStep(ABC):
         """Add all rows to x."""
 
     @abstractmethod
-    def again(self) -> None:
-        """Some experts have been run, others could not be read: all of them are run once more."""
+    def start_over(self) -> None:
+        """Some experts have been run, others could not be read: all of them will be run once more."""
 
 
 class HostExpertStep(ExpertStep):
@@ -84,8 +84,8 @@ class HostExpertStep(ExpertStep):
     def run(self, experts: Sequence[Expert], rows: Sequence[int]) -> None:
         self._run_experts(self._normed, experts, self._results, rows)
 
-    def again(self) -> None:
-        """Every row is written anew."""
+    def start_over(self) -> None:
+        """Nothing to do: every row is written anew."""
 
     def add(self) -> None:
         self._add_rows(self._x, self._results, self._weights)

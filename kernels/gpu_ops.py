@@ -122,7 +122,8 @@ class GpuOps(TokenOps):
     def _embedding(self, matrix: Matrix, ids: torch.Tensor, out: torch.Tensor) -> Launch:
         if id(matrix) not in self._embeddings:
             memory = memory_of(matrix.data)
-            self._embeddings[id(matrix)] = (memory, self.upload_bytes(launches.matrix_form(matrix, memory)), matrix)
+            form = self.device.upload_bytes(launches.matrix_form(matrix, memory))
+            self._embeddings[id(matrix)] = (memory, form, matrix)
         return launches.embed(*self._embeddings[id(matrix)], ids, out)
 
     def linear(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
@@ -233,7 +234,8 @@ class GpuOps(TokenOps):
         known = self._tiles.get(key := tuple(map(id, matrices)))
         if known is None:
             memory = memory_of(matrices[0].data)
-            known = self._tiles[key] = (memory, self.upload_bytes(launches.tile_forms(matrices, memory)), matrices)
+            forms = self.device.upload_bytes(launches.tile_forms(matrices, memory))
+            known = self._tiles[key] = (memory, forms, matrices)
         sizes = [matrix.out_features for matrix in matrices]
         out = self.device.empty(len(x), sum(sizes))
         self.device.run(launches.matmul(*known, x.contiguous(), out))
@@ -252,7 +254,7 @@ class GpuOps(TokenOps):
         pairs, forms, device = len(tokens), self.forms, self.device
         firsts = [0, *accumulate(counts)]
         segments = [(*forms.place_of(e), first, count) for e, first, count in zip(experts, firsts, counts)]
-        segment_table = self.upload_bytes(launches.pack_segments(segments))
+        segment_table = self.device.upload_bytes(launches.pack_segments(segments))
         widest, most = max(expert.gate_proj.out_features for expert in experts), max(counts)
         hidden, rows = device.empty(pairs, widest), device.empty(pairs, x.shape[1])
         of_pairs = device.upload(torch.from_numpy(tokens.astype(np.int32)))
@@ -273,7 +275,7 @@ class GpuOps(TokenOps):
         if (first, count) not in steps:
             wide = self.scratch("wide", count * matrix.in_features).view(count, -1)
             memory = memory_of(matrix.data)
-            form = self.upload_bytes(launches.matrix_form(matrix, memory))
+            form = self.device.upload_bytes(launches.matrix_form(matrix, memory))
             rows = self._row_numbers(first + count)[first:]
             steps[first, count] = (self.device.bind(launches.embed(memory, form, matrix, rows, wide)), wide)
         step, wide = steps[first, count]

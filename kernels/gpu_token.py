@@ -153,13 +153,9 @@ class TokenOps:
         known = self._linears.get(key := tuple(map(id, matrices)))
         if known is None:
             memory = memory_of(matrices[0].data)
-            forms = self.upload_bytes(self.device.launches.matrix_forms(matrices, memory))
+            forms = self.device.upload_bytes(self.device.launches.matrix_forms(matrices, memory))
             known = self._linears[key] = functools.partial(self.device.launches.linears, memory, forms, matrices)
         return known
-
-    def upload_bytes(self, raw: bytes) -> torch.Tensor:
-        """Packed structs on the device: uint8."""
-        return self.device.upload(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
 
     def scratch(self, name: str, size: int) -> torch.Tensor:
         """A row that the layers share: [1, size]. What it holds lasts to the next layer."""
@@ -367,7 +363,7 @@ class GpuExpertStep(ExpertStep):
     def add(self) -> None:
         self.go_on()
 
-    def again(self) -> None:
+    def start_over(self) -> None:
         self._ops.device.wait()  # the places of what was run may still be on their way
         self._ranked, self._arrived = {}, 0
 
@@ -382,9 +378,9 @@ class GpuExpertStep(ExpertStep):
     def settle(self, codes: Sequence[int], shared: Expert) -> None:
         """All experts of the layer are in memory for good: from now on run_settled can be used."""
         codes = [*codes, self._ops.forms.code_of(shared)]
-        table = self._ops.upload_bytes(launches.pack_places(unpack_place(code, 0) for code in codes))
+        table = self._ops.device.upload_bytes(launches.pack_places(unpack_place(code, 0) for code in codes))
         rows = self._num_chosen + 1
-        places = self._ops.upload_bytes(bytes(rows * self._place_bytes))
+        places = self._ops.device.upload_bytes(bytes(rows * self._place_bytes))
         chosen = self._ids.bytes[: self._num_chosen * INT_BYTES].view(torch.int32).view(1, -1)
         logits, weights = self._logits[:, : len(codes)], self._weights[:1]
 

@@ -150,7 +150,7 @@ class SparseMoe:
         return failed
 
     def _run_alone(self, lane: int, expert_ids: list[int]) -> tuple[int, MoepackError] | None:
-        self.steps[lane].again()
+        self.steps[lane].start_over()
         try:
             self._run({lane: expert_ids})
         except MoepackError as error:
