@@ -37,18 +37,21 @@ MIXED = (4.5, 3.5, 3.25, 3.0, 2.5)
 TEXT_COLUMNS = ("perplexity", "KL mean", "KL 99 %", "top-1")
 RECALL_LENGTHS = "64,128,256"  # tokens; in longer prompts the demo model finds nothing at any width
 RECALL_COLUMNS = ("needle found", "of bf16's own", "tokens copied", "of bf16's own")
-KINDS = ("tools", "text", "recall")
+KINDS = ("tools", "text", "recall")  # of measurements
 TOOL_COLUMNS = ("well-formed calls", "right function", "right call", "of bf16's own", "95 % interval")
-FEEDBACK, MIX, TUNED, PEERS = "error feedback", "mixed bits", "tuned", "peers"  # what a plot joins by a line
+FEEDBACK, MIX, TUNED, PEERS = "error feedback", "mixed bits", "tuned", "peers"  # lines of a plot
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to store the experts: the pack's name, what the table calls it, and how it is made and run."""
+    """One way to store the experts: the pack's name, what the table calls it, and how it is made and run.
+
+    line   what a plot joins it with; "" for none
+    """
 
     name: str
     title: str
-    kind: str
+    line: str
     convert: tuple[str, ...]
     checkpoint: Path
     evaluate: tuple[str, ...] = ()
@@ -104,10 +107,7 @@ def main() -> None:
     measured = []
     for row in rows:
         found = {kind: results.get((row, kind)) for kind in KINDS}
-        tools, recall = (
-            found[kind] and found[kind][key] for kind, key in (("tools", "tool_calls"), ("recall", "recall"))
-        )
-        measured.append(Measured(row, bits_per_weight(row, packs[row]), found["text"], tools, recall))
+        measured.append(Measured(row, bits_per_weight(row, packs[row]), **found))
     columns = ["experts", "bits per weight"]
     for kind, titles in (("text", TEXT_COLUMNS), ("tools", TOOL_COLUMNS), ("recall", RECALL_COLUMNS)):
         columns += titles if kind in kinds else ()
@@ -171,7 +171,7 @@ def evaluate(arguments: argparse.Namespace, original: Path, pack: Path, row: Row
         command += ["--reference", original] if kind != "tools" else []  # those are paired here: once is enough
         kept.write_bytes(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     result: dict[str, Any] = json.loads(kept.read_bytes())
-    return result
+    return result if kind == "text" else result[{"tools": "tool_calls", "recall": "recall"}[kind]]
 
 
 def bits_per_weight(row: Row, pack: Path) -> float:
@@ -204,7 +204,7 @@ def format_row(one: Measured, original: Measured) -> str:
 
 def draw(measured: list[Measured], out: Path) -> None:
     """KL, and tool calls beside it, against bits per weight."""
-    drawn = [one for one in measured if one.row.kind and one.bits < CALIBRATED_BELOW and not one.row.evaluate]
+    drawn = [one for one in measured if one.row.line and one.bits < CALIBRATED_BELOW and not one.row.evaluate]
     if measured[0].text:
         values = [(one.text["kl_mean"], None) for one in drawn if one.text]
         draw_lines(drawn, values, "KL to bf16 (nats, mean)", out, yscale="log")
@@ -217,7 +217,7 @@ def draw(measured: list[Measured], out: Path) -> None:
 def draw_lines(
     drawn: list[Measured], values: Sequence[tuple[float, Interval | None]], title: str, out: Path, yscale: str
 ) -> None:
-    """A value, with its interval if it has one, against bits per weight: a line for each kind of row."""
+    """A value, with its interval if it has one, against bits per weight; rows of the same line are joined."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -227,13 +227,13 @@ def draw_lines(
     lines: dict[str, list[tuple[float, float, float, float]]] = {}
     for one, (value, interval) in zip(drawn, values):
         low, high = interval or (value, value)
-        lines.setdefault(one.row.kind, []).append((one.bits, value, value - low, high - value))
-        if one.row.kind.startswith(PEERS):
+        lines.setdefault(one.row.line, []).append((one.bits, value, value - low, high - value))
+        if one.row.line.startswith(PEERS):
             axes.annotate(one.row.title, (one.bits, value), textcoords="offset points", xytext=(6, 4), fontsize=8)
-    for kind, line in lines.items():
-        bits, heights, below, above = zip(*sorted(line))
-        style = {"marker": "x", "linestyle": ":"} if kind.startswith(PEERS) else {"marker": "o", "linestyle": "-"}
-        axes.errorbar(bits, heights, yerr=(below, above), capsize=3, elinewidth=0.8, label=kind, **style)
+    for name, points in lines.items():
+        bits, heights, below, above = zip(*sorted(points))
+        style = {"marker": "x", "linestyle": ":"} if name.startswith(PEERS) else {"marker": "o", "linestyle": "-"}
+        axes.errorbar(bits, heights, yerr=(below, above), capsize=3, elinewidth=0.8, label=name, **style)
     axes.set(yscale=yscale, xlabel="bits per weight of the routed experts", ylabel=title)
     axes.grid(which="both", alpha=0.3)
     axes.legend()

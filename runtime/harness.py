@@ -219,12 +219,11 @@ class PackLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             raise UsageError(
                 f"generation_kwargs: {unknown[0]}: expected one of {', '.join(SAMPLING)}, until, do_sample"
             )
-        chosen = (
-            options if is_sampled else {key: value for key, value in options.items() if key == "repetition_penalty"}
-        )
-        return SamplingParams(
-            **{**chosen, "temperature": options.get("temperature", 1.0) if is_sampled else 0.0}, max_tokens=most
-        )
+        if is_sampled:
+            options = {"temperature": 1.0, **options}
+        else:  # greedy: of the others only the penalty changes the answer
+            options = {"temperature": 0.0, "repetition_penalty": options.get("repetition_penalty", 1.0)}
+        return SamplingParams(**options, max_tokens=most)
 
     def _read_special_tokens(self, directory: Path) -> tuple[int, int]:
         """End and prefix token, as tokenizer_config.json names them. Raises UsageError if it names no end token."""

@@ -36,21 +36,8 @@ LEAST_WORDS = 200  # that a tokenizer must have
 WORD = re.compile(rb" [a-z]{4,}")  # with the blank before it one token: part of most texts
 COPY = "Repeat after me: {}"
 NAMES = (
-    "Anna",
-    "Ben",
-    "Clara",
-    "David",
-    "Emma",
-    "Felix",
-    "Grace",
-    "Henry",
-    "Jack",
-    "Kate",
-    "Lucy",
-    "Max",
-    "Nora",
-    "Tom",
-)
+    "Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Jack", "Kate", "Lucy", "Max", "Nora", "Tom",
+)  # fmt: skip
 JOBS = ("baker", "doctor", "teacher", "sailor", "farmer", "painter", "writer", "nurse")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 THINGS = ("lamp", "kite", "coin", "scarf", "drum", "bell", "box", "book", "stone", "lantern", "map", "ring")
