@@ -14,6 +14,7 @@ Not seen: a cache of the disk's own or of a virtual machine's host, which can ma
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 import tempfile
@@ -150,7 +151,8 @@ def _read_for(
     memories = [Pages(largest * max(1, MEMORY_BYTES // largest // queue_depth)) for _ in range(queue_depth)]
     for memory in memories:
         memory.buffer[::PAGE_BYTES] = bytes(memory.size_bytes // PAGE_BYTES)  # the system backs what is written to
-    waiting, times = _cycle(order, once=advises is not None), []
+    # Several threads ask for the next one, which a generator could not take.
+    waiting, times = itertools.cycle(order) if advises is None else iter(order), []
     started = time.perf_counter()  # after the touching: it takes as long as reading does
     deadline = started + seconds
 
@@ -175,19 +177,6 @@ def _read_for(
     elapsed = time.perf_counter() - started
     median = sorted(times)[len(times) // 2]
     return DiskSpeed(method, queue_depth, in_order, total / elapsed / 1e9, median * 1e3)
-
-
-class _cycle(Iterator[Block]):
-    """The blocks, one to whoever asks next; a generator could not be asked by several threads.
-
-    once   or again and again
-    """
-
-    def __init__(self, order: Sequence[Block], once: bool):
-        self._order, self._next = order, iter(range(len(order) if once else 2**62))
-
-    def __next__(self) -> Block:
-        return self._order[next(self._next) % len(self._order)]
 
 
 def list_blocks(pack: Pack) -> list[Block]:

@@ -126,10 +126,9 @@ def invalidate(descriptor: int, offset_bytes: int, size_bytes: int) -> None:
     """Drop what is cached of a file as macOS lets one: by a mapping of it. Size 0 is all the rest."""
     size_bytes = size_bytes or os.fstat(descriptor).st_size - offset_bytes
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3]
-    libc.mmap.argtypes = [*libc.mmap.argtypes, ctypes.c_int64]
-    libc.msync.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    memory = (ctypes.c_void_p, ctypes.c_size_t)
+    libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [*memory, *[ctypes.c_int] * 3, ctypes.c_int64]
+    libc.msync.argtypes, libc.munmap.argtypes = [*memory, ctypes.c_int], memory
     place = libc.mmap(None, size_bytes, PROT_READ, MAP_SHARED, descriptor, offset_bytes)
     if place != ctypes.c_void_p(-1).value:
         libc.msync(place, size_bytes, MS_INVALIDATE)

@@ -160,9 +160,8 @@ class Advice:
     @property
     def pays(self) -> bool:
         """Faster in every round, and by more than what counts as fast alike."""
-        return all(mine > other for mine, other in zip(self.told, self.without)) and AS_FAST * statistics.median(
-            self.told
-        ) > statistics.median(self.without)
+        is_ahead = all(told > without for told, without in zip(self.told, self.without))
+        return is_ahead and AS_FAST * statistics.median(self.told) > statistics.median(self.without)
 
     def __str__(self) -> str:
         told, without = statistics.median(self.told), statistics.median(self.without)
