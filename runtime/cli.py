@@ -536,9 +536,10 @@ def _record_trace(engine: Engine, path: Path | None) -> Iterator[None]:
 
 def _note_changes(pack: Pack, experts_per_token: int) -> None:
     """What makes the answer another one than the model's is said, always."""
-    trained = pack.manifest.model["text_config"].get("num_experts_per_tok", experts_per_token)
-    if experts_per_token != trained:
-        log(f"note: {experts_per_token} experts per token, the model was trained with {trained}: its answers change")
+    from moepack.runtime.engine import describe_changes
+
+    if changes := describe_changes(pack, experts_per_token):
+        log(f"note: {changes}")
 
 
 def _print_plan(engine: Engine) -> None:

@@ -330,6 +330,14 @@ def read_sampling(pack: Pack, **overrides: Any) -> SamplingParams:
     return SamplingParams.from_generation_config(json.loads(raw) if raw else {}, **overrides)
 
 
+def describe_changes(pack: Pack, experts_per_token: int) -> str:
+    """What makes the answers others than the model's, for people; empty if nothing does."""
+    trained = pack.manifest.model["text_config"].get("num_experts_per_tok", experts_per_token)
+    if experts_per_token == trained:
+        return ""
+    return f"{experts_per_token} experts per token, the model was trained with {trained}: its answers change"
+
+
 def hash_manifest(pack: Pack) -> str:
     """The sha256 of a pack's manifest, which holds those of all its files: it stands for every byte of the pack."""
     return hashlib.sha256((pack.directory / MANIFEST_NAME).read_bytes()).hexdigest()

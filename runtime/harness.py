@@ -21,7 +21,8 @@ import torch
 
 from moepack.layout.errors import UsageError
 from moepack.runtime.chat import TEMPLATE_NAME, Message
-from moepack.runtime.engine import Engine, hash_manifest
+from moepack.runtime.engine import Engine, describe_changes, hash_manifest
+from moepack.runtime.evaluate import check_scores
 from moepack.runtime.sampling import SamplingParams
 from moepack.runtime.tokenizer import read_json_object, token_text
 
@@ -36,6 +37,16 @@ except ModuleNotFoundError as error:
     raise UsageError(f"{missing} is not installed: pip install 'moepack[lm-eval]'") from None
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")  # of a task's generation_kwargs
+ARGUMENTS = (  # of --model_args
+    "pretrained",
+    "memory",
+    "threads",
+    "exact",
+    "experts_per_token",
+    "max_length",
+    "max_gen_toks",
+    "enable_thinking",
+)
 REPORT_SECONDS = 30
 HARNESS_DEVICE = "cuda:0"  # what its command line passes where the user says nothing
 LOG = logging.getLogger("lm_eval.moepack")  # below the harness's own, which shows it
@@ -61,12 +72,12 @@ class PackLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     batch_size, max_batch_size   the harness passes them: not used
     others            those of Engine.open
 
-    Raises UsageError and what Engine.open raises.
+    Raises UsageError, for arguments of other names and kinds as well, and what Engine.open raises.
     """
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str = "",
         memory: str | int | None = None,
         device: str = "auto",
         exact: bool = False,
@@ -77,8 +88,11 @@ class PackLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         enable_thinking: bool | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
+        **unknown: Any,
     ):
         super().__init__()
+        numbers = {"threads": threads, "experts_per_token": experts_per_token, "max_length": max_length}
+        _check_arguments(pretrained, memory, {**numbers, "max_gen_toks": max_gen_toks}, unknown)
         self.engine = Engine.open(
             pretrained,
             memory=memory,
@@ -88,6 +102,8 @@ class PackLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             experts_per_token=experts_per_token,
             max_context=max_length,
         )
+        if changes := describe_changes(self.engine.pack, self.engine.architecture.num_experts_per_tok):
+            LOG.warning(changes)
         self.max_length, self.max_gen_toks = self.engine.max_context, max_gen_toks
         self._template = self.engine.chat_template()
         self._thinking: dict[str, Any] = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
@@ -170,11 +186,15 @@ class PackLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     def _score(self, token_ids: Sequence[int], targets: torch.Tensor) -> list[tuple[float, bool]]:
         """Of each of several continuations [R, n] that differ in their last token alone: the sum of its
-        log-probabilities, and whether each of its tokens is the likeliest. token_ids: all but the last token."""
+        log-probabilities, and whether each of its tokens is the likeliest. token_ids: all but the last token.
+
+        Raises MoepackError for scores that are not finite.
+        """
         totals, is_greedy = torch.zeros(len(targets), dtype=torch.float64), torch.ones(len(targets), dtype=torch.bool)
         done, count = 0, targets.shape[1]
         for piece in self.engine.iter_logits(token_ids, first=len(token_ids) - count):
             scores = piece.cpu()
+            check_scores(scores, self.engine)
             wanted = targets[:, done : done + len(scores)].T  # [t, R]
             done += len(scores)
             totals += scores.log_softmax(-1).gather(1, wanted).double().sum(0)
@@ -234,6 +254,22 @@ class PackLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         if end is None:
             raise UsageError(f"{directory / 'tokenizer_config.json'}: names no eos_token: copy it from the checkpoint")
         return end, end if ids["bos_token"] is None else ids["bos_token"]
+
+
+def _check_arguments(
+    pretrained: str, memory: str | int | None, numbers: dict[str, int | None], unknown: dict[str, Any]
+) -> None:
+    """Raise UsageError for what --model_args cannot have: the harness makes numbers of what looks like one."""
+    if unknown:
+        known = ", ".join(ARGUMENTS)
+        raise UsageError(f"--model_args {next(iter(unknown))}: expected one of {known}")
+    if not pretrained:
+        raise UsageError("--model_args: names no pack: give pretrained=PACK")
+    if not isinstance(memory, (str, int, type(None))):
+        raise UsageError(f"--model_args memory={memory}: expected a size, as in 8GiB")
+    for name, value in numbers.items():
+        if value is not None and (type(value) is not int or value < 1):
+            raise UsageError(f"--model_args {name}={value}: expected a number from 1 on")
 
 
 def _report(items: Iterable[T], title: str) -> Iterator[T]:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import DEMO
-from moepack.layout.errors import UsageError
+from moepack.layout.errors import MoepackError, UsageError
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval: make test-parity installs it")
 pytest.importorskip("transformers", reason="needs transformers: make test-parity installs it")
@@ -162,6 +163,36 @@ def test_the_command_runs_a_task_through_the_chat_template(
     facts = json.loads(report.read_text())
     assert facts["results"]["demo_generation"]["exact_match,last"] >= 0.5  # the demo model knows most of them
     assert facts["chat_template"]
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({}, "--model_args: names no pack: give pretrained=PACK"),
+    ({"pretrained": "PACK", "colour": "red"}, "--model_args colour: expected one of pretrained, memory"),
+    ({"pretrained": "PACK", "max_length": "long"}, "--model_args max_length=long: expected a number from 1 on"),
+    ({"pretrained": "PACK", "max_gen_toks": 0}, "--model_args max_gen_toks=0: expected a number from 1 on"),
+    ({"pretrained": "PACK", "memory": 1.5}, "--model_args memory=1.5: expected a size, as in 8GiB"),
+])  # fmt: skip
+def test_arguments_of_other_names_and_kinds_are_refused(given: dict[str, Any], message: str) -> None:
+    from moepack.runtime.harness import PackLM
+
+    with pytest.raises(UsageError, match=message):
+        PackLM(**given)
+
+
+def test_fewer_experts_are_said(demo_pack: Callable[[int], Path], caplog: pytest.LogCaptureFixture) -> None:
+    from moepack.runtime.harness import PackLM
+
+    model = PackLM(str(demo_pack(4)), threads=1, memory="2GiB", experts_per_token=4)
+    model.engine.close()
+    assert "4 experts per token, the model was trained with 6: its answers change" in caplog.text
+
+
+def test_scores_that_are_no_numbers_end_the_run(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness would write NaN into its table, or call a choice wrong."""
+    logits = torch.full((1, models[0].engine.architecture.vocab_size), torch.nan)
+    monkeypatch.setattr(models[0].engine, "iter_logits", lambda token_ids, first: iter([logits]))
+    with pytest.raises(MoepackError, match="scores are not finite: run moe-inspect verify"):
+        models[0].loglikelihood(requests("loglikelihood", [("It was", " cold")]))
 
 
 def test_what_cannot_be_generated_is_refused(models: tuple[Any, Any]) -> None:
