@@ -396,6 +396,8 @@ def calibrate(
     from moepack.runtime.tune import TuningPlan, check_memory, check_start, choose_device
 
     check_output(out)
+    if out.is_dir():
+        raise UsageError(f"{out}: is a directory: give the name of a file in it")
     if tune and full:
         raise UsageError("--full and --tune: expected one of them, statistics or tuned experts")
     given = {"steps": steps, "seed": seed, "step_tokens": step_tokens}

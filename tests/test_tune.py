@@ -426,6 +426,18 @@ def test_what_cannot_be_tuned_is_refused_before_text_is_sampled(
     assert "experts of 16 bits" in capsys.readouterr().err
 
 
+def test_a_directory_is_no_file_to_write(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for out in (".", str(tmp_path)):
+        monkeypatch.setattr(sys, "argv", ["moe-run", "calibrate", str(engine.pack.directory), "-o", out])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 2
+        assert f"error: {out}: is a directory: give the name of a file in it" in capsys.readouterr().err
+
+
 def test_what_is_of_tuning_alone_is_refused_without_it(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
