@@ -29,7 +29,7 @@ MAX_TAPS, CONV_TOKENS = 8, 16  # metal/causal_conv.metal
 DELTA_ROWS, DELTA_COLUMNS, DELTA_THREADS = 16, 128, 512  # metal/delta_step.metal
 MAX_WIDTH = 256  # the same, rope_cache.metal, attention_step.metal
 QUERIES = 4  # metal/attention.h
-SPLIT_POSITIONS, MAX_SPLITS, SPLIT_SIMDGROUPS, COMBINING = 32, 256, 8, 4  # metal/attention_step.metal
+SPLIT_POSITIONS, MAX_SPLITS, SPLIT_SIMDGROUPS, COMBINE_SIMDGROUPS = 32, 256, 8, 4  # metal/attention_step.metal
 MAX_EXPERTS, MAX_CHOSEN = 1024, 31  # metal/choose_experts.metal
 ARGMAX_PART, ARGMAX_THREADS = 4096, 256  # metal/argmax.metal
 TILE, TILE_THREADS = 32, 128  # metal/tile.h
@@ -409,7 +409,7 @@ def attention_combine(
         raise ValueError(f"at most {MAX_SPLITS} parts of a context, got {splits}")
     arguments = (partial, stats, position, gate, out, _attention_shape(partial, keys))
     grid = (heads, -(-width // LANES), 1)
-    return Launch("attention_step", "attention_combine", arguments, grid, (COMBINING * LANES, 1, 1))
+    return Launch("attention_step", "attention_combine", arguments, grid, (COMBINE_SIMDGROUPS * LANES, 1, 1))
 
 
 def count_splits(max_positions: int) -> int:

@@ -113,7 +113,7 @@ def test_geometry_is_that_of_the_text() -> None:
     assert values["attention_step", "SPLIT_POSITIONS"] == launches.SPLIT_POSITIONS
     assert values["attention_step", "MAX_SPLITS"] == launches.MAX_SPLITS
     assert values["attention_step", "SIMDGROUPS"] == launches.SPLIT_SIMDGROUPS
-    assert values["attention_step", "COMBINING"] == launches.COMBINING
+    assert values["attention_step", "COMBINE_SIMDGROUPS"] == launches.COMBINE_SIMDGROUPS
     assert values["choose_experts", "MAX_EACH"] * 32 == launches.MAX_EXPERTS
     assert launches.MAX_CHOSEN + 1 == launches.LANES == launches.MAX_PLACES
     assert values["argmax", "PART"] == launches.ARGMAX_PART == values["argmax", "EACH"] * launches.ARGMAX_THREADS

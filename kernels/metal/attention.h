@@ -3,17 +3,18 @@
 // A lane holds two times four dimensions of each row. The QUERIES x STEP scores of a step are summed over the lanes
 // together, one for each lane; the softmax is taken along the way (online).
 
-constant constexpr uint QUERIES = 4;
-constant constexpr uint STEP = 8;
-constant constexpr uint EACH = 8;  // dimensions of a lane: Dh <= 256
+constant constexpr uint QUERIES = 4;  // of a simdgroup
+constant constexpr uint STEP = 8;     // positions at a time
+constant constexpr uint EACH = 8;     // dimensions of a lane: Dh <= 256
 constant constexpr uint MAX_WIDTH = 256;
 
-// Dimensions 4 lane to 4 lane + 3 of a row, and those 128 further on; zero beyond its width.
-template <bool QUADS>
+// Dimensions 4 lane to 4 lane + 3 of a row, and those 128 further on; zero beyond its width. ALIGNED: rows start on 16
+// bytes and have whole quads.
+template <bool ALIGNED>
 inline void load_dimensions(device const float* row, uint width, uint lane, thread float* out) {
   for (uint j = 0; j < EACH; j += 4) {
     const uint i = 32 * j + 4 * lane;
-    if (QUADS) {
+    if (ALIGNED) {
       const float4 quad = i < width ? *(device const float4*)(row + i) : float4(0.0f);
       out[j] = quad.x;
       out[j + 1] = quad.y;
@@ -28,14 +29,14 @@ inline void load_dimensions(device const float* row, uint width, uint lane, thre
 // Positions first, first + stride, ... up to the end, STEP of them each time, for `count` queries that are `q_stride`
 // apart; query h sees those below the `limit` of lanes h * STEP ... These lanes get the query's `largest` score, each
 // with the `total` weight of every STEP-th position; `sum` are the weighted values.
-template <bool QUADS>
+template <bool ALIGNED>
 inline void walk_positions(device const float* q, uint q_stride, uint count, device const float* keys,
     device const float* values, uint width, uint first, uint end, uint stride, uint limit, uint lane,
     thread float* sum, thread float* largest, thread float* total) {
   const float scale = rsqrt(float(width));
   float query[QUERIES * EACH];
   for (uint h = 0; h < QUERIES; h++) {
-    load_dimensions<QUADS>(q + ulong(min(h, count - 1)) * q_stride, width, lane, query + h * EACH);
+    load_dimensions<ALIGNED>(q + ulong(min(h, count - 1)) * q_stride, width, lane, query + h * EACH);
     for (uint j = 0; j < EACH; j++) {
       query[h * EACH + j] *= scale;
       sum[h * EACH + j] = 0.0f;
@@ -47,7 +48,7 @@ inline void walk_positions(device const float* q, uint q_stride, uint count, dev
     float scores[QUERIES * STEP];
     float row[EACH];
     for (uint p = 0; p < STEP; p++) {
-      load_dimensions<QUADS>(keys + ulong(min(s + p, end - 1)) * width, width, lane, row);
+      load_dimensions<ALIGNED>(keys + ulong(min(s + p, end - 1)) * width, width, lane, row);
       for (uint h = 0; h < QUERIES; h++) {
         float score = 0.0f;
         for (uint j = 0; j < EACH; j++) score = fma(query[h * EACH + j], row[j], score);
@@ -66,7 +67,7 @@ inline void walk_positions(device const float* q, uint q_stride, uint count, dev
       for (uint j = 0; j < EACH; j++) sum[h * EACH + j] *= factor;
     }
     for (uint p = 0; p < STEP; p++) {
-      load_dimensions<QUADS>(values + ulong(min(s + p, end - 1)) * width, width, lane, row);
+      load_dimensions<ALIGNED>(values + ulong(min(s + p, end - 1)) * width, width, lane, row);
       for (uint h = 0; h < QUERIES; h++) {
         const float share = simd_shuffle(weight, h * STEP + p);
         for (uint j = 0; j < EACH; j++) sum[h * EACH + j] = fma(share, row[j], sum[h * EACH + j]);

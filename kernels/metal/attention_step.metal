@@ -25,8 +25,8 @@ using namespace metal;
 constant constexpr uint SPLIT_POSITIONS = 32;  // a split has a multiple of these
 constant constexpr uint MAX_SPLITS = 256;
 constant constexpr uint SIMDGROUPS = 8;
-constant constexpr uint COMBINING = 4;  // simdgroups of attention_combine
-constant constexpr uint BATCH = 8;      // splits of which a simdgroup reads at once
+constant constexpr uint COMBINE_SIMDGROUPS = 4;  // of attention_combine
+constant constexpr uint BATCH = 8;               // splits of which a simdgroup of it reads at once
 
 struct AttentionStepShape {
   uint heads;
@@ -115,7 +115,7 @@ inline uint positions_of_split(uint context, uint splits) {
 
 // A column of the splits that a simdgroup takes from s on, on their way together.
 inline void load_batch(device const float* part, uint width, uint s, uint filled, thread float* batch) {
-  for (uint i = 0; i < BATCH; i++) batch[i] = part[ulong(min(s + i * COMBINING, filled - 1)) * width];
+  for (uint i = 0; i < BATCH; i++) batch[i] = part[ulong(min(s + i * COMBINE_SIMDGROUPS, filled - 1)) * width];
 }
 
 [[kernel, max_total_threads_per_threadgroup(128)]] void attention_combine(device const float* partial [[buffer(0)]],
@@ -125,9 +125,9 @@ inline void load_batch(device const float* part, uint width, uint s, uint filled
     uint index [[thread_index_in_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
   threadgroup float weights[MAX_SPLITS];
-  threadgroup float tops[COMBINING];
-  threadgroup float totals[COMBINING];
-  threadgroup float sums[COMBINING * 32];
+  threadgroup float tops[COMBINE_SIMDGROUPS];
+  threadgroup float totals[COMBINE_SIMDGROUPS];
+  threadgroup float sums[COMBINE_SIMDGROUPS * 32];
   const uint head = group.x, width = shape.width, context = uint(position[0]) + 1;
   const uint each = positions_of_split(context, shape.splits), filled = (context + each - 1) / each;
   const uint column = min(group.y * 32 + lane, width - 1);
@@ -136,28 +136,28 @@ inline void load_batch(device const float* part, uint width, uint s, uint filled
   float batch[BATCH];
   load_batch(part, width, simdgroup, filled, batch);
   float top = -INFINITY;
-  for (uint s = index; s < filled; s += COMBINING * 32) top = max(top, stat[2 * s]);
+  for (uint s = index; s < filled; s += COMBINE_SIMDGROUPS * 32) top = max(top, stat[2 * s]);
   top = simd_max(top);
   if (lane == 0) tops[simdgroup] = top;
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  const float largest = simd_max(tops[lane % COMBINING]);
+  const float largest = simd_max(tops[lane % COMBINE_SIMDGROUPS]);
   float total = 0.0f;
-  for (uint s = index; s < filled; s += COMBINING * 32) {
+  for (uint s = index; s < filled; s += COMBINE_SIMDGROUPS * 32) {
     weights[s] = exp(stat[2 * s] - largest);
     total = fma(weights[s], stat[2 * s + 1], total);
   }
-  total = threadgroup_sum(total, totals, simdgroup, COMBINING, lane);
+  total = threadgroup_sum(total, totals, simdgroup, COMBINE_SIMDGROUPS, lane);
   float sum = 0.0f;
-  for (uint s = simdgroup; s < filled; s += COMBINING * BATCH) {
+  for (uint s = simdgroup; s < filled; s += COMBINE_SIMDGROUPS * BATCH) {
     for (uint i = 0; i < BATCH; i++) {
-      if (s + i * COMBINING < filled) sum = fma(weights[s + i * COMBINING], batch[i], sum);
+      if (s + i * COMBINE_SIMDGROUPS < filled) sum = fma(weights[s + i * COMBINE_SIMDGROUPS], batch[i], sum);
     }
-    load_batch(part, width, s + COMBINING * BATCH, filled, batch);
+    load_batch(part, width, s + COMBINE_SIMDGROUPS * BATCH, filled, batch);
   }
   sums[index] = sum;
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (simdgroup == 0 && group.y * 32 + lane < width) {
-    for (uint i = 1; i < COMBINING; i++) sum += sums[i * 32 + lane];
+    for (uint i = 1; i < COMBINE_SIMDGROUPS; i++) sum += sums[i * 32 + lane];
     out[head * width + column] = sum / total * sigmoid(gate[head * 2 * width + width + column]);
   }
 }

@@ -21,12 +21,12 @@ using namespace metal;
 
 constant constexpr uint COLUMNS = 4;  // of a simdgroup
 constant constexpr uint SIMDGROUPS = 8;
-constant constexpr uint STAGED_QUADS = 1024;    // q and k of as many tokens as this holds: 16, or 8 where Dk > 128
-constant constexpr uint STAGED_TOKENS = 16;     // at most
-constant constexpr uint STAGED_VALUES = 512;    // v of the threadgroup's columns
-constant constexpr uint FETCHED = 16;           // numbers of q and k that a thread brings
-constant constexpr uint FEW_ROWS = 16;  // of a lane: Dk <= 128
-constant constexpr uint MAX_ROWS = 32;  // Dk <= 256
+constant constexpr uint STAGED_QUADS = 1024;  // q and k of as many tokens as this holds: 16, or 8 where Dk > 128
+constant constexpr uint STAGED_TOKENS = 16;   // at most
+constant constexpr uint STAGED_VALUES = 512;  // v of the threadgroup's columns
+constant constexpr uint FETCHED = 16;         // numbers of q and k that a thread brings
+constant constexpr uint FEW_ROWS = 16;        // of a lane: Dk <= 128
+constant constexpr uint MAX_ROWS = 32;        // Dk <= 256
 
 struct ScanShape {
   uint key_heads;
@@ -39,7 +39,7 @@ struct ScanShape {
   uint v_stride;
 };
 
-// What a thread has on its way for the tokens to come.
+// What a thread has on its way for the tokens that are staged next: `block` of them, as many as STAGED_QUADS hold.
 struct Fetched {
   float rows[FETCHED];
   float values[2];
@@ -52,14 +52,14 @@ template <uint ROWS>
 inline void fetch(device const float* q, device const float* k, device const float* v, device const float* decay,
     device const float* beta, constant ScanShape& shape, uint first_token, uint3 group, uint simdgroup, uint lane,
     thread Fetched* to) {
-  const uint tokens = shape.tokens, heads = shape.value_heads, keys = shape.key_width, h = group.y;
-  const uint start = h / (heads / shape.key_heads) * keys, block = 256 / ROWS;
+  const uint tokens = shape.tokens, heads = shape.value_heads, key_width = shape.key_width, h = group.y;
+  const uint start = h / (heads / shape.key_heads) * key_width, block = 256 / ROWS;
   for (uint i = 0; i < block / 4; i++) {
     const uint row = simdgroup + SIMDGROUPS * i, token = first_token + row / 2;
     device const float* source = row % 2 ? k + ulong(token) * shape.k_stride : q + ulong(token) * shape.q_stride;
     for (uint j = 0; j < ROWS / 4; j++) {
       const uint d = lane + 32 * j;
-      to->rows[i * (ROWS / 4) + j] = token < tokens && d < keys ? source[start + d] : 0.0f;
+      to->rows[i * (ROWS / 4) + j] = token < tokens && d < key_width ? source[start + d] : 0.0f;
     }
   }
   const uint column = group.x * COLUMNS * SIMDGROUPS + lane;
@@ -73,10 +73,10 @@ inline void fetch(device const float* q, device const float* k, device const flo
   to->beta = is_token ? beta[(first_token + lane) * heads + h] : 0.0f;
 }
 
-// Puts it where all simdgroups see it, q and k normed, decays as factors.
+// Put it where all simdgroups see it: q and k normed, decays as factors exp(decay).
 template <uint ROWS>
 inline void stage(thread const Fetched* from, float scale, uint simdgroup, uint lane, threadgroup float* rows,
-    threadgroup float* values, threadgroup float* kept, threadgroup float* beta) {
+    threadgroup float* values, threadgroup float* factors, threadgroup float* betas) {
   const uint block = 256 / ROWS;
   float squares[256 / ROWS / 4];
   for (uint i = 0; i < block / 4; i++) {
@@ -98,8 +98,8 @@ inline void stage(thread const Fetched* from, float scale, uint simdgroup, uint 
   }
   for (uint i = 0; i < block / 8; i++) values[(simdgroup + SIMDGROUPS * i) * 32 + lane] = from->values[i];
   if (simdgroup == 0 && lane < block) {
-    kept[lane] = exp(from->decay);
-    beta[lane] = from->beta;
+    factors[lane] = exp(from->decay);
+    betas[lane] = from->beta;
   }
 }
 
@@ -123,33 +123,34 @@ inline float multiply(thread const float* s, thread const float4* row) {
   return sum_four(part);
 }
 
-// s = kept s + key change
+// s = factor s + key change
 template <uint ROWS>
-inline void update(thread float* s, thread const float4* key, float kept, float change) {
+inline void update(thread float* s, thread const float4* key, float factor, float change) {
   for (uint j = 0; j < ROWS / 4; j++) {
-    s[4 * j] = fma(key[j].x, change, s[4 * j] * kept);
-    s[4 * j + 1] = fma(key[j].y, change, s[4 * j + 1] * kept);
-    s[4 * j + 2] = fma(key[j].z, change, s[4 * j + 2] * kept);
-    s[4 * j + 3] = fma(key[j].w, change, s[4 * j + 3] * kept);
+    s[4 * j] = fma(key[j].x, change, s[4 * j] * factor);
+    s[4 * j + 1] = fma(key[j].y, change, s[4 * j + 1] * factor);
+    s[4 * j + 2] = fma(key[j].z, change, s[4 * j + 2] * factor);
+    s[4 * j + 3] = fma(key[j].w, change, s[4 * j + 3] * factor);
   }
 }
 
 template <uint ROWS>
 inline void scan(device const float* q, device const float* k, device const float* v, device const float* decay,
     device const float* beta, device float* state, device float* out, constant ScanShape& shape, uint3 group,
-    uint simdgroup, uint lane, threadgroup float4* rows, threadgroup float* wanted, threadgroup float* kept,
-    threadgroup float* strength) {
-  const uint h = group.y, keys = shape.key_width, values = shape.value_width, block = 256 / ROWS, share = lane % 8;
+    uint simdgroup, uint lane, threadgroup float4* rows, threadgroup float* values, threadgroup float* factors,
+    threadgroup float* betas) {
+  const uint h = group.y, key_width = shape.key_width, value_width = shape.value_width;
+  const uint block = 256 / ROWS, share = lane % 8;
   const uint own = simdgroup * COLUMNS + lane / 8, column = group.x * COLUMNS * SIMDGROUPS + own;
-  device float* memory = state + ulong(h) * keys * values + column;
+  device float* memory = state + ulong(h) * key_width * value_width + column;
   float s[ROWS];
   for (uint i = 0; i < ROWS; i++) {
     const uint row = i / 4 * 32 + share * 4 + i % 4;
-    s[i] = row < keys && column < values ? memory[row * values] : 0.0f;
+    s[i] = row < key_width && column < value_width ? memory[row * value_width] : 0.0f;
   }
-  const float scale = rsqrt(float(keys));
-  device float* read = out + h * values + column;
-  const bool is_writer = share == 0 && column < values;
+  const float scale = rsqrt(float(key_width));
+  device float* read = out + h * value_width + column;
+  const bool is_writer = share == 0 && column < value_width;
   float4 key[ROWS / 4];
   float4 query[ROWS / 4];
   float pending = 0.0f;  // this lane's part of what the last token reads, summed along with what the next recalls
@@ -157,7 +158,7 @@ inline void scan(device const float* q, device const float* k, device const floa
   fetch<ROWS>(q, k, v, decay, beta, shape, 0, group, simdgroup, lane, &next);
   for (uint first = 0; first < shape.tokens; first += block) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    stage<ROWS>(&next, scale, simdgroup, lane, (threadgroup float*)rows, wanted, kept, strength);
+    stage<ROWS>(&next, scale, simdgroup, lane, (threadgroup float*)rows, values, factors, betas);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     fetch<ROWS>(q, k, v, decay, beta, shape, first + block, group, simdgroup, lane, &next);
     threadgroup const float4* row = rows + share;
@@ -170,17 +171,17 @@ inline void scan(device const float* q, device const float* k, device const floa
         recalled += simd_shuffle_xor(recalled, mask);
         pending += simd_shuffle_xor(pending, mask);
       }
-      if (is_writer && first + t > 0) read[ulong(first + t - 1) * shape.value_heads * values] = pending;
-      update<ROWS>(s, key, kept[t], strength[t] * (wanted[t * 32 + own] - kept[t] * recalled));
+      if (is_writer && first + t > 0) read[ulong(first + t - 1) * shape.value_heads * value_width] = pending;
+      update<ROWS>(s, key, factors[t], betas[t] * (values[t * 32 + own] - factors[t] * recalled));
       load_key<ROWS>(row + min(t + 1, block - 1) * ROWS * 4 + ROWS * 2, key);
       pending = multiply<ROWS>(s, query);
     }
   }
   for (uint mask = 1; mask < 8; mask *= 2) pending += simd_shuffle_xor(pending, mask);
-  if (is_writer) read[ulong(shape.tokens - 1) * shape.value_heads * values] = pending;
+  if (is_writer) read[ulong(shape.tokens - 1) * shape.value_heads * value_width] = pending;
   for (uint i = 0; i < ROWS; i++) {
     const uint row = i / 4 * 32 + share * 4 + i % 4;
-    if (row < keys && column < values) memory[row * values] = s[i];
+    if (row < key_width && column < value_width) memory[row * value_width] = s[i];
   }
 }
 
@@ -190,14 +191,14 @@ inline void scan(device const float* q, device const float* k, device const floa
     constant ScanShape& shape [[buffer(7)]], uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
   threadgroup float4 rows[STAGED_QUADS];
-  threadgroup float wanted[STAGED_VALUES];
-  threadgroup float kept[STAGED_TOKENS];
-  threadgroup float strength[STAGED_TOKENS];
+  threadgroup float values[STAGED_VALUES];
+  threadgroup float factors[STAGED_TOKENS];
+  threadgroup float betas[STAGED_TOKENS];
   if (shape.key_width <= 128) {
     scan<FEW_ROWS>(
-        q, k, v, decay, beta, state, out, shape, group, simdgroup, lane, rows, wanted, kept, strength);
+        q, k, v, decay, beta, state, out, shape, group, simdgroup, lane, rows, values, factors, betas);
   } else {
     scan<MAX_ROWS>(
-        q, k, v, decay, beta, state, out, shape, group, simdgroup, lane, rows, wanted, kept, strength);
+        q, k, v, decay, beta, state, out, shape, group, simdgroup, lane, rows, values, factors, betas);
   }
 }

@@ -110,24 +110,24 @@ inline void store_part(threadgroup float* parts, float4 sum, uint simdgroup, uin
   threadgroup float read[SIMDGROUPS * 128];
   threadgroup float partial[32];
   const uint h = group.x, key_head = h / (shape.value_heads / shape.key_heads);
-  const uint keys = shape.key_width, values = shape.value_width;
-  const uint strips = (values + 127) / 128, strip = simdgroup % strips, first = simdgroup / strips * ROWS;
-  const uint column = strip * 128 + 4 * lane, count = column < values ? min(4u, values - column) : 0u;
-  const uint rows = min(ROWS, keys - first);
-  const bool is_aligned = values % 4 == 0;
-  device float* memory = state + (ulong(h) * keys + first) * values + column;
+  const uint key_width = shape.key_width, value_width = shape.value_width;
+  const uint strips = (value_width + 127) / 128, strip = simdgroup % strips, first = simdgroup / strips * ROWS;
+  const uint column = strip * 128 + 4 * lane, count = column < value_width ? min(4u, value_width - column) : 0u;
+  const uint rows = min(ROWS, key_width - first);
+  const bool is_aligned = value_width % 4 == 0;
+  device float* memory = state + (ulong(h) * key_width + first) * value_width + column;
   float4 s[ROWS];
   if (is_aligned) {
-    for (uint i = 0; i < ROWS; i++) s[i] = load_four<true>(memory + i * values, i < rows ? count : 0u);
+    for (uint i = 0; i < ROWS; i++) s[i] = load_four<true>(memory + i * value_width, i < rows ? count : 0u);
   } else {
-    for (uint i = 0; i < ROWS; i++) s[i] = load_four<false>(memory + i * values, i < rows ? count : 0u);
+    for (uint i = 0; i < ROWS; i++) s[i] = load_four<false>(memory + i * value_width, i < rows ? count : 0u);
   }
-  const float4 v = load_four<false>(mixed + 2 * shape.key_heads * keys + h * values + column, count);
+  const float4 v = load_four<false>(mixed + 2 * shape.key_heads * key_width + h * value_width + column, count);
   const float decay = exp(-exp(a_log[h]) * softplus(projected[shape.a_offset + h] + dt_bias[h]));
   const float beta = sigmoid(projected[shape.b_offset + h]);
-  device const float* query = mixed + key_head * keys;
-  if (simdgroup == 0) load_normed(query, keys, rsqrt(float(keys)), q, lane);
-  if (simdgroup == simdgroups - 1) load_normed(query + shape.key_heads * keys, keys, 1.0f, k, lane);
+  device const float* query = mixed + key_head * key_width;
+  if (simdgroup == 0) load_normed(query, key_width, rsqrt(float(key_width)), q, lane);
+  if (simdgroup == simdgroups - 1) load_normed(query + shape.key_heads * key_width, key_width, 1.0f, k, lane);
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   float4 sum = float4(0.0f);
@@ -146,21 +146,21 @@ inline void store_part(threadgroup float* parts, float4 sum, uint simdgroup, uin
     sum = fma_four(q[first + i], s[i], sum);
   }
   if (is_aligned) {
-    for (uint i = 0; i < ROWS; i++) store_four<true>(memory + i * values, s[i], i < rows ? count : 0u);
+    for (uint i = 0; i < ROWS; i++) store_four<true>(memory + i * value_width, s[i], i < rows ? count : 0u);
   } else {
-    for (uint i = 0; i < ROWS; i++) store_four<false>(memory + i * values, s[i], i < rows ? count : 0u);
+    for (uint i = 0; i < ROWS; i++) store_four<false>(memory + i * value_width, s[i], i < rows ? count : 0u);
   }
   store_part(read, sum, simdgroup, lane);
   const bool is_output = simdgroup < strips;
-  const float4 z = load_four<false>(projected + shape.z_offset + h * values + column, is_output ? count : 0u);
+  const float4 z = load_four<false>(projected + shape.z_offset + h * value_width + column, is_output ? count : 0u);
   const float4 gain = load_four<false>(norm + column, is_output ? count : 0u);
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   sum = sum_of_parts(read, strip, strips, simdgroups, lane);
   const float own = fma(sum.x, sum.x, fma(sum.y, sum.y, fma(sum.z, sum.z, sum.w * sum.w)));
   const float squares = threadgroup_sum(is_output ? own : 0.0f, partial, simdgroup, simdgroups, lane);
-  const float factor = rsqrt(squares / float(values) + shape.eps);
+  const float factor = rsqrt(squares / float(value_width) + shape.eps);
   const float4 result = four(sum.x * factor * gain.x * silu(z.x), sum.y * factor * gain.y * silu(z.y),
       sum.z * factor * gain.z * silu(z.z), sum.w * factor * gain.w * silu(z.w));
-  store_four<false>(out + h * values + column, result, is_output ? count : 0u);
+  store_four<false>(out + h * value_width + column, result, is_output ? count : 0u);
 }
