@@ -1,4 +1,4 @@
-// Products of rows with a vector on NVIDIA's matrix units for bytes. Put into kernel files by text, after matrix.h.
+// Products of rows with a vector on NVIDIA's matrix units for bytes. Put into kernel files by text, after normed.h.
 //
 // matrix.h spends three instructions on a weight: a shift, a mask, a product. Here one mask serves four weights, which
 // stay integers, and one product 512 of them: [16 rows, 32 columns] times [32, 8], unsigned by signed bytes. For that
@@ -60,17 +60,6 @@ struct RowInputs {  // a row, times 1 + norm if asked
   float squares;    // of what this lane has loaded
 };
 
-inline float4 load_four(device const float* x, uint column, uint columns, bool is_aligned) {
-  float4 four = 0.0f;
-  if (column >= columns) return four;
-  if (is_aligned) return *(device const float4*)(x + column);
-  four.x = x[column];
-  if (column + 1 < columns) four.y = x[column + 1];
-  if (column + 2 < columns) four.z = x[column + 2];
-  if (column + 3 < columns) four.w = x[column + 3];
-  return four;
-}
-
 // Sixteen inputs of half a unit, zeros beyond the last column.
 inline void load_half(thread RowInputs& inputs, uint unit, uint half_unit, thread float* out) {
 #pragma unroll
@@ -79,11 +68,8 @@ inline void load_half(thread RowInputs& inputs, uint unit, uint half_unit, threa
     float4 four = load_four(inputs.x, column, inputs.columns, inputs.is_aligned);
     if (inputs.is_normed) {
       const float4 norm = load_four(inputs.norm, column, inputs.columns, inputs.is_aligned);
-      inputs.squares = fma(four.x, four.x, fma(four.y, four.y, fma(four.z, four.z, fma(four.w, four.w, inputs.squares))));
-      four.x *= 1.0f + norm.x;
-      four.y *= 1.0f + norm.y;
-      four.z *= 1.0f + norm.z;
-      four.w *= 1.0f + norm.w;
+      inputs.squares = add_squares(four, inputs.squares);
+      four = apply_norm(four, norm, 1.0f);
     }
     out[4 * i] = four.x;
     out[4 * i + 1] = four.y;
@@ -223,7 +209,8 @@ struct Cursor {
   uint line_step;
 };
 
-inline Cursor cursor_at(thread const Scratch& scratch, threadgroup const ushort* lines, uint span, uint shift, uint lane) {
+inline Cursor cursor_at(
+    thread const Scratch& scratch, threadgroup const ushort* lines, uint span, uint shift, uint lane) {
   const uint g = lane / 4, t = lane % 4;
   const bool has_digits = t / 2 == g / 4 && g % 4 < DIGITS;
   Cursor at;

@@ -1,6 +1,7 @@
 #include <metal_stdlib>
 using namespace metal;
 #include "matrix.h"
+#include "normed.h"
 #include "sums.h"
 #include "bytes.h"
 
@@ -64,16 +65,7 @@ struct LinearsShape {
     out[at] = shape.accumulates ? fma(sum, factor, out[at]) : sum * factor;
   }
   if (shape.keeps_normed && group.x == 0) {
-    const uint units = count_units(columns);
-    device float4* kept = (device float4*)(normed + ulong(group.y) * units * UNIT);
-    for (uint i = index; i * 4 < columns; i += simdgroups * 32) {
-      float4 four = load_four(inputs.x, i * 4, columns, is_aligned);
-      const float4 factors = load_four(norm, i * 4, columns, is_aligned);
-      four.x *= factor * (1.0f + factors.x);
-      four.y *= factor * (1.0f + factors.y);
-      four.z *= factor * (1.0f + factors.z);
-      four.w *= factor * (1.0f + factors.w);
-      kept[i % QUADS * units + i / QUADS] = four;
-    }
+    device float* kept = normed + ulong(group.y) * count_units(columns) * UNIT;
+    keep_normed(inputs.x, norm, columns, is_aligned, factor, index, simdgroups * 32, kept);
   }
 }

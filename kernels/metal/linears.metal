@@ -1,6 +1,7 @@
 #include <metal_stdlib>
 using namespace metal;
 #include "matrix.h"
+#include "normed.h"
 #include "sums.h"
 
 // Several matrices times one vector, the vector normed first if asked: what shares an input is one dispatch.
@@ -37,25 +38,6 @@ struct LinearsShape {
   float eps;
 };
 
-// Four columns of a row that need not start on 16 bytes; zero beyond the last one.
-inline float4 load_four(device const float* x, uint column, uint columns, bool is_aligned) {
-  if (is_aligned) return *(device const float4*)(x + column);
-  float4 four = 0.0f;
-  four.x = x[column];
-  if (column + 1 < columns) four.y = x[column + 1];
-  if (column + 2 < columns) four.z = x[column + 2];
-  if (column + 3 < columns) four.w = x[column + 3];
-  return four;
-}
-
-inline float4 apply_norm(float4 x, float4 norm, float factor) {
-  x.x *= factor * (1.0f + norm.x);
-  x.y *= factor * (1.0f + norm.y);
-  x.z *= factor * (1.0f + norm.z);
-  x.w *= factor * (1.0f + norm.w);
-  return x;
-}
-
 [[kernel, max_total_threads_per_threadgroup(256)]] void linears(device const uchar* weights [[buffer(0)]],
     constant MatrixForm* matrices [[buffer(1)]], device const float* x [[buffer(2)]],
     device const float* norm [[buffer(3)]], device float* normed [[buffer(4)]], device float* out [[buffer(5)]],
@@ -78,11 +60,9 @@ inline float4 apply_norm(float4 x, float4 norm, float factor) {
   for (uint start = 0; start < units; start += STAGED / UNIT) {
     const uint end = min(start + STAGED / UNIT, units);
     for (uint i = start * QUADS + index; i < end * QUADS; i += threads) {
-      const bool is_inside = i * 4 < columns;
-      float4 four = 0.0f;
-      if (is_inside) four = load_four(input, i * 4, columns, is_aligned);
-      if (shape.is_normed && is_inside) {
-        squares = fma(four.x, four.x, fma(four.y, four.y, fma(four.z, four.z, fma(four.w, four.w, squares))));
+      float4 four = load_four(input, i * 4, columns, is_aligned);
+      if (shape.is_normed) {
+        squares = add_squares(four, squares);
         four = apply_norm(four, load_four(norm, i * 4, columns, is_aligned), 1.0f);
       }
       staged[i % QUADS * STAGED_UNITS + i / QUADS - start] = four;
@@ -106,10 +86,7 @@ inline float4 apply_norm(float4 x, float4 norm, float factor) {
     }
   }
   if (shape.keeps_normed && group.x == 0) {
-    device float4* kept = (device float4*)(normed + ulong(group.y) * units * UNIT);
-    for (uint i = index; i * 4 < columns; i += threads) {
-      const float4 four = load_four(input, i * 4, columns, is_aligned);
-      kept[i % QUADS * units + i / QUADS] = apply_norm(four, load_four(norm, i * 4, columns, is_aligned), factor);
-    }
+    device float* kept = normed + ulong(group.y) * units * UNIT;
+    keep_normed(input, norm, columns, is_aligned, factor, index, threads, kept);
   }
 }
