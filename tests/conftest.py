@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
@@ -17,6 +18,9 @@ from moepack.convert.recipe import Recipe
 from moepack.kernels import native_library
 from moepack.kernels.simt import Executor, WatchedExecutor
 from tiny_checkpoint import write_checkpoint
+
+if TYPE_CHECKING:
+    from moepack.runtime.engine import Engine
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo" / "checkpoint"
@@ -34,6 +38,13 @@ def make_pack(source: Path, out: Path, bits: int = 4, group_size: int = 32, resi
     """Convert a checkpoint as moe-convert does."""
     convert(plan_conversion(source, out, Recipe(bits, group_size, resident_bits, "minmax")), 2, lambda count: None)
     return out
+
+
+def budget_of(engine: Engine, slots: int) -> dict[str, int]:
+    """Options that give another engine of the same pack so many slots."""
+    plan = engine.memory_plan
+    memory = plan.total_bytes - (plan.num_slots - slots) * plan.slot_bytes
+    return {"memory": memory, "process_bytes": plan.process_bytes, "max_context": engine.max_context}
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import make_pack
+from conftest import budget_of, make_pack
 from kernel_memory import lay_out
 from moepack.kernels import backend, gpu_ops, launches, metal_device, msl, reference
 from moepack.kernels.backend import describe_arithmetic, describe_backend
@@ -59,12 +59,8 @@ def logits_by_token(engine: Engine, ids: list[int]) -> torch.Tensor:
 
 def open_with(slots: int, pack: Path, **options: Any) -> Engine:
     """An engine on the emulated device whose budget is for so many slots."""
-    plan = Engine.open(pack, exact=True, max_context=CONTEXT).memory_plan
-    budget = plan.total_bytes - (plan.num_slots - slots) * plan.slot_bytes
-    options = {"device": "metal-emulated", **options}
-    engine = Engine.open(
-        pack, memory=budget, process_bytes=plan.process_bytes, exact=True, max_context=CONTEXT, **options
-    )
+    budget = budget_of(Engine.open(pack, exact=True, max_context=CONTEXT), slots)
+    engine = Engine.open(pack, **{"device": "metal-emulated", "exact": True, **budget, **options})
     assert engine.store.num_slots == slots
     return engine
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import make_pack
+from conftest import budget_of, make_pack
 from moepack.layout.errors import DamagedPack, MemoryBudgetError, UsageError
 from moepack.runtime import Engine, SamplingParams
 from moepack.runtime.tokenizer import Tokenizer
@@ -78,9 +78,7 @@ def test_streaming_with_the_smallest_budget_equals_all_resident_bit_for_bit(
 ) -> None:
     pack, ids = demo_pack(bits), IDS[:80]
     resident = Engine.open(pack, max_context=128)
-    plan = resident.memory_plan
-    budget = plan.total_bytes - (plan.num_slots - 48) * plan.slot_bytes  # 8 layers with 6 experts per token
-    small = Engine.open(pack, memory=budget, max_context=128, process_bytes=plan.process_bytes)
+    small = Engine.open(pack, **budget_of(resident, 48))  # 8 layers with 6 experts per token
     assert 48 <= small.store.num_slots < 8 * 48 // 2  # a small budget also takes shorter chunks
     assert resident.store.num_slots == 8 * 48
     everything = [torch.cat(list(engine.iter_logits(ids))) for engine in (resident, small)]
@@ -192,9 +190,7 @@ def test_the_number_of_threads_does_not_change_a_bit(demo_pack: Callable[[int], 
 )
 def test_how_experts_are_read_does_not_change_a_token(demo_pack: Callable[[int], Path], options: dict) -> None:
     plain = Engine.open(demo_pack(4), max_context=128)
-    plan = plain.memory_plan
-    budget = plan.total_bytes - (plan.num_slots - 60) * plan.slot_bytes
-    small = Engine.open(demo_pack(4), memory=budget, max_context=128, process_bytes=plan.process_bytes, **options)
+    small = Engine.open(demo_pack(4), **budget_of(plain, 60), **options)
     assert list(small.generate(IDS[:20], GREEDY)) == list(plain.generate(IDS[:20], GREEDY))
 
 
@@ -227,11 +223,10 @@ def test_a_prompt_past_the_planned_context_is_refused_with_both_numbers(tiny_pac
 def test_an_impossible_budget_is_refused_with_the_numbers(tiny_pack: Path) -> None:
     with pytest.raises(MemoryBudgetError, match=r"memory budget of 10 MiB is too small: \d+ MiB are needed \(process"):
         Engine.open(tiny_pack, memory="10MiB")
-    plan = Engine.open(tiny_pack, max_context=64).memory_plan
-    smallest = plan.total_bytes - (plan.num_slots - 8) * plan.slot_bytes  # 4 layers with 2 experts per token
-    Engine.open(tiny_pack, memory=smallest, max_context=64, process_bytes=plan.process_bytes)
+    smallest = budget_of(Engine.open(tiny_pack, max_context=64), 8)  # 4 layers with 2 experts per token
+    Engine.open(tiny_pack, **smallest)
     with pytest.raises(MemoryBudgetError, match="the 8 experts of one token"):
-        Engine.open(tiny_pack, memory=smallest - 1, max_context=64, process_bytes=plan.process_bytes)
+        Engine.open(tiny_pack, **{**smallest, "memory": smallest["memory"] - 1})
 
 
 def test_unknown_device_is_refused(tiny_pack: Path) -> None:
@@ -281,9 +276,7 @@ def test_the_next_layers_experts_are_read_ahead_where_not_all_fit(
     demo_pack: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = Engine.open(demo_pack(4), max_context=128)
-    plan = whole.memory_plan
-    budget = plan.total_bytes - (plan.num_slots - 60) * plan.slot_bytes
-    small = Engine.open(demo_pack(4), memory=budget, max_context=128, process_bytes=plan.process_bytes)
+    small = Engine.open(demo_pack(4), **budget_of(whole, 60))
     monkeypatch.setattr(whole.store, "prefetch", None)  # where all fit nothing is guessed: calling it would fail
     monkeypatch.setattr(whole.store, "fill", lambda: None)  # what is brought in for another reason
     for engine in (whole, small):

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from conftest import budget_of
 from moepack.layout.errors import DamagedPack
 from moepack.runtime import Engine, SamplingParams
 from served import serve
@@ -26,11 +27,10 @@ NAMED = r"experts/layer_0\d.bin: layer \d expert \d at byte \d+: read of \d+ byt
 @pytest.fixture
 def engine(tiny_copy: Path) -> Iterator[Engine]:
     """With slots for one token's experts: any token may have to read."""
-    with Engine.open(tiny_copy, max_context=CONTEXT) as roomy:
-        plan = roomy.memory_plan
     one_token = 4 * 2  # layers, experts of each
-    budget = plan.total_bytes - (plan.num_slots - one_token) * plan.slot_bytes
-    with Engine.open(tiny_copy, memory=budget, max_context=CONTEXT, process_bytes=plan.process_bytes) as opened:
+    with Engine.open(tiny_copy, max_context=CONTEXT) as roomy:
+        budget = budget_of(roomy, one_token)
+    with Engine.open(tiny_copy, **budget) as opened:
         assert opened.store.num_slots == one_token
         yield opened
 

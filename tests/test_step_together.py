@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import fake_cuda
+from conftest import budget_of
 from moepack.layout.errors import DamagedPack
 from moepack.runtime.constrain import AnswerConstraint, Grammars
 from moepack.runtime.engine import Engine
@@ -180,13 +181,6 @@ def test_an_answer_that_has_ended_keeps_no_state(open_engine: Callable[..., Engi
         states += [weakref.ref(tensor) for layer in generation._state.tensors for tensor in layer]
     assert run_together(generations) == {}
     assert [state() for state in states if state() is not None] == []
-
-
-def budget_of(engine: Engine, slots: int) -> dict[str, int]:
-    """What gives another engine so many slots."""
-    plan = engine.memory_plan
-    memory = plan.total_bytes - (plan.num_slots - slots) * plan.slot_bytes
-    return {"memory": memory, "process_bytes": plan.process_bytes, "max_context": engine.max_context}
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
