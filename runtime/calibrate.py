@@ -275,5 +275,9 @@ def _save(folder: Path, layer: int, arrays: dict[str, np.ndarray], hidden: torch
 def write_json(path: Path, value: Any) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(path.name + ".new")
-    partial.write_text(json.dumps(value))
-    os.replace(partial, path)
+    try:
+        partial.write_text(json.dumps(value))
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

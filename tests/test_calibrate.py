@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from moepack.layout.calibration import PRIOR_TOKENS, Calibration
 from moepack.layout.errors import CalibrationError, UnsupportedVersion, UsageError
 from moepack.layout.manifest import Manifest
 from moepack.layout.quantized import bf16_to_float32
-from moepack.runtime.calibrate import calibrate, read_default_text
+from moepack.runtime.calibrate import calibrate, read_default_text, write_json
 from moepack.runtime.engine import Engine
 from tiny_checkpoint import TinyModel, write_checkpoint
 
@@ -163,6 +164,33 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     assert layers == [1, 1]  # the first of them was done before
     assert out.read_bytes() == files["full"].read_bytes()
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_run_goes_on_with_the_same_pack_alone(
+    source: Path, engine: Engine, files: dict[str, Path], tmp_path: Path
+) -> None:
+    """The layers that a pack of 8 bits was read for are none of the pack of 16 bits."""
+    out = tmp_path / "calibration"
+
+    def stop(count: int) -> None:
+        raise KeyboardInterrupt
+
+    pack8 = make_pack(source, tmp_path / "pack8", 8, 32, 16)
+    with Engine.open(pack8, exact=True, threads=1) as other, pytest.raises(KeyboardInterrupt):
+        calibrate(other, WINDOWS, out, full=True, on_layer=stop)
+    calibrate(engine, WINDOWS, out, full=True)
+    assert out.read_bytes() == files["full"].read_bytes()
+
+
+def test_a_small_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_json(tmp_path / "windows.json", [0] * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 def read_all(path: Path) -> None:
