@@ -16,10 +16,10 @@
 // take two passes, each with one unit of a half. In what order a lane takes the columns of its unit is free, if weights
 // and digits have the same: the one that costs no shifts between bytes (column_of).
 //
-// A simdgroup has a tile for itself, or shares its columns with others; all of a threadgroup have one vector, whose digits
-// they make together, in threadgroup memory. It requests weights first, as many spans as registers hold, then waits for
-// the kernel before (wait_for_last) and helps with the digits; when a span has been used, one further on is requested
-// into its registers. Scales and biases come by strips of 512 columns.
+// A simdgroup has a tile for itself, or shares its columns with others; all of a threadgroup have one vector, whose
+// digits they make together, in threadgroup memory. It requests weights first, as many spans as registers hold, then
+// waits for the kernel before (wait_for_last) and helps with the digits; when a span has been used, one further on is
+// requested into its registers. Scales and biases come by strips of 512 columns.
 
 constant constexpr uint TILE_ROWS = 16;
 constant constexpr uint SPAN_UNITS = 4;
@@ -288,9 +288,9 @@ inline Share share_of(uint strips, uint part, uint parts, uint index, uint threa
   return {min(part * each, strips), min(part * each + each, strips), index, threads, index % 32};
 }
 
-// results[r] = this simdgroup's part of row + r of a packed matrix times the inputs, r < TILE_ROWS. Returns the sum of the
-// squares of what this lane has loaded. A function of its own, so that each has the registers that it needs: together in
-// a kernel they would spill.
+// results[r] = this simdgroup's part of row + r of a packed matrix times the inputs, r < TILE_ROWS. Returns the sum of
+// the squares of what this lane has loaded. A function of its own, so that each has the registers that it needs:
+// together in a kernel they would spill.
 // digits   the threadgroup's, MAX_STRIPS * STRIP_QUADS + ZERO_QUADS
 // lines    the simdgroup's own, two times LINE_QUADS
 template <int BITS, bool IS_SMALL>
@@ -347,8 +347,8 @@ inline float multiply_bits(thread const Weights& w, uint row, thread const RowIn
   return multiply_packed<BITS, false>(w, row, inputs, share, digits, lines, results);
 }
 
-// results[r] = row + r of a plain matrix times the inputs, in float32, for every row that is this simdgroup's: PLAIN_ROWS
-// at a time, with all columns. Returns the squares of all inputs in the first simdgroup, nothing in others.
+// results[r] = row + r of a plain matrix times the inputs, in float32, for every row that is this simdgroup's:
+// PLAIN_ROWS at a time, with all columns. Returns the squares of all inputs in the first simdgroup, nothing in others.
 MSL_NOINLINE float multiply_plain(Weights w, uint row, uint rows, RowInputs inputs, uint simdgroup, uint simdgroups,
     uint lane, threadgroup float* results) {
   float squares = 0.0f;

@@ -2,14 +2,13 @@
 using namespace metal;
 #include "order.h"
 
-// The likeliest token of each row of logits, so that a greedy choice needs no logits on the host. In two dispatches, the
-// best of each part of a row and the best of those.
+// The likeliest token of each row of logits, so that a greedy choice needs no logits on the host. In two dispatches,
+// the best of each part of a row and the best of those.
 //
 //   ids[r] = the lowest i with logits[r, i] = largest[r],  largest[r] = max over i;  NaN if any logit is
 //
 // logits   float [R, V];   ids   int [R];   largest   float [R]
-// part_ids, part_orders   int, uint [R, parts]: of each part the lowest id of the largest, and its place in the order of
-//                         floats
+// part_ids, part_orders   int, uint [R, parts]: of each part the lowest id of the largest, and its order (order.h)
 //
 // Threads: argmax_parts: grid (parts, R), 8 simdgroups, PART logits each; argmax: grid (R), one simdgroup. Bound by the
 // bytes of the logits. Reference: torch.argmax. Test: test_metal_token.py.

@@ -1,4 +1,4 @@
-// Several queries of a simdgroup along the keys and values that they share. Put into kernel files by text, after sums.h.
+// Several queries of a simdgroup along the keys and values that they share. Put into kernel files after sums.h.
 //
 // A lane holds two times four dimensions of each row. The QUERIES x STEP scores of a step are summed over the lanes
 // together, one for each lane; the softmax is taken along the way (online).

@@ -17,10 +17,10 @@ using namespace metal;
 // The number of splits is the grid's, whatever the context: a recorded dispatch stays right while the context grows.
 // How many positions a split has follows from the context; splits beyond it write nothing, and nothing is read of them.
 //
-// Threads, attention_split: grid (Hkv, splits). The R heads that share keys and values are dealt to blocks of QUERIES, the
-// positions to teams, and each team has a simdgroup for each block, so a row comes from memory once. attention_combine:
-// grid (H, Dh / 32), a lane for each dimension, the splits dealt to the simdgroups. Bound by the bytes of keys and
-// values. Reference: attention, gated. Test: test_metal_token.py.
+// Threads, attention_split: grid (Hkv, splits). The R heads that share keys and values are dealt to blocks of QUERIES,
+// the positions to teams, and each team has a simdgroup for each block, so a row comes from memory once.
+// attention_combine: grid (H, Dh / 32), a lane for each dimension, the splits dealt to the simdgroups. Bound by the
+// bytes of keys and values. Reference: attention, gated. Test: test_metal_token.py.
 
 constant constexpr uint SPLIT_POSITIONS = 32;  // a split has a multiple of these
 constant constexpr uint MAX_SPLITS = 256;

@@ -17,8 +17,8 @@ using namespace metal;
 //
 // Whatever the logits are, the ids are below E and differ; NaN comes after all numbers.
 //
-// Threads: grid (R), one simdgroup; a lane holds every 32nd logit, as an integer of the same order, and takes one of the
-// choices. Bound by the latency of two reductions for each choice. Reference: choose_experts. Test: test_metal_token.py.
+// Threads: grid (R), one simdgroup; a lane holds every 32nd logit, as an integer of the same order, and takes one of
+// the choices. Bound by the latency of two reductions a choice. Reference: choose_experts. Test: test_metal_token.py.
 
 constant constexpr uint MAX_EACH = 32;  // experts of a lane: E <= 1024
 

@@ -11,10 +11,10 @@ using namespace metal;
 // state   float [H, Dk, Dv], replaced
 // out     float [T, H, Dv]
 //
-// Columns of a state do not meet, so a threadgroup takes COLUMNS * SIMDGROUPS of them through all tokens by itself. What
-// a few tokens need is loaded while those before are computed, normed once, and put into threadgroup memory; then a
-// token waits for three shuffles and a row of multiplications. The chunked form (reference.gated_delta_chunk) has more
-// arithmetic, and pays where there are matrix units.
+// Columns of a state do not meet, so a threadgroup takes COLUMNS * SIMDGROUPS of them through all tokens by itself.
+// What a few tokens need is loaded while those before are computed, normed once, and put into threadgroup memory; then
+// a token waits for three shuffles and a row of multiplications. The chunked form (reference.gated_delta_chunk) has
+// more arithmetic, and pays where there are matrix units.
 //
 // Threads: grid (Dv / (COLUMNS * SIMDGROUPS), H). Eight lanes share a column, each has four of every 32 rows. Bound by
 // the latency of a token. Reference: gated_delta. Test: test_metal_prefill.py.
