@@ -283,6 +283,11 @@ def _parse_prompt(line: str, where: str) -> ToolPrompt:
         for entries in (messages, tools):
             if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
                 raise TypeError("messages and tools are lists of objects")
+        if not messages:
+            raise ValueError("messages is empty")
+        for function in (*functions, *(tool.get("function", tool) for tool in tools)):
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise TypeError("every tool and every call has a function with a name")
         return ToolPrompt(messages, tools, expected)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{where}: expected an object with messages, tools, expected_calls: {error!r}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,3 +139,19 @@ def test_answers_are_compared_with_the_references(demo_pack, tmp_path: Path) -> 
         assert (alone.correct, alone.is_correct) == (other.correct, other.is_correct)
         assert (alone.identical, alone.reference_correct, alone.correct_of_reference) == (None, None, None)
     assert own.n == 4
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"messages": []}, "messages is empty"),
+    ({"tools": [{"x": 1}]}, "every tool and every call has a function with a name"),
+    ({"tools": [{"function": 5}]}, "every tool and every call has a function with a name"),
+    ({"expected_calls": [{"function": {"name": 5, "arguments": {}}}]}, "every call has a function with a name"),
+    ({"expected_calls": [{"function": {"name": "a", "arguments": "[1]"}}]}, "arguments are an object"),
+])  # fmt: skip
+def test_prompts_that_could_not_be_judged_are_refused_with_their_line(
+    tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    good = {"messages": [{"role": "user", "content": "fox"}], "tools": [{"name": "a"}], "expected_calls": []}
+    (tmp_path / "tools.jsonl").write_text("\n".join(map(json.dumps, (good, {**good, **changed}))))
+    with pytest.raises(UsageError, match=rf"tools.jsonl: line 2: expected an object with .*{message}"):
+        read_tool_prompts(tmp_path / "tools.jsonl")
