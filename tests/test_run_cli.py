@@ -252,6 +252,19 @@ def test_eval_refuses_recall_before_hours_of_text(
     assert "--recall: the tokenizer has 0 words of small letters, expected 200" in run.stderr
 
 
+def test_eval_that_is_interrupted_says_so(
+    moe_run_here: Callable[..., Result], tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moepack.runtime.evaluate.evaluate_text", interrupt)
+    (tmp_path / "text.txt").write_text("one two three")
+    run = moe_run_here("eval", tiny_pack, "--text", tmp_path / "text.txt", "--json")
+    assert (run.returncode, run.stdout) == (130, "")
+    assert run.stderr.endswith("interrupted\n")
+
+
 def test_the_harness_is_an_extra(moe_run_here: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "moepack.runtime.harness", raising=False)
