@@ -379,7 +379,7 @@ def calibrate(
     ),
     steps: int = typer.Option(None, "--steps", help="Of --tune.  [default: 1000]", min=1),
     step_tokens: int = typer.Option(
-        None, "--step-tokens", help="Each of --tune's learns from, in whole 512s.  [default: 512]", min=1
+        None, "--step-tokens", help="Each of --tune's learns from, in whole 512s.  [default: 1024]", min=1
     ),
     seed: int = typer.Option(None, "--seed", help="Of the order of windows with --tune.  [default: 0]", min=0),
     threads: int = THREADS,

@@ -8,7 +8,8 @@ and all other weights stay. Adam, its rates falling to zero along a cosine; the 
 
 Every 16th window is kept apart: the KL there, before and after, is the honest one.
 
-It learns on the processor or on a GPU that torch knows (`--device cuda`), by the same operations.
+It learns on the processor, or by the same operations on a GPU that torch knows (`--device cuda`), where no run has been
+seen to its end yet.
 
 Limits: all experts are in memory as floats, with gradients and Adam's moments: BYTES_PER_WEIGHT each. That is for
 models of up to a few billion weights; a larger one is refused, and calibrate without --tune takes any. On the processor
@@ -42,7 +43,7 @@ from moepack.runtime.engine import Engine, hash_manifest
 from moepack.runtime.learner import Learner, RoundedMatrices, read_expert, stored_arrays
 from moepack.runtime.resident import ResidentWeights
 
-LEVEL_RATE, LINE_RATE = 5e-4, 2e-3  # Adam's largest steps: in levels; of scales and biases, as shares of the mean scale
+LEVEL_RATE, LINE_RATE = 3e-4, 1e-3  # Adam's largest steps: in levels; of scales and biases, as shares of the mean scale
 LINE_TOP = 3  # the largest integer at which a scale moves at that rate: the ends of all lines move alike
 MOMENTS = (0.9, 0.99)
 WARM_UP = 20  # steps in which the rates rise
@@ -60,7 +61,7 @@ class TuningPlan:
 
     steps: int
     seed: int = 0
-    step_tokens: int = PIECE_TOKENS
+    step_tokens: int = 2 * PIECE_TOKENS
 
     def __post_init__(self) -> None:
         if self.step_tokens < 1 or self.step_tokens % PIECE_TOKENS:
