@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from moepack.kernels import launches
-from moepack.kernels.launches import LANES, Launch, shape_of
+from moepack.kernels.launches import Launch
 from moepack.kernels.matrix import Matrix
 
 TILE_ROWS, STRIP, MAX_STRIPS = 16, 512, 8  # cuda/bytes.h
@@ -39,27 +39,12 @@ def linears(
     eps: float = 0.0,
 ) -> Launch:
     """launches.linears."""
-    columns = launches.columns_of(matrices, norm, normed)
+    rest = (weights, forms, matrices, x, out, norm, normed, accumulate, eps)
     if not _is_fit(matrices):
-        return launches.linears(weights, forms, matrices, x, out, norm, normed, accumulate, eps)
+        return launches.linears(*rest)
     tiles, parts = _divide(matrices)
-    shape = shape_of(
-        "linears_bytes",
-        "LinearsShape",
-        count=len(matrices),
-        tiles=tiles,
-        parts=parts,
-        columns=columns,
-        x_stride=x.shape[-1],
-        out_stride=out.shape[-1],
-        is_normed=norm is not None,
-        keeps_normed=normed is not None,
-        accumulates=accumulate,
-        eps=eps,
-    )
-    groups = sum(-(-matrix.out_features // (TILE_ROWS * tiles)) for matrix in matrices)
-    arguments = (weights, forms, x, x if norm is None else norm, out if normed is None else normed, out, shape)
-    return Launch("linears_bytes", "linears", arguments, (groups, x.shape[0], 1), (tiles * parts * LANES, 1, 1))
+    sizes = {"columns": matrices[0].in_features, "tiles": tiles, "parts": parts}
+    return launches.linears_by("linears_bytes", sizes, TILE_ROWS * tiles, tiles * parts, *rest)
 
 
 def _is_fit(matrices: Sequence[Matrix]) -> bool:

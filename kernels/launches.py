@@ -185,42 +185,46 @@ def linears(
     x         [T, at least K]; its rows may be longer than K
     normed    [T, spread_width(K)], gets rms_norm(x, norm), spread, if given
     """
-    columns = columns_of(matrices, norm, normed)
-    lanes = lanes_of_row(columns)
+    lanes = lanes_of_row(matrices[0].in_features)
     rows_each = rows_of_group(lanes, LINEAR_ROWS, LINEAR_SIMDGROUPS)
-    shape = shape_of(
-        "linears",
-        "LinearsShape",
-        count=len(matrices),
-        columns=columns,
-        shift=lanes.bit_length() - 1,
-        x_stride=x.shape[-1],
-        out_stride=out.shape[-1],
-        is_normed=norm is not None,
-        keeps_normed=normed is not None,
-        accumulates=accumulate,
-        eps=eps,
-    )
-    groups = sum(-(-matrix.out_features // rows_each) for matrix in matrices)
-    arguments = (weights, forms, x, x if norm is None else norm, out if normed is None else normed, out, shape)
-    return Launch("linears", "linears", arguments, (groups, x.shape[0], 1), (LINEAR_SIMDGROUPS * LANES, 1, 1))
+    sizes = {"columns": matrices[0].in_features, "shift": lanes.bit_length() - 1}
+    rest = (weights, forms, matrices, x, out, norm, normed, accumulate, eps)
+    return linears_by("linears", sizes, rows_each, LINEAR_SIMDGROUPS, *rest)
 
 
-def columns_of(matrices: Sequence[Matrix], norm: torch.Tensor | None, normed: torch.Tensor | None) -> int:
-    """The columns of matrices of one dispatch. Raises ValueError if they differ, or linears cannot do what is asked."""
-    columns = matrices[0].in_features
-    if any(matrix.in_features != columns for matrix in matrices):
+def linears_by(
+    file: str,
+    sizes: dict[str, int],
+    rows_each: int,
+    simdgroups: int,
+    weights: torch.Tensor,
+    forms: torch.Tensor,
+    matrices: Sequence[Matrix],
+    x: torch.Tensor,
+    out: torch.Tensor,
+    norm: torch.Tensor | None,
+    normed: torch.Tensor | None,
+    accumulate: bool,
+    eps: float,
+) -> Launch:
+    """linears by a file's kernel, whose threadgroups have `simdgroups` and multiply rows_each rows. sizes: its own."""
+    if any(matrix.in_features != matrices[0].in_features for matrix in matrices):
         raise ValueError("matrices of one dispatch have one number of columns")
     if normed is not None and norm is None:
         raise ValueError("without a norm there is nothing to keep")
-    return columns
+    strides = {"x_stride": x.shape[-1], "out_stride": out.shape[-1]}
+    choices = {"is_normed": norm is not None, "keeps_normed": normed is not None, "accumulates": accumulate}
+    shape = shape_of(file, "LinearsShape", count=len(matrices), **sizes, **strides, **choices, eps=eps)
+    groups = sum(-(-matrix.out_features // rows_each) for matrix in matrices)
+    arguments = (weights, forms, x, x if norm is None else norm, out if normed is None else normed, out, shape)
+    return Launch(file, "linears", arguments, (groups, x.shape[0], 1), (simdgroups * LANES, 1, 1))
 
 
 def experts_gate_up(
     banks: Sequence[torch.Tensor], forms: torch.Tensor, places: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor
 ) -> Launch:
     """hidden [ranks, spread_width(widest expert)] of experts in places, from x [1, spread_width(D)]; both spread."""
-    check_spread(x, hidden)
+    _check_spread(x, hidden)
     lanes = lanes_of_row(x.shape[-1])
     shape = shape_of("experts", "GateUpShape", shift=lanes.bit_length() - 1, hidden_stride=hidden.shape[-1])
     grid = (-(-hidden.shape[-1] // rows_of_group(lanes, GATE_UP_ROWS, SIMDGROUPS)), count_places(places), 1)
@@ -240,7 +244,7 @@ def experts_down(
     count, rows = count_places(places), x.shape[-1]
     if count > MAX_PLACES:
         raise ValueError(f"at most {MAX_PLACES} experts of a token in one dispatch, got {count}")
-    check_spread(hidden)
+    _check_spread(hidden)
     lanes = max(lanes_of_row(hidden.shape[-1]), LANES * MAX_CHUNKS * DOWN_ROWS // MAX_ROWS)
     in_chunk = rows_of_group(lanes, DOWN_ROWS, 1)
     chunks = max(1, min(MAX_CHUNKS, rows // (in_chunk * DOWN_GROUPS)))
@@ -258,8 +262,7 @@ def experts_down(
     return Launch("experts", "experts_down", arguments, grid, (min(count, DOWN_SIMDGROUPS) * LANES, 1, 1))
 
 
-def check_spread(*vectors: torch.Tensor) -> None:
-    """Raises ValueError unless they have whole units."""
+def _check_spread(*vectors: torch.Tensor) -> None:
     for vector in vectors:
         if vector.shape[-1] % UNIT:
             raise ValueError(f"a spread vector has whole units of {UNIT}, got {vector.shape[-1]} numbers")
