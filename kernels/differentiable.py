@@ -121,13 +121,14 @@ class DifferentiableOps:
         Gradients reach all but the ids. No sum depends on an order that a GPU chooses.
         """
         chosen, matrices = expert_ids.flatten(), (gate_proj, up_proj, down_proj)
-        before = F.one_hot(chosen, len(gate_proj)).cumsum(0)  # [T * K, E]
-        order = before[-1].argsort(descending=True, stable=True)
-        counts = before[-1][order].tolist()  # the one wait for a GPU
+        # [E, T * K]: along the rows in memory; down its columns a GPU adds up one after the other.
+        before = F.one_hot(chosen, len(gate_proj)).T.contiguous().cumsum(1)
+        order = before[:, -1].argsort(descending=True, stable=True)
+        counts = before[:, -1][order].tolist()  # the one wait for a GPU
         batches = [counts[first : first + BATCH] for first in range(0, len(counts), BATCH)]
         rows = torch.tensor([batch[0] for batch in batches for _ in batch], device=x.device)  # of each expert, padded
         first_row = torch.empty_like(order).index_copy(0, order, rows.cumsum(0) - rows)
-        places = first_row[chosen] + before.gather(1, chosen[:, None]).squeeze(1) - 1
+        places = first_row[chosen] + before.gather(0, chosen[None]).squeeze(0) - 1
         sizes = [len(batch) * batch[0] for batch in batches]
         inputs = x.new_zeros(sum(sizes), x.shape[1])
         inputs = inputs.index_copy(0, places, x.repeat_interleave(expert_ids.shape[1], 0))
