@@ -47,14 +47,7 @@ class Conversation:
     def add_answer(self, pieces: Sequence[Piece]) -> list[ToolCall]:
         """The model's turn; returns the calls in it."""
         calls = [piece for piece in pieces if isinstance(piece, ToolCall)]
-        message: Message = {"role": "assistant", "content": _join(pieces, TextPiece)}
-        if reasoning := _join(pieces, ReasoningPiece):
-            message["reasoning_content"] = reasoning
-        if calls:
-            message["tool_calls"] = [
-                {"type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in calls
-            ]
-        self.messages.append(message)
+        self.messages.append(answer_message(_join(pieces, TextPiece), _join(pieces, ReasoningPiece), calls))
         return calls
 
     def add_tool_result(self, text: str) -> None:
@@ -105,6 +98,17 @@ class Conversation:
         if not isinstance(system, str | None) or not isinstance(thinking, bool | None) or not isinstance(tools, list):
             raise UsageError(f"{path}: expected system as text, thinking as true or false, tools as a list")
         return cls(system, raw["messages"], tools, thinking)
+
+
+def answer_message(content: str, reasoning: str, calls: Sequence[ToolCall]) -> Message:
+    """The model's turn in OpenAI's form; without reasoning and calls where there are none."""
+    message: Message = {"role": "assistant", "content": content}
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if calls:
+        functions = [{"name": call.name, "arguments": call.arguments} for call in calls]
+        message["tool_calls"] = [{"type": "function", "function": function} for function in functions]
+    return message
 
 
 def _join(pieces: Sequence[Piece], kind: Any) -> str:

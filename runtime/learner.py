@@ -102,10 +102,10 @@ class _Dequantize(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         levels, scales, integers = ctx.saved_tensors
         grouped = gradients[0].reshape(*scales.shape, -1)
-        of_scales, of_biases = (grouped * integers.view(grouped.shape)).sum(-1), grouped.sum(-1)
-        of_levels = (grouped * scales.unsqueeze(-1)).view(levels.shape)
-        of_levels *= (levels > -0.5) & (levels < ctx.top + 0.5)  # beyond the ends nothing changes
-        return of_levels, of_scales, of_biases, None
+        grad_scales, grad_biases = (grouped * integers.view(grouped.shape)).sum(-1), grouped.sum(-1)
+        grad_levels = (grouped * scales.unsqueeze(-1)).view(levels.shape)
+        grad_levels *= (levels > -0.5) & (levels < ctx.top + 0.5)  # beyond the ends nothing changes
+        return grad_levels, grad_scales, grad_biases, None
 
 
 class _FloatWeights(ResidentWeights):

@@ -18,6 +18,7 @@ from moepack.layout.errors import UsageError
 from moepack.runtime.answer import opens_reasoning, parse_tool_calls, split_reasoning
 from moepack.runtime.completion import Completion, CompletionRequest, Ending, Event, Failure
 from moepack.runtime.constrain import AnswerConstraint, Grammars, is_writable
+from moepack.runtime.conversation import answer_message
 from moepack.runtime.engine import Engine
 from moepack.runtime.metrics import Metrics
 from moepack.runtime.prompt import common_beginning
@@ -157,11 +158,8 @@ class Service:
         inside = opens_reasoning(self.render_chat(messages, tools, **template))
         reasoning, answer = split_reasoning(text, inside)
         content, calls = parse_tool_calls(answer, tools) if tools else (answer, [])
-        functions = [{"name": call.name, "arguments": call.arguments} for call in calls]
-        message: dict[str, Any] = {"role": "assistant", "content": content, "reasoning_content": reasoning or ""}
-        if functions:
-            message["tool_calls"] = [{"type": "function", "function": function} for function in functions]
-        role = "tool" if functions else "user"
+        message = answer_message(content, reasoning or "", calls)
+        role = "tool" if calls else "user"
         prompts = [
             self.render_chat([*messages, message, {"role": role, "content": what}], tools, **template) for what in "ab"
         ]

@@ -8,8 +8,7 @@ and all other weights stay. Adam, its rates falling to zero along a cosine; the 
 
 Every 16th window is kept apart: the KL there, before and after, is the honest one.
 
-It learns on the processor, or by the same operations on a GPU that torch knows (`--device cuda`), where no run has been
-seen to its end yet.
+It learns on the processor, or by the same operations on a GPU that torch knows (`--device cuda`).
 
 Limits: all experts are in memory as floats, with gradients and Adam's moments: BYTES_PER_WEIGHT each. That is for
 models of up to a few billion weights; a larger one is refused, and calibrate without --tune takes any. On the processor
@@ -136,11 +135,11 @@ class Tuning:
         self.optimizer.zero_grad()
         token_ids, is_real = _stack(self._pieces_of(step), self.device)
         target, hidden = self.learner.target(token_ids), self.learner.hidden(token_ids)
-        of_hidden, head = torch.empty_like(target), self.learner.head
+        grad_hidden, head = torch.empty_like(target), self.learner.head
         for rows in torch.arange(len(target), device=self.device).split(LOGIT_ROWS):
             p, r = ((states.detach()[rows] @ head.T).softmax(-1) for states in (hidden, target))
-            of_hidden[rows] = (p - r) @ head  # of the KL, in closed form
-        hidden.backward(of_hidden * (is_real / is_real.sum())[:, None])
+            grad_hidden[rows] = (p - r) @ head  # of the KL, in closed form
+        hidden.backward(grad_hidden * (is_real / is_real.sum())[:, None])
         self.optimizer.step()
 
     def _pieces_of(self, step: int) -> list[list[int]]:
