@@ -1,6 +1,7 @@
-"""Read books of Standard Ebooks from their git repositories and write one JSON line per chapter.
+"""Read books of Standard Ebooks from their git repositories and write one JSON line per chapter, or plain text.
 
     python corpus.py MIRROR text.jsonl
+    python corpus.py MIRROR novels.txt     # chapters one after the other, for moe-run calibrate --text
 
 MIRROR holds one clone (bare or not) per book, in folders named like the repositories
 (`mark-twain_the-prince-and-the-pauper`; the list is in ../BOOKS.md). Only src/epub/text is read; front and
@@ -107,11 +108,17 @@ def read_book(folder: Path) -> Book:
     return Book(folder.name, title, author, chapters)
 
 
+def chapter_line(book: Book, text: str) -> dict[str, object]:
+    """A chapter as the training text has it."""
+    about = {"book": book.name, "title": book.title, "author": book.author}
+    return {**about, "held_out": book.name in HELD_OUT, "text": text}
+
+
 def main() -> None:
     """Read all books on all cores and write their chapters in the order of the folders."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("mirror", type=Path, help="folder of clones")
-    parser.add_argument("out", type=Path, help="text.jsonl")
+    parser.add_argument("out", type=Path, help="text.jsonl, or a name in .txt for plain text")
     args = parser.parse_args()
     folders = [folder for folder in sorted(args.mirror.iterdir()) if folder.is_dir() and "_" in folder.name]
     folders = [folder for folder in folders if folder.name not in SKIPPED]
@@ -124,15 +131,7 @@ def main() -> None:
             books += 1
             for text in book.chapters:
                 characters += len(text)
-                held_out = book.name in HELD_OUT
-                line = {
-                    "book": book.name,
-                    "title": book.title,
-                    "author": book.author,
-                    "held_out": held_out,
-                    "text": text,
-                }
-                out.write(json.dumps(line) + "\n")
+                out.write(f"{text}\n\n" if args.out.suffix == ".txt" else json.dumps(chapter_line(book, text)) + "\n")
     print(f"{books} books, {characters / 1e6:.1f} million characters")
 
 
