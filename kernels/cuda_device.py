@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from moepack.kernels import byte_launches, msl
+from moepack.kernels import byte_launches, msl, prompt_launches
 from moepack.kernels.cuda_slots import CudaSlots
 from moepack.kernels.device import Device, DeviceSlots, Mailbox, Step
 from moepack.kernels.launches import Launch
@@ -35,7 +35,7 @@ class CudaDevice(Device):
     launches = byte_launches
     can_capture = True
     expert_pairs = 4096
-    widens_weights = True  # benchmarks/gpu_prompt.py
+    prompts = prompt_launches
 
     def __init__(self) -> None:
         super().__init__()

@@ -43,7 +43,9 @@ class Device(ABC):
     place: torch.device
     can_capture = False  # whether capture works
     expert_pairs = 512  # tokens of experts that are computed together: planned for as scratch
-    widens_weights = False  # whether a prompt meets resident weights, widened, in torch's products: if measured faster
+    prompts: Any = (
+        None  # the module with the calls of a prompt's products, where a device has better ones than launches
+    )
 
     def __init__(self) -> None:
         self.epoch, self.done = 1, 0

@@ -1,7 +1,8 @@
 """The GPU backend: the operations of reference.py on a device, float32 throughout.
 
 What one token needs are kernels alone (gpu_token.py). So is a prompt, but for what is small beside its matrices, which
-is torch on the device by the reference's own text, and for what torch does better on a device (Device.widens_weights).
+is torch on the device by the reference's own text, and where a device has kernels of its own for products of a prompt
+(Device.prompts) for the matrices that those do not take.
 
     ops = GpuOps(MetalDevice())
     y = ops.linear(x, matrix)
@@ -229,17 +230,30 @@ class GpuOps(TokenOps):
 
     def _products_of_rows(self, x: torch.Tensor, matrices: Sequence[Matrix]) -> list[torch.Tensor]:
         """x [T, K] times each matrix transposed."""
-        if self.device.widens_weights:
-            return [self._widened_product(x, matrix) for matrix in matrices]
+        prompts = self.device.prompts
+        if prompts is None:
+            return self._tiled_products(launches, matrices, x.contiguous(), x)
+        packed = [matrix for matrix in matrices if prompts.is_fit(matrix)]
+        found = iter(self._tiled_products(prompts, packed, self._split(x), x) if packed else [])
+        return [next(found) if prompts.is_fit(matrix) else self._widened_product(x, matrix) for matrix in matrices]
+
+    def _tiled_products(self, calls: Any, matrices: Sequence[Matrix], rows: Any, x: torch.Tensor) -> list[torch.Tensor]:
+        """The same by the matmul of a module of calls, one dispatch. rows: x as that wants it."""
         known = self._tiles.get(key := tuple(map(id, matrices)))
         if known is None:
             memory = memory_of(matrices[0].data)
-            forms = self.device.upload_bytes(launches.tile_forms(matrices, memory))
+            forms = self.device.upload_bytes(calls.tile_forms(matrices, memory))
             known = self._tiles[key] = (memory, forms, matrices)
         sizes = [matrix.out_features for matrix in matrices]
         out = self.device.empty(len(x), sum(sizes))
-        self.device.run(launches.matmul(*known, x.contiguous(), out))
+        self.device.run(calls.matmul(*known, rows, out))
         return list(out.split(sizes, dim=1))
+
+    def _split(self, x: torch.Tensor) -> Any:
+        """The rows of x as the device's own kernels for prompts read them."""
+        parts = self.device.prompts.Parts.of(self.device, *x.shape)
+        self.device.run(self.device.prompts.split_rows(x.contiguous(), parts))
+        return parts
 
     def _add_pairs(
         self,
@@ -253,16 +267,37 @@ class GpuOps(TokenOps):
         """out += the experts' results for some pairs of a token and an expert."""
         pairs, forms, device = len(tokens), self.forms, self.device
         firsts = [0, *accumulate(counts)]
-        segments = [(*forms.place_of(e), first, count) for e, first, count in zip(experts, firsts, counts)]
-        segment_table = self.device.upload_bytes(launches.pack_segments(segments))
-        widest, most = max(expert.gate_proj.out_features for expert in experts), max(counts)
+        places = [forms.place_of(expert) for expert in experts]
+        segments = [(*place, first, count) for place, first, count in zip(places, firsts, counts)]
+        widest = max(expert.gate_proj.out_features for expert in experts)
         hidden, rows = device.empty(pairs, widest), device.empty(pairs, x.shape[1])
         of_pairs = device.upload(torch.from_numpy(tokens.astype(np.int32)))
         order = device.upload(torch.from_numpy(_order_by_token(tokens, len(x))))
-        table, banks, x = forms.table, forms.banks, x.contiguous()
-        device.run(launches.experts_gate_up_rows(banks, table, segment_table, of_pairs, x, hidden, most))
-        device.run(launches.experts_down_rows(banks, table, segment_table, hidden, rows, most))
+        x = x.contiguous()
+        split = [segment for segment in segments if forms.are_fit[segment[1]]]
+        plain = [segment for segment in segments if not forms.are_fit[segment[1]]]
+        if split:
+            self._run_split(split, of_pairs, x, hidden, rows)
+        if plain:
+            table, banks, most = forms.table, forms.banks, max(count for *_, count in plain)
+            segment_table = device.upload_bytes(launches.pack_segments(plain))
+            device.run(launches.experts_gate_up_rows(banks, table, segment_table, of_pairs, x, hidden, most))
+            device.run(launches.experts_down_rows(banks, table, segment_table, hidden, rows, most))
         device.run(launches.add_expert_rows(rows, order, weights.contiguous(), out))
+
+    def _run_split(
+        self,
+        segments: Sequence[tuple[int, int, int, int]],
+        of_pairs: torch.Tensor,
+        x: torch.Tensor,
+        hidden: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> None:
+        """hidden and rows of the pairs of some segments, by the device's own kernels for prompts."""
+        device, calls, banks, table = self.device, self.device.prompts, self.forms.banks, self.forms.table
+        segment_table = device.upload_bytes(launches.pack_segments(calls.cut_segments(segments)))
+        device.run(calls.experts_gate_up_rows(banks, table, segment_table, of_pairs, self._split(x), hidden))
+        device.run(calls.experts_down_rows(banks, table, segment_table, self._split(hidden), rows))
 
     def _widened_product(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         """x [T, K] times a matrix transposed, by torch on weights that a kernel has widened, some rows at a time."""

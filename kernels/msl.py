@@ -32,6 +32,7 @@ METAL = Path(__file__).with_name("metal")
 CUDA = Path(__file__).with_name("cuda")
 SHIM = Path(__file__).with_name("shim")
 MAX_THREADS = 1024  # of a threadgroup, on every Apple GPU
+THREADGROUP_BYTES, CUDA_THREADGROUP_BYTES = 32768, 49152  # of memory that a kernel may declare, on Apple's and NVIDIA's
 
 _INCLUDE = re.compile(r'^#include "(\w+\.h)"\n', re.M)
 _COMMENT = re.compile(r"//[^\n]*")
@@ -339,6 +340,8 @@ def translate(source: Source, target: str) -> str:
         body = re.sub(r"\binline ", "__device__ __forceinline__ ", body)
     if target == "cpu":
         entries = [_cpu_entry(kernel) for kernel in source.kernels.values()]
+        limit = CUDA_THREADGROUP_BYTES if (CUDA / f"{source.name}.cu").exists() else THREADGROUP_BYTES
+        entries.append(f'extern "C" const size_t simt_threadgroup_limit = {limit};')
     else:
         entries = [_cuda_entry(kernel, "wait_for_last()" in body) for kernel in source.kernels.values()]
     return f'#include "{target}.h"\nnamespace metal_text {{\n{body}\n}}\n' + "\n".join(entries) + "\n"
