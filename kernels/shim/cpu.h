@@ -69,10 +69,14 @@ inline void simdgroup_barrier(mem_flags flags) { simt_wait(SIMT_SIMD_BARRIER, fl
 // What shim/cuda.h has for the kernels of cuda/: one launch follows the other here.
 inline void launch_next() {}
 inline void wait_for_last() {}
-MSL_FUNCTION void copy_eight(void* to, const void* from) { *(uint64_t*)to = *(const uint64_t*)from; }
-MSL_FUNCTION void copy_four(void* to, const void* from) { *(uint32_t*)to = *(const uint32_t*)from; }
-MSL_FUNCTION void copy_sixteen(void* to, const void* from) { *(uint4*)to = *(const uint4*)from; }
-inline void wait_for_copies() {}
+MSL_FUNCTION void begin_copy(void* to, const void* from, uint size_bytes) {
+  if ((size_t(to) | size_t(from)) % size_bytes) __builtin_trap();  // the instruction wants them so
+  simt_begin_copy(to, from, size_bytes / 4);
+}
+MSL_FUNCTION void copy_four(void* to, const void* from) { begin_copy(to, from, 4); }
+MSL_FUNCTION void copy_eight(void* to, const void* from) { begin_copy(to, from, 8); }
+MSL_FUNCTION void copy_sixteen(void* to, const void* from) { begin_copy(to, from, 16); }
+inline void wait_for_copies() { simt_finish_copies(); }
 inline float max_magnitude(float a, float b) { return fmaxf(a, fabsf(b)); }
 inline uint permute_bytes(uint a, uint b, uint selector) {
   const uint64_t bytes = uint64_t(b) << 32 | a;

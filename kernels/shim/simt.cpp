@@ -72,8 +72,17 @@ const bool FRESH_STACKS = false;
 const char* const OPERATIONS[] = {"running", "a shuffle", "simd_sum", "simd_max", "simd_min",
     "a simdgroup matrix operation", "simdgroup_barrier", "threadgroup_barrier", "finished"};
 
+struct Copy {
+  void* to;
+  const void* from;
+  unsigned words;
+};
+const unsigned MAX_COPIES = 256;
+Copy copies[SIMT_MAX_THREADS][MAX_COPIES];  // of each lane: begun, and not waited for
+
 struct Fiber {
   simt_place place;
+  unsigned num_copies;
   simt_operation waits;
   // So far: their parity picks one of two sets of values, and of marks for TSan. Barriers of a simdgroup and of the
   // threadgroup are counted apart, since simdgroups may meet at different numbers of their own.
@@ -278,6 +287,7 @@ SIMT_UNCHECKED void prepare_threadgroup(const unsigned* position, const unsigned
   for (unsigned i = 0; i < threads; i++) {
     Fiber& fiber = machine.fibers[i];
     fiber.waits = SIMT_RUNNING;
+    fiber.num_copies = 0;
     fiber.exchanges = fiber.barriers[0] = fiber.barriers[1] = 0;
     const unsigned thread[3] = {i % group[0], i / group[0] % group[1], i / group[0] / group[1]};
     for (int d = 0; d < 3; d++) {
@@ -398,6 +408,21 @@ SIMT_UNCHECKED float add_cut(float sum, const float* numbers) {
 }  // namespace
 
 SIMT_UNCHECKED const simt_place& simt_here() { return machine.current->place; }
+
+SIMT_UNCHECKED void simt_begin_copy(void* to, const void* from, unsigned words) {
+  Fiber* fiber = machine.current;
+  if (fiber->num_copies == MAX_COPIES) abort();
+  copies[fiber->place.index][fiber->num_copies++] = {to, from, words};
+}
+
+void simt_finish_copies() {  // checked: these are the lane's own reads and writes
+  Fiber* fiber = machine.current;
+  for (unsigned i = 0; i < fiber->num_copies; i++) {
+    const Copy& copy = copies[fiber->place.index][i];
+    for (unsigned word = 0; word < copy.words; word++) ((uint32_t*)copy.to)[word] = ((const uint32_t*)copy.from)[word];
+  }
+  fiber->num_copies = 0;
+}
 
 SIMT_UNCHECKED const uint64_t* simt_exchange(uint64_t value, simt_operation operation) {
   Fiber* fiber = machine.current;

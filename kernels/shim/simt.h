@@ -33,6 +33,10 @@ typedef void (*simt_kernel)(void** buffers);
 
 const simt_place& simt_here();
 
+// A copy of 4-byte words, which is done when this lane finishes its copies, and not before.
+void simt_begin_copy(void* to, const void* from, unsigned words);
+void simt_finish_copies();
+
 // This lane's value to its simdgroup; returns what all 32 lanes gave. Valid until the lane's next operation.
 const uint64_t* simt_exchange(uint64_t value, simt_operation operation);
 
