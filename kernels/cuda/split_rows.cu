@@ -59,7 +59,7 @@ struct SplitShape {
     for (uint k = 0; k < 4; k++) {
       const float even = numbers[2 * k] * factor, odd = numbers[2 * k + 1] * factor;
       high[k] = pack_halves(even, odd);
-      const float even_left = even - float(as_type<half>(ushort(high[k]))); 
+      const float even_left = even - float(as_type<half>(ushort(high[k])));
       low[k] = pack_halves(even_left, odd - float(as_type<half>(ushort(high[k] >> 16))));
       total += even + odd;
     }
