@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from moepack.kernels import launches, msl
+from moepack.kernels import launches
 from moepack.kernels.launches import UNIT, Launch
 from moepack.kernels.matrix import Expert, Matrix
 
@@ -93,14 +94,14 @@ def matmul(
     return Launch("matmul_halves", "matmul", (weights, forms, *parts.buffers, out, shape), grid, (THREADS, 1, 1))
 
 
-def cut_segments(segments: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
+def cut_segments(segments: np.ndarray) -> np.ndarray:
     """Segments for launches.pack_segments with at most TILE_TOKENS pairs each, an expert's of nearly the same size."""
-    cut = []
-    for offset, form, first, count in segments:
-        tiles = -(-count // TILE_TOKENS)
-        for i in range(tiles):
-            start, end = count * i // tiles, count * (i + 1) // tiles
-            cut.append((offset, form, first + start, end - start))
+    tiles = -(-segments[:, 3] // TILE_TOKENS)
+    cut = segments.repeat(tiles, axis=0)
+    number, tiles_each = np.arange(len(cut)) - (tiles.cumsum() - tiles).repeat(tiles), tiles.repeat(tiles)
+    start, end = cut[:, 3] * number // tiles_each, cut[:, 3] * (number + 1) // tiles_each
+    cut[:, 2] += start
+    cut[:, 3] = end - start
     return cut
 
 
@@ -113,8 +114,9 @@ def experts_gate_up_rows(
     hidden: torch.Tensor,
 ) -> Launch:
     """hidden [pairs, widest expert] of each segment's expert for the rows of the parts that are the pairs' tokens."""
+    arguments: tuple[torch.Tensor | bytes, ...]
     arguments = (*banks, forms, segments, tokens, *parts.buffers, hidden, _shape(parts, hidden))
-    grid = (-(-hidden.shape[-1] // PAIR_ROWS), _count_segments(segments), 1)
+    grid = (-(-hidden.shape[-1] // PAIR_ROWS), launches.count_segments(segments), 1)
     return Launch("experts_halves", "experts_gate_up_rows", arguments, grid, (THREADS, 1, 1))
 
 
@@ -122,16 +124,12 @@ def experts_down_rows(
     banks: Sequence[torch.Tensor], forms: torch.Tensor, segments: torch.Tensor, parts: Parts, rows: torch.Tensor
 ) -> Launch:
     """rows [pairs, D] = each segment's expert's down times hidden [pairs, widest expert], of which the parts are."""
+    arguments: tuple[torch.Tensor | bytes, ...]
     arguments = (*banks, forms, segments, *parts.buffers, rows, _shape(parts, rows))
-    grid = (-(-rows.shape[-1] // TILE_ROWS), _count_segments(segments), 1)
+    grid = (-(-rows.shape[-1] // TILE_ROWS), launches.count_segments(segments), 1)
     return Launch("experts_halves", "experts_down_rows", arguments, grid, (THREADS, 1, 1))
 
 
 def _shape(parts: Parts, out: torch.Tensor) -> bytes:
     blocks = parts.halves.shape[1] // UNIT
     return launches.shape_of("experts_halves", "ExpertHalvesShape", blocks=blocks, out_stride=out.shape[-1])
-
-
-def _count_segments(segments: torch.Tensor) -> int:
-    layout = msl.load("experts_halves").structs["Segment"]
-    return segments.numel() * segments.element_size() // layout.size_bytes

@@ -105,8 +105,8 @@ def test_a_greedy_answer_takes_every_kernel(tiny_pack: Path, monkeypatch: pytest
 def test_experts_of_a_prompt_may_come_in_any_parts(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits whether pairs are computed at once or by three: an expert is then split, and so is a token."""
     results = []
-    for pairs in (EmulatedDevice.expert_pairs, 3):
-        monkeypatch.setattr(EmulatedDevice, "expert_pairs", pairs)
+    for pairs in (EmulatedDevice.expert_tokens, 3):
+        monkeypatch.setattr(EmulatedDevice, "expert_tokens", pairs)
         engine = Engine.open(tiny_pack, device="metal-emulated", exact=True, max_context=CONTEXT)
         results.append(engine.logits(IDS).as_subclass(torch.Tensor))
     assert torch.equal(*results)

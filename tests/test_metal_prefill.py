@@ -6,6 +6,7 @@ test_metal_token.py, after up to 40 dependent steps 1e-5.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -107,7 +108,7 @@ class Prompt:
         pairs = self.choices.flatten().argsort(stable=True)
         self.of_pairs, self.pair_weights = (pairs // 2).int(), self.weights.flatten()[pairs]
         counts = self.choices.flatten().bincount(minlength=count).tolist()
-        self.segments = [(0, i, sum(counts[:i]), counts[i]) for i in range(count)]
+        self.segments = np.array([(0, i, sum(counts[:i]), counts[i]) for i in range(count)])
         order = torch.empty(tokens * 2, dtype=torch.int32)
         order[pairs] = torch.arange(tokens * 2, dtype=torch.int32)
         order = order.view(tokens, 2).sort(dim=1).values
@@ -129,7 +130,7 @@ class Prompt:
 def test_experts_of_a_prompt(executor: Runner) -> None:
     """Experts of several sizes and bits, chosen by different numbers of tokens; the sum in the order of the choices."""
     p = Prompt([(32, 4, 4, 32), (96, 2, 2, 32), (32, 8, 8, 32)], 64, 37)
-    segments, most = bytes_tensor(launches.pack_segments(p.segments)), max(count for *_, count in p.segments)
+    segments, most = bytes_tensor(launches.pack_segments(p.segments)), int(p.segments[:, 3].max())
     banks = [p.base] * 3
     executor.run(launches.experts_gate_up_rows(banks, p.forms, segments, p.of_pairs, p.x, p.hidden, most))
     executor.run(launches.experts_down_rows(banks, p.forms, segments, p.hidden, p.rows, most))
@@ -148,7 +149,7 @@ def test_experts_of_a_prompt_by_halves(executor: Runner) -> None:
 
 
 def test_the_rows_of_halves_keep_what_they_hold(executor: Runner) -> None:
-    """Of numbers far below a row's largest too; rows of zeros, of nearly none, of nearly too much stay what they are."""
+    """Of numbers far below a row's largest too; rows of zeros, of nearly none, of nearly too much stay as they are."""
     x = random_input(6, 1088) * 2.0 ** torch.arange(0, -34, -1).repeat_interleave(32)
     x[1], x[2], x[3] = 0.0, x[2] * 1e-37, x[3] * 1e37
     parts = split(executor, x, 1088)
