@@ -1,4 +1,4 @@
-"""Operations on a prompt on a GPU, by the Metal text's kernels and by torch: what Device.widens_weights rests on.
+"""Operations on a prompt on a GPU, by kernels and by torch, which multiplies with weights that a kernel has widened.
 
 Sizes of one layer of Qwen3.5-35B-A3B at 4 bits; the median of several calls, what they cost the processor included.
 
@@ -48,7 +48,6 @@ def main() -> None:
     x = torch.randn(tokens, HIDDEN, device=place)
     calls = {**mixers(ops, tokens, x), "add_experts": experts(ops, tokens, x)}
     print(f"{ops.device.name}, {tokens} tokens, ms: kernels, torch")
-    ops.device.widens_weights = False
     for name in OPERATIONS:
         by_kernels, by_torch = (time_call(call, ops.device.wait) for call in calls[name])
         print(f"{name:14} {by_kernels:9.2f} {by_torch:9.2f}", flush=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from moepack.kernels import byte_launches, msl
+from moepack.kernels import byte_launches, msl, prompt_launches
 from moepack.kernels.cuda_slots import CudaSlots
 from moepack.kernels.device import Device, DeviceSlots, Mailbox, Step
 from moepack.kernels.launches import Launch
@@ -27,6 +27,7 @@ from moepack.layout.pages import Pages
 
 CONTEXT_BYTES = 640 * 2**20  # of the driver and torch on the GPU; an H100 with CUDA 13 showed 621 MiB
 UPLOAD_BYTES = 256 * 2**20  # of resident weights at a time
+PINNED_BYTES = 2**20  # of what is uploaded by way of pinned memory, which torch keeps
 
 
 class CudaDevice(Device):
@@ -34,8 +35,8 @@ class CudaDevice(Device):
 
     launches = byte_launches
     can_capture = True
-    expert_pairs = 4096
-    widens_weights = True  # benchmarks/gpu_prompt.py
+    expert_tokens = 8192
+    prompts = prompt_launches
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,6 +55,7 @@ class CudaDevice(Device):
         error, self._recording = self._driver.cuStreamCreate(self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
         _check(error, "a stream")
         self._modules: dict[str, Any] = {}
+        self._functions: dict[tuple[str, str], Any] = {}
 
     @staticmethod
     def memory() -> tuple[int, int] | None:
@@ -101,6 +103,27 @@ class CudaDevice(Device):
 
         weakref.finalize(replay, driver.cuGraphExecDestroy, executable).atexit = False
         return replay
+
+    def upload(self, tensor: torch.Tensor) -> torch.Tensor:
+        """From pinned memory, so that nobody waits: torch's copy of other memory waits for all work handed over."""
+        if tensor.device == self.place or tensor.nbytes > PINNED_BYTES:
+            return tensor.to(self.place)
+        own = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+        return own.to(self.place, non_blocking=True)  # torch keeps it for as long as the copy takes
+
+    def begin_read(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        twin = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        copied, epoch = torch.cuda.Event(), self.epoch
+        twin.copy_(tensor, non_blocking=True)
+        copied.record()
+        self.epoch += 1
+
+        def finish() -> torch.Tensor:
+            copied.synchronize()
+            self.done = max(self.done, epoch)
+            return twin
+
+        return finish
 
     def copy_in(self, place: int, source: int, size_bytes: int) -> None:
         """Copy pinned memory of the processor to the GPU, by addresses, in the order of the kernels."""
@@ -152,6 +175,12 @@ class CudaDevice(Device):
         return config
 
     def _kernel(self, source: msl.Source, name: str) -> Any:
+        function = self._functions.get((source.text, name))
+        if function is None:
+            function = self._functions[source.text, name] = self._load(source, name)
+        return function
+
+    def _load(self, source: msl.Source, name: str) -> Any:
         module = self._modules.get(source.text)
         if module is None:
             binary = compile_text(self._nvrtc, source, self._architecture)
@@ -171,7 +200,8 @@ class _CudaMailbox(Mailbox):
 
     def __init__(self, device: CudaDevice, size_bytes: int):
         self._twin = torch.zeros(size_bytes, dtype=torch.uint8, pin_memory=True)
-        super().__init__(device, device.upload(self._twin), self._twin.numpy().data)
+        own = torch.zeros(size_bytes, dtype=torch.uint8, device=device.place)
+        super().__init__(device, own, self._twin.numpy().data)
         self._copy_in, self._copy_out = device.copy_in, device.copy_out
 
     def send(self, offset: int, size_bytes: int) -> None:

@@ -42,8 +42,8 @@ class Device(ABC):
     name: str
     place: torch.device
     can_capture = False  # whether capture works
-    expert_pairs = 512  # tokens of experts that are computed together: planned for as scratch
-    widens_weights = False  # whether a prompt meets resident weights, widened, in torch's products: if measured faster
+    expert_tokens = 512  # tokens of experts that are computed together: planned for as scratch
+    prompts: Any = None  # the module with the calls of a prompt's products, if not launches
 
     def __init__(self) -> None:
         self.epoch, self.done = 1, 0
@@ -84,6 +84,10 @@ class Device(ABC):
     def upload(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a tensor on the device."""
         return tensor.to(self.place)
+
+    def begin_read(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """What `read` does, in two parts: work handed over before the function is called need not be waited for."""
+        return lambda: self.read(tensor)
 
     def upload_bytes(self, raw: bytes) -> torch.Tensor:
         """Packed structs on the device: uint8."""

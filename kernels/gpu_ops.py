@@ -1,7 +1,8 @@
 """The GPU backend: the operations of reference.py on a device, float32 throughout.
 
 What one token needs are kernels alone (gpu_token.py). So is a prompt, but for what is small beside its matrices, which
-is torch on the device by the reference's own text, and for what torch does better on a device (Device.widens_weights).
+is torch on the device by the reference's own text, and where a device has kernels of its own for products of a prompt
+(Device.prompts) for the matrices that those do not take.
 
     ops = GpuOps(MetalDevice())
     y = ops.linear(x, matrix)
@@ -9,7 +10,7 @@ is torch on the device by the reference's own text, and for what torch does bett
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -24,6 +25,7 @@ from moepack.kernels.matrix import Expert, Matrix
 from moepack.layout.pages import Pages
 
 WIDENED_WEIGHTS = 2**25  # at a time: 128 MiB of float32
+UPLOAD_ALIGNMENT = 256  # of arrays that are uploaded together
 
 
 def row_tiles(matrix: Matrix) -> list[tuple[int, int]]:
@@ -32,32 +34,14 @@ def row_tiles(matrix: Matrix) -> list[tuple[int, int]]:
     return [(first, min(step, matrix.out_features - first)) for first in range(0, matrix.out_features, step)]
 
 
-def _split_pairs(
-    experts: Sequence[Expert], counts: Sequence[int], most: int
-) -> Iterator[tuple[list[Expert], list[int]]]:
-    """Experts and how many tokens each has, in parts of at most `most` tokens; an expert may be in several."""
-    some: list[Expert] = []
-    sizes: list[int] = []
-    for expert, count in zip(experts, counts):
-        while count:
-            taken = min(count, most - sum(sizes))
-            some.append(expert)
-            sizes.append(taken)
-            count -= taken
-            if sum(sizes) == most:
-                yield some, sizes
-                some, sizes = [], []
-    if sizes:
-        yield some, sizes
-
-
 def _order_by_token(tokens: np.ndarray, num_tokens: int) -> np.ndarray:
     """int32 [T, most]: the places in `tokens` that hold each token, ascending, then -1."""
-    places = np.argsort(tokens, kind="stable")
-    found = tokens[places]
-    rank = np.arange(len(tokens)) - np.searchsorted(found, found)
-    order = np.full((num_tokens, rank.max() + 1), -1, np.int32)
-    order[found, rank] = places
+    is_short = num_tokens <= 2**16  # numpy sorts short integers by their digits, ten times as fast as others
+    places = np.argsort(tokens.astype(np.uint16) if is_short else tokens, kind="stable")
+    counts = np.bincount(tokens, minlength=num_tokens)
+    rank = np.arange(len(tokens)) - (counts.cumsum() - counts).repeat(counts)
+    order = np.full((num_tokens, counts.max()), -1, np.int32)
+    order[tokens[places], rank] = places
     return order
 
 
@@ -67,7 +51,7 @@ class GpuOps(TokenOps):
     cache_dtype = torch.float32  # of keys and values
 
     def __init__(self, device: Device, exact: bool = False):
-        self.device, self.exact = device, exact
+        self.device, self.exact, self.expert_tokens = device, exact, device.expert_tokens
         super().__init__()
         self._streams: dict[tuple[int, int], tuple[torch.Tensor, Step]] = {}  # hidden states of the tokens under way
         self._products: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor, Step, Sequence[Matrix]]] = {}
@@ -101,6 +85,9 @@ class GpuOps(TokenOps):
 
     def upload(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.device.upload(tensor)
+
+    def begin_read(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        return self.device.begin_read(tensor)
 
     # Operations
 
@@ -205,11 +192,17 @@ class GpuOps(TokenOps):
         tokens: torch.Tensor,
         weights: torch.Tensor,
     ) -> None:
-        done = 0
-        for some, sizes in _split_pairs(experts, counts, self.device.expert_pairs):
-            part = slice(done, done + sum(sizes))
-            self._add_pairs(out, x, some, sizes, tokens[part].numpy(), weights[part])
-            done = part.stop
+        x, tokens_on_host = x.contiguous(), tokens.numpy().astype(np.int32)
+        places = np.array([self.forms.place_of(expert) for expert in experts])
+        width = max(expert.gate_proj.out_features for expert in experts)
+        ends = np.cumsum(counts)
+        parts = self._split(x) if self.forms.are_fit[places[:, 1]].any() else None
+        for first in range(0, len(tokens), self.device.expert_tokens):
+            last = min(first + self.device.expert_tokens, len(tokens))
+            starts, lengths = np.clip(ends - counts, first, last), np.clip(ends, first, last)
+            lengths -= starts
+            segments = np.column_stack([places, starts - first, lengths])[lengths > 0]
+            self._add_pairs(out, x, parts, segments, tokens_on_host[first:last], weights[first:last], width)
 
     def argmax(self, logits: torch.Tensor) -> tuple[int, float]:
         if self._likeliest is None or self._likeliest[0].shape != logits.shape:
@@ -229,40 +222,75 @@ class GpuOps(TokenOps):
 
     def _products_of_rows(self, x: torch.Tensor, matrices: Sequence[Matrix]) -> list[torch.Tensor]:
         """x [T, K] times each matrix transposed."""
-        if self.device.widens_weights:
-            return [self._widened_product(x, matrix) for matrix in matrices]
+        prompts = self.device.prompts
+        if prompts is None:
+            return self._tiled_products(launches, matrices, x.contiguous(), x)
+        packed = [matrix for matrix in matrices if prompts.is_fit(matrix)]
+        found = iter(self._tiled_products(prompts, packed, self._split(x), x) if packed else [])
+        return [next(found) if prompts.is_fit(matrix) else self._widened_product(x, matrix) for matrix in matrices]
+
+    def _tiled_products(self, calls: Any, matrices: Sequence[Matrix], rows: Any, x: torch.Tensor) -> list[torch.Tensor]:
+        """The same by the matmul of a module of calls, one dispatch. rows: x as that wants it."""
         known = self._tiles.get(key := tuple(map(id, matrices)))
         if known is None:
             memory = memory_of(matrices[0].data)
-            forms = self.device.upload_bytes(launches.tile_forms(matrices, memory))
+            forms = self.device.upload_bytes(calls.tile_forms(matrices, memory))
             known = self._tiles[key] = (memory, forms, matrices)
         sizes = [matrix.out_features for matrix in matrices]
         out = self.device.empty(len(x), sum(sizes))
-        self.device.run(launches.matmul(*known, x.contiguous(), out))
+        self.device.run(calls.matmul(*known, rows, out))
         return list(out.split(sizes, dim=1))
+
+    def _split(self, x: torch.Tensor) -> Any:
+        """The rows of x as the device's own kernels for prompts read them."""
+        parts = self.device.prompts.Parts.of(self.device, *x.shape)
+        self.device.run(self.device.prompts.split_rows(x.contiguous(), parts))
+        return parts
 
     def _add_pairs(
         self,
         out: torch.Tensor,
         x: torch.Tensor,
-        experts: Sequence[Expert],
-        counts: Sequence[int],
+        parts: Any,
+        segments: np.ndarray,
         tokens: np.ndarray,
         weights: torch.Tensor,
+        width: int,
     ) -> None:
-        """out += the experts' results for some pairs of a token and an expert."""
-        pairs, forms, device = len(tokens), self.forms, self.device
-        firsts = [0, *accumulate(counts)]
-        segments = [(*forms.place_of(e), first, count) for e, first, count in zip(experts, firsts, counts)]
-        segment_table = self.device.upload_bytes(launches.pack_segments(segments))
-        widest, most = max(expert.gate_proj.out_features for expert in experts), max(counts)
-        hidden, rows = device.empty(pairs, widest), device.empty(pairs, x.shape[1])
-        of_pairs = device.upload(torch.from_numpy(tokens.astype(np.int32)))
-        order = device.upload(torch.from_numpy(_order_by_token(tokens, len(x))))
-        table, banks, x = forms.table, forms.banks, x.contiguous()
-        device.run(launches.experts_gate_up_rows(banks, table, segment_table, of_pairs, x, hidden, most))
-        device.run(launches.experts_down_rows(banks, table, segment_table, hidden, rows, most))
+        """out += the experts' results for some pairs of a token and an expert.
+
+        parts      of x, if any expert is for the device's own kernels for prompts
+        segments   as launches.pack_segments takes them
+        width      of the widest expert
+        """
+        banks, table, device, own = self.forms.banks, self.forms.table, self.device, self.device.prompts
+        is_fit = self.forms.are_fit[segments[:, 1]]
+        plain, fit = segments[~is_fit], segments[is_fit]
+        tables = launches.pack_segments(own.cut_segments(fit) if fit.size else fit), launches.pack_segments(plain)
+        raw = [np.frombuffer(part, np.uint8) for part in tables]
+        fit_table, plain_table, of_pairs, order = self._upload_together(*raw, tokens, _order_by_token(tokens, len(x)))
+        hidden, rows = device.empty(len(tokens), width), device.empty(len(tokens), x.shape[1])
+        if fit.size:
+            device.run(own.experts_gate_up_rows(banks, table, fit_table, of_pairs, parts, hidden))
+            device.run(own.experts_down_rows(banks, table, fit_table, self._split(hidden), rows))
+        if plain.size:
+            most = int(plain[:, 3].max())
+            device.run(launches.experts_gate_up_rows(banks, table, plain_table, of_pairs, x, hidden, most))
+            device.run(launches.experts_down_rows(banks, table, plain_table, hidden, rows, most))
         device.run(launches.add_expert_rows(rows, order, weights.contiguous(), out))
+
+    def _upload_together(self, *arrays: np.ndarray) -> list[torch.Tensor]:
+        """Arrays on the device, by one copy."""
+        ends = list(accumulate(-(-array.nbytes // UPLOAD_ALIGNMENT) * UPLOAD_ALIGNMENT for array in arrays))
+        whole = np.empty(ends[-1], np.uint8)
+        for array, start in zip(arrays, [0, *ends]):
+            whole[start : start + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).ravel()
+        there = self.device.upload(torch.from_numpy(whole))
+        found = []
+        for array, start in zip(arrays, [0, *ends]):
+            kind = torch.int32 if array.dtype == np.int32 else torch.uint8
+            found.append(there[start : start + array.nbytes].view(kind).view(array.shape))
+        return found
 
     def _widened_product(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         """x [T, K] times a matrix transposed, by torch on weights that a kernel has widened, some rows at a time."""

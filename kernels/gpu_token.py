@@ -16,6 +16,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 
+import numpy as np
 import torch
 
 from moepack.kernels import launches, msl
@@ -205,6 +206,7 @@ class ExpertForms:
         self._device = device
         self.banks: list[torch.Tensor] = []
         self._known: dict[bytes, int] = {}
+        self.are_fit = np.zeros(MAX_FORMS, bool)  # by form: whether the device's kernels for prompts take experts of it
         self._form_bytes = struct_bytes("ExpertForm")
         self._box = device.new_mailbox(MAX_FORMS * self._form_bytes)
 
@@ -239,10 +241,14 @@ class ExpertForms:
         storage = first.untyped_storage().data_ptr()
         bank = next(n for n, memory in enumerate(self.banks) if memory.untyped_storage().data_ptr() == storage)
         form = launches.expert_form(matrices, first, bank)
-        index = self._known.setdefault(form, len(self._known))
-        if index == len(self._known) - 1:
+        index = self._known.get(form)
+        if index is None:
+            index = len(self._known)
             if index == MAX_FORMS:
                 raise ValueError(f"more than {MAX_FORMS} kinds of experts")
+            self._known[form] = index
+            prompts = self._device.prompts
+            self.are_fit[index] = prompts is not None and prompts.is_fit_expert(expert)
             self._box.write(index * self._form_bytes, form)
         return first.data_ptr() - self.banks[bank].data_ptr(), index
 

@@ -11,10 +11,12 @@ bytes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from moepack.kernels import msl
@@ -73,6 +75,7 @@ def spread_width(columns: int) -> int:
     return -(-columns // UNIT) * UNIT
 
 
+@functools.lru_cache(4096, typed=True)
 def shape_of(file: str, struct: str, **values: Any) -> bytes:
     """A packed struct of a kernel file."""
     return msl.load(file).structs[struct].pack(**values)
@@ -331,18 +334,9 @@ def delta_step(
     threads = -(-key_width // DELTA_ROWS) * -(-value_width // DELTA_COLUMNS) * LANES
     if threads > DELTA_THREADS or key_width > MAX_WIDTH:
         raise ValueError(f"the delta rule takes heads of up to 128 x 256, got {key_width} x {value_width}")
-    shape = shape_of(
-        "delta_step",
-        "DeltaShape",
-        key_heads=key_heads,
-        value_heads=value_heads,
-        key_width=key_width,
-        value_width=value_width,
-        z_offset=z_offset,
-        a_offset=a_offset,
-        b_offset=b_offset,
-        eps=eps,
-    )
+    sizes = {"key_heads": key_heads, "value_heads": value_heads, "key_width": key_width, "value_width": value_width}
+    places = {"z_offset": z_offset, "a_offset": a_offset, "b_offset": b_offset}
+    shape = shape_of("delta_step", "DeltaShape", **sizes, **places, eps=eps)
     arguments = (mixed, projected, a_log, dt_bias, norm, state, out, shape)
     return Launch("delta_step", "delta_step", arguments, (value_heads, 1, 1), (threads, 1, 1))
 
@@ -503,10 +497,10 @@ def _tiles(rows: int) -> int:
     return -(-rows // TILE)
 
 
-def pack_segments(segments: Iterable[tuple[int, int, int, int]]) -> bytes:
-    """Segments from (offset in the bank, index of the form, first pair, number of pairs)."""
-    layout = msl.load("experts_prefill").structs["Segment"]
-    return layout.pack_rows((o, f, 0, p, n) for o, f, p, n in segments)
+def pack_segments(segments: np.ndarray) -> bytes:
+    """Segments from int64 [n, 4]: offset in the bank, index of the form, first pair, number of pairs."""
+    ranks = np.zeros((len(segments), 1), np.int64)  # of no meaning here
+    return _segment().pack_columns(np.hstack([segments[:, :2], ranks, segments[:, 2:]]))
 
 
 def experts_gate_up_rows(
@@ -524,7 +518,7 @@ def experts_gate_up_rows(
     """
     shape = shape_of("experts_prefill", "ExpertRowsShape", x_stride=x.shape[-1], out_stride=hidden.shape[-1])
     arguments: tuple[torch.Tensor | bytes, ...] = (*banks, forms, segments, tokens, x, hidden, shape)
-    grid = (_tiles(hidden.shape[-1]), _tiles(most_pairs), _count_segments(segments))
+    grid = (_tiles(hidden.shape[-1]), _tiles(most_pairs), count_segments(segments))
     return Launch("experts_prefill", "experts_gate_up_rows", arguments, grid, (TILE_THREADS, 1, 1))
 
 
@@ -539,13 +533,17 @@ def experts_down_rows(
     """rows [pairs, D] = each segment's expert's down times hidden [pairs, widest expert]."""
     shape = shape_of("experts_prefill", "ExpertRowsShape", x_stride=hidden.shape[-1], out_stride=rows.shape[-1])
     arguments: tuple[torch.Tensor | bytes, ...] = (*banks, forms, segments, hidden, rows, shape)
-    grid = (_tiles(rows.shape[-1]), _tiles(most_pairs), _count_segments(segments))
+    grid = (_tiles(rows.shape[-1]), _tiles(most_pairs), count_segments(segments))
     return Launch("experts_prefill", "experts_down_rows", arguments, grid, (TILE_THREADS, 1, 1))
 
 
-def _count_segments(segments: torch.Tensor) -> int:
-    layout = msl.load("experts_prefill").structs["Segment"]
-    return segments.numel() * segments.element_size() // layout.size_bytes
+def count_segments(segments: torch.Tensor) -> int:
+    """How many segments a tensor of them holds."""
+    return segments.nbytes // _segment().size_bytes
+
+
+def _segment() -> msl.Struct:
+    return msl.load("experts_prefill").structs["Segment"]
 
 
 def add_expert_rows(rows: torch.Tensor, order: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> Launch:

@@ -26,12 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 METAL = Path(__file__).with_name("metal")
 CUDA = Path(__file__).with_name("cuda")
 SHIM = Path(__file__).with_name("shim")
 MAX_THREADS = 1024  # of a threadgroup, on every Apple GPU
+THREADGROUP_BYTES, CUDA_THREADGROUP_BYTES = 32768, 49152  # of memory that a kernel may declare, on Apple's and NVIDIA's
 
 _INCLUDE = re.compile(r'^#include "(\w+\.h)"\n', re.M)
 _COMMENT = re.compile(r"//[^\n]*")
@@ -90,13 +92,13 @@ class Struct:
     name: str
     fields: tuple[tuple[str, str | Struct, int], ...]
 
-    @property
+    @functools.cached_property
     def alignment(self) -> int:
         return max(_alignment(kind) for _, kind, _ in self.fields)
 
     @property
     def size_bytes(self) -> int:
-        return self._layout()[1]
+        return self._layout[1]
 
     def pack(self, **values: Any) -> bytes:
         """The bytes of a struct with these fields: numbers, bytes of inner structs, or sequences of them.
@@ -106,7 +108,7 @@ class Struct:
         names = {name for name, _, _ in self.fields}
         if names != set(values):
             raise KernelTextError(f"struct {self.name} has the fields {sorted(names)}, got {sorted(values)}")
-        offsets, size = self._layout()
+        offsets, size = self._layout
         result = bytearray(size)
         for (name, kind, count), offset in zip(self.fields, offsets):
             items = values[name] if count > 1 else [values[name]]
@@ -121,19 +123,38 @@ class Struct:
         layout = self._flat_layout
         return b"".join(layout.pack(*row) for row in rows)
 
+    def pack_columns(self, rows: np.ndarray) -> bytes:
+        """The same from an array of integers [n, numbers of a struct], all at once."""
+        table = np.zeros(len(rows), self._flat_dtype)
+        for column, name in enumerate(table.dtype.names or ()):
+            table[name] = rows[:, column]
+        return table.tobytes()
+
+    @functools.cached_property
+    def _flat_dtype(self) -> np.dtype[np.void]:
+        places = self._flat_places()
+        names, formats = [str(number) for number in range(len(places))], [f"={kind}" for _, kind in places]
+        offsets = [offset for offset, _ in places]
+        return np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": self.size_bytes})
+
+    def _flat_places(self) -> list[tuple[int, str]]:
+        """(offset, scalar format) of each number, those of inner structs among them."""
+        places: list[tuple[int, str]] = []
+        for (_, kind, count), first in zip(self.fields, self._layout[0]):
+            for offset in range(first, first + count * _size(kind), _size(kind)):
+                inner = kind._flat_places() if isinstance(kind, Struct) else [(0, kind)]
+                places += [(offset + start, scalar) for start, scalar in inner]
+        return places
+
     @functools.cached_property
     def _flat_layout(self) -> struct.Struct:
-        return struct.Struct(f"<{self._flat_format()}")
-
-    def _flat_format(self) -> str:
-        offsets, size = self._layout()
         parts, end = [], 0
-        for (_, kind, count), offset in zip(self.fields, offsets):
-            each = kind._flat_format() if isinstance(kind, Struct) else kind
-            parts.append(f"{offset - end}x" + each * count)
-            end = offset + count * _size(kind)
-        return "".join([*parts, f"{size - end}x"])
+        for offset, kind in self._flat_places():
+            parts.append(f"{offset - end}x{kind}")
+            end = offset + _size(kind)
+        return struct.Struct(f"<{''.join(parts)}{self.size_bytes - end}x")
 
+    @functools.cached_property
     def _layout(self) -> tuple[list[int], int]:
         offsets, end = [], 0
         for _, kind, count in self.fields:
@@ -184,7 +205,7 @@ class Signature:
     parameters: tuple[Parameter, ...]
     structs: Mapping[str, Struct]
 
-    @property
+    @functools.cached_property
     def buffers(self) -> tuple[Parameter, ...]:
         return tuple(parameter for parameter in self.parameters if parameter.attribute == "buffer")
 
@@ -201,22 +222,24 @@ class Signature:
             raise KernelTextError(f"{self.name} {text}, got {tuple(group)}")
 
     def _check_argument(self, parameter: Parameter, argument: torch.Tensor | bytes) -> None:
-        where = f"{self.name}: {parameter.name} is {parameter.space} {parameter.type}"
+        if misfit := self._find_misfit(parameter, argument):
+            raise KernelTextError(f"{self.name}: {parameter.name} is {parameter.space} {parameter.type}{misfit}")
+
+    def _find_misfit(self, parameter: Parameter, argument: torch.Tensor | bytes) -> str:
+        """What is wrong with an argument, in words; "" if nothing is."""
         layout = self.structs.get(parameter.type)
         if isinstance(argument, bytes):
-            if layout is None or not parameter.is_reference or len(argument) != layout.size_bytes:
-                raise KernelTextError(f"{where}, got {len(argument)} bytes")
-            return
+            is_fitting = layout is not None and parameter.is_reference and len(argument) == layout.size_bytes
+            return "" if is_fitting else f", got {len(argument)} bytes"
         if not argument.is_contiguous():
-            raise KernelTextError(f"{where}, got a tensor {tuple(argument.shape)} that is not contiguous")
+            return f", got a tensor {tuple(argument.shape)} that is not contiguous"
         if layout is None:
-            if argument.dtype not in _DTYPES[parameter.type]:
-                raise KernelTextError(f"{where}, got a tensor of {argument.dtype}")
-            return
+            return "" if argument.dtype in _DTYPES[parameter.type] else f", got a tensor of {argument.dtype}"
         size_bytes = argument.numel() * argument.element_size()
         is_fitting = size_bytes == layout.size_bytes if parameter.is_reference else size_bytes % layout.size_bytes == 0
-        if not is_fitting or not size_bytes:
-            raise KernelTextError(f"{where} of {layout.size_bytes} bytes, got a tensor of {size_bytes} bytes")
+        if is_fitting and size_bytes:
+            return ""
+        return f" of {layout.size_bytes} bytes, got a tensor of {size_bytes} bytes"
 
 
 @dataclass(frozen=True)
@@ -339,6 +362,8 @@ def translate(source: Source, target: str) -> str:
         body = re.sub(r"\binline ", "__device__ __forceinline__ ", body)
     if target == "cpu":
         entries = [_cpu_entry(kernel) for kernel in source.kernels.values()]
+        limit = CUDA_THREADGROUP_BYTES if (CUDA / f"{source.name}.cu").exists() else THREADGROUP_BYTES
+        entries.append(f'extern "C" const size_t simt_threadgroup_limit = {limit};')
     else:
         entries = [_cuda_entry(kernel, "wait_for_last()" in body) for kernel in source.kernels.values()]
     return f'#include "{target}.h"\nnamespace metal_text {{\n{body}\n}}\n' + "\n".join(entries) + "\n"

@@ -28,6 +28,7 @@ zeros = torch.zeros  # memory for activations and states
 settles = False  # whether it runs faster once every expert is in memory
 cache_dtype = torch.float32  # of keys and values
 has_lanes = True  # whether several tokens can be under way, each in a run of the layers (and steps) of its own
+expert_tokens = 512  # of one expert, or of several together, that are computed at a time
 fuses_tokens = False  # a backend that does has fuse_layers and its like: native_token.py
 ELEMENTS_PER_UNIT = {2: (1, 4), 3: (3, 8), 4: (1, 2), 8: (1, 1)}  # bits -> (bytes of a unit, elements in it)
 
@@ -35,6 +36,11 @@ ELEMENTS_PER_UNIT = {2: (1, 4), 3: (3, 8), 4: (1, 2), 8: (1, 1)}  # bits -> (byt
 def upload(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor where the operations read it: it is there already."""
     return tensor
+
+
+def begin_read(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """A function for a tensor's values on the processor; what is asked for in between need not be waited for."""
+    return lambda: tensor
 
 
 def dequantize(matrix: Matrix, first: int, count: int) -> torch.Tensor:

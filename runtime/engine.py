@@ -124,7 +124,8 @@ class Engine:
         budget = default_budget_bytes(device) if budget is None else budget
         process_bytes = taken_bytes(device) if process_bytes is None else process_bytes
         cache_dtype = _choose_cache_dtype(opened, ops)
-        plan = plan_memory(opened, architecture, budget, context, process_bytes, snapshot_bytes, sequences, cache_dtype)
+        kept = (snapshot_bytes, sequences, cache_dtype)
+        plan = plan_memory(opened, architecture, budget, context, process_bytes, *kept, ops.expert_tokens)
         settings, settings_note = load_settings(opened.directory)
         store = _open_store(opened, plan.num_slots, settings, policy, verify_reads, ops)
         weights = ResidentWeights.load(opened, architecture, ops)
@@ -299,12 +300,13 @@ def check_prompt(token_ids: Sequence[int], architecture: Architecture, tokenizer
             f"the prompt has {len(token_ids)} tokens, memory was planned for {max_context}: open the engine with a "
             "larger max_context"
         )
+    of_vision = tokenizer.vision_token_ids
     for token_id in token_ids:
-        if not isinstance(token_id, Integral) or isinstance(token_id, bool):
+        if type(token_id) is not int and (not isinstance(token_id, Integral) or isinstance(token_id, bool)):
             raise UsageError(f"token id {token_id!r}: expected an integer")
         if not 0 <= token_id < architecture.vocab_size:
             raise UsageError(f"token id {token_id} is outside the vocabulary of {architecture.vocab_size}")
-        if token_id in tokenizer.vision_token_ids:
+        if token_id in of_vision:
             raise UsageError(f"token id {token_id} stands for an image or a video: this pack holds the text model only")
 
 

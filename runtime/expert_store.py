@@ -300,10 +300,10 @@ class ExpertStore:
     def _plan(self, fetch: _Fetch) -> None:
         """Queue reads for misses, as far as slots go, and in order not too far ahead."""
         while not fetch.is_planned:
-            run = self._next_run(fetch)
-            if not run:
+            if (fetch.layer, fetch.expert_ids[fetch.planned]) in self._held:
                 fetch.planned += 1
                 continue
+            run = self._next_run(fetch)
             if fetch.in_order and fetch.missed and len(fetch.missed) + len(run) > self._ahead:
                 return
             slots: list[int] = []
@@ -317,7 +317,7 @@ class ExpertStore:
             self.counts.misses += len(slots)
 
     def _next_run(self, fetch: _Fetch) -> list[int]:
-        """The ids from the planned position on that one read can bring; none if the first of them is held."""
+        """The ids from the planned position on that one read can bring, of which the first is not held."""
         geometry = self.pack.geometry(fetch.layer)
         run: list[int] = []
         end = 0

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from moepack.kernels import reference
 from moepack.kernels.backend import device_memory
 from moepack.layout.architecture import LINEAR, Architecture
 from moepack.layout.errors import MemoryBudgetError
@@ -29,7 +30,7 @@ from moepack.runtime.state import FLOAT_BYTES, SequenceState
 
 PREFILL_CHUNKS = (4096, 2048, 1024, 512, 256, 128, 64)  # prompt tokens run together: multiples of DeltaNet's own 64
 SCRATCH_SHARE = 8  # a chunk may take one part in so many of the memory to spare: a longer one reads experts less often
-EXPERT_TOKENS = 512  # tokens of one expert that the kernels hold at a time
+EXPERT_TOKENS = reference.expert_tokens  # of the processor; a GPU holds more at a time
 SLOT_VIEW_BYTES = 8 * 2**10  # Python's views of the expert in a slot
 LOGIT_ELEMENTS = 2**22  # scores that exist at the same time where every position is scored
 LOGIT_ROWS = 64  # divides every chunk, so that pieces of scores do not depend on the budget
@@ -72,6 +73,7 @@ def plan_memory(
     snapshot_bytes: int = 0,
     sequences: int = 1,
     cache_dtype: torch.dtype = torch.float32,
+    expert_tokens: int = EXPERT_TOKENS,
 ) -> MemoryPlan:
     """Split a budget. Slots are as many as fit, at most one for every expert.
 
@@ -79,13 +81,14 @@ def plan_memory(
     snapshot_bytes  to set aside for states of earlier prompts
     sequences       states of max_positions at the same time
     cache_dtype     of keys and values
+    expert_tokens   tokens of experts that the backend holds at a time
 
     Raises MemoryBudgetError with the numbers if one token's experts do not fit: with fewer slots than a token
     uses, each expert would be read again for every token.
     """
     process_bytes = resident_set_bytes() if process_bytes is None else process_bytes
     resident, block = ResidentWeights.size_bytes(pack), largest_block(pack)
-    kept = (snapshot_bytes, sequences, cache_dtype)
+    kept = (snapshot_bytes, sequences, cache_dtype, expert_tokens)
     return split_budget(architecture, budget_bytes, max_positions, process_bytes, resident, block, *kept)
 
 
@@ -99,6 +102,7 @@ def split_budget(
     snapshot_bytes: int = 0,
     sequences: int = 1,
     cache_dtype: torch.dtype = torch.float32,
+    expert_tokens: int = EXPERT_TOKENS,
 ) -> MemoryPlan:
     """The same from sizes, for a pack that need not exist: of the resident weights, and of the largest block."""
     resident, slot = resident_bytes, block_bytes + SLOT_VIEW_BYTES
@@ -106,9 +110,10 @@ def split_budget(
     all_experts = architecture.num_hidden_layers * architecture.num_experts
     one_token = min(all_experts, architecture.num_hidden_layers * architecture.num_experts_per_tok)
     kept = state + snapshot_bytes
-    least = process_bytes + resident + kept + scratch_bytes(architecture, PREFILL_CHUNKS[-1]) + one_token * slot
+    smallest = scratch_bytes(architecture, PREFILL_CHUNKS[-1], expert_tokens)
+    least = process_bytes + resident + kept + smallest + one_token * slot
     chunk = _choose_chunk(architecture, budget_bytes - least, max_positions)
-    scratch = scratch_bytes(architecture, chunk)
+    scratch = scratch_bytes(architecture, chunk, expert_tokens)
     fixed = process_bytes + resident + kept + scratch
     num_slots = min(all_experts, (budget_bytes - fixed) // slot)
     if num_slots < one_token:
@@ -138,10 +143,10 @@ def _choose_chunk(a: Architecture, spare_bytes: int, max_positions: int) -> int:
     return PREFILL_CHUNKS[-1]
 
 
-def scratch_bytes(a: Architecture, chunk: int) -> int:
+def scratch_bytes(a: Architecture, chunk: int, expert_tokens: int = EXPERT_TOKENS) -> int:
     """Upper bound of what the operations hold at once beside weights and state, for a chunk of prefill."""
     width = max(a.moe_intermediate_size, a.shared_expert_intermediate_size)
-    expert = EXPERT_TOKENS * (2 * a.hidden_size + 4 * width)
+    expert = expert_tokens * (2 * a.hidden_size + 4 * width)
     logits = 3 * logit_rows(a) * a.vocab_size
     return (chunk + 1) * chunk_token_bytes(a) + FLOAT_BYTES * (expert + logits) + ALLOCATOR_BYTES
 

@@ -31,6 +31,7 @@ from collections.abc import Callable, Sequence
 from itertools import chain, pairwise, starmap
 from typing import Any
 
+import numpy as np
 import torch
 
 from moepack.kernels.matrix import Expert, Matrix
@@ -189,14 +190,16 @@ class SparseMoe:
         """x + experts(norm(x)) for T tokens: each expert once, in the order of ids, which is the file's."""
         normed = self.ops.rms_norm(x, self.norm, self.a.rms_norm_eps)
         expert_ids, expert_weights = self.ops.route(normed, self.router, self.a.num_experts_per_tok)  # [T, K] each
+        read_ids = self.ops.begin_read(expert_ids)
         shared_weights = self.ops.linear(normed, self.shared_expert_gate).sigmoid().squeeze(-1)  # [T]
         out = torch.zeros_like(x)
         everyone = torch.arange(len(x))
         self.ops.add_experts(out, normed, [self.shared_expert], [len(x)], everyone, shared_weights)
-        chosen_ids = expert_ids.flatten().cpu()  # the one wait for a GPU in a layer
+        chosen_ids = read_ids().flatten()  # the one wait for a GPU in a layer, which has the shared expert to do
         counts = chosen_ids.bincount(minlength=self.a.num_experts).tolist()
-        by_expert = chosen_ids.argsort(stable=True)
-        tokens, weights = by_expert // expert_ids.shape[1], expert_weights.flatten()[by_expert]
+        # numpy sorts short integers by their digits, ten times as fast as torch.
+        by_expert = torch.from_numpy(chosen_ids.numpy().astype(np.uint16).argsort(kind="stable"))
+        tokens, weights = by_expert // expert_ids.shape[1], expert_weights.flatten()[self.ops.upload(by_expert)]
         first = 0
         chosen = [expert_id for expert_id, count in enumerate(counts) if count]
         for batch in self.store.fetch(self.layer, chosen, in_order=True):  # the seam to the SSD

@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from moepack.kernels import cuda_device, cuda_slots, gpu_ops, gpu_token, msl
+from moepack.kernels import cuda_device, cuda_slots, gpu_ops, gpu_token, msl, reference
 from moepack.kernels.cuda_device import CudaDevice
 from moepack.kernels.emulated_device import VIEWS, EmulatedTensor
 from moepack.kernels.simt import load_library
@@ -132,8 +132,7 @@ class CudaTensor(EmulatedTensor):
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.__name__
         if name == "copy_" and (kwargs or {}).get("non_blocking"):
-            with torch._C.DisableTorchFunctionSubclass():
-                to, source = args[0].view(-1), args[1].view(-1)
+            to, source = args
             cls.cuda.current_stream().add(lambda: to.copy_(source))
             return args[0]
         if name == "numpy":
@@ -290,8 +289,8 @@ class _Torch:
         made = torch.zeros(*shape, **options)
         return _adopt(made) if "device" in options else made
 
-    def empty(self, *shape: Any, **options: Any) -> torch.Tensor:
-        made = torch.empty(*shape, **options)
+    def empty(self, *shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        made = torch.zeros(*shape, **options) if pin_memory else torch.empty(*shape, **options)
         return _adopt(made) if "device" in options else made
 
 
@@ -307,6 +306,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(cuda_device, "compile_text", lambda nvrtc, source, architecture: source.name.encode())
     monkeypatch.setattr(CudaDevice, "zeros", lambda self, *shape: _adopt(torch.zeros(shape)))
     monkeypatch.setattr(CudaDevice, "empty", _empty)
+    # Budgets of tests are those of the processor, whose kernels hold as much at a time.
+    monkeypatch.setattr(CudaDevice, "expert_tokens", reference.expert_tokens)
     monkeypatch.setattr(CudaDevice, "_place_argument", _check_place)
     monkeypatch.setattr(CudaDevice, "upload", lambda self, tensor: _adopt(tensor.clone()))
     return driver

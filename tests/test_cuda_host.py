@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fake_cuda
-from moepack.kernels import cuda_device, cuda_slots
+from moepack.kernels import cuda_device, cuda_slots, launches
 from moepack.layout.errors import MoepackError
 from moepack.runtime import Engine, SamplingParams
 from moepack.runtime.evaluate import evaluate_text
@@ -35,6 +35,18 @@ def test_tokens_are_those_of_the_cpu_backend(
         assert greedy(engine, 8) == expected
         assert greedy(engine, 8) == expected  # another sequence
         assert driver.calls["graph"]
+
+
+def test_what_the_gpu_holds_at_a_time_is_planned_for(
+    driver: fake_cuda.Driver, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = []
+    for tokens in (512, 8192):
+        monkeypatch.setattr(cuda_device.CudaDevice, "expert_tokens", tokens)
+        with Engine.open(tiny_pack, device="cuda", exact=True, max_context=CONTEXT) as engine:
+            plans.append(engine.memory_plan.scratch_bytes)
+    pair = 4 * (2 * 96 + 4 * 64)  # floats of the hidden size and of an expert's width
+    assert plans[1] - plans[0] == (8192 - 512) * pair
 
 
 def step_once(engine: Engine, token_id: int, state: object) -> int:
@@ -136,6 +148,21 @@ def test_a_copy_that_nobody_waits_for_changes_the_answer(
         except MoepackError:  # memory that was never written is full of NaN
             found = []
     assert found != expected
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_read_that_has_begun_waits_for_what_came_before_it_alone(
+    driver: fake_cuda.Driver, monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    if not waits:
+        monkeypatch.setattr(fake_cuda.Event, "synchronize", lambda event: None)
+    device = cuda_device.CudaDevice()
+    x, weight, out = device.upload(torch.ones(1, 32)), device.upload(torch.zeros(32)), device.empty(1, 32)
+    device.run(launches.rms_norm(x, weight, out, 0.0))
+    read = device.begin_read(out)
+    device.run(launches.rms_norm(x, weight, out, 3.0))
+    assert read().tolist() == [[float(waits)] * 32]
+    assert device.read(out).tolist() == [[0.5] * 32]
 
 
 @pytest.mark.parametrize("waits", [True, False])

@@ -105,8 +105,8 @@ def test_a_greedy_answer_takes_every_kernel(tiny_pack: Path, monkeypatch: pytest
 def test_experts_of_a_prompt_may_come_in_any_parts(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits whether pairs are computed at once or by three: an expert is then split, and so is a token."""
     results = []
-    for pairs in (EmulatedDevice.expert_pairs, 3):
-        monkeypatch.setattr(EmulatedDevice, "expert_pairs", pairs)
+    for pairs in (EmulatedDevice.expert_tokens, 3):
+        monkeypatch.setattr(EmulatedDevice, "expert_tokens", pairs)
         engine = Engine.open(tiny_pack, device="metal-emulated", exact=True, max_context=CONTEXT)
         results.append(engine.logits(IDS).as_subclass(torch.Tensor))
     assert torch.equal(*results)
@@ -307,14 +307,13 @@ def test_more_slots_than_two_buffers_hold_are_refused_with_the_numbers(fake_mps:
 
 
 def test_a_widened_matrix_gives_the_product_of_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a prompt is computed on GPUs: a kernel widens some rows at a time, torch multiplies."""
-    monkeypatch.setattr(EmulatedDevice, "widens_weights", True)
+    """As a prompt meets plain weights on NVIDIA's: a kernel widens some rows at a time, torch multiplies."""
     monkeypatch.setattr(gpu_ops, "WIDENED_WEIGHTS", 2000)
     ops, x = GpuOps(EmulatedDevice()), torch.randn(3, 128)
     for bits in (2, 3, 4, 8):
         _, (matrix,) = lay_out([quantized(70, 128, bits, 32)])
         expected = reference.linear(x, matrix)
-        found = ops.linear(ops.upload(x), matrix).as_subclass(torch.Tensor)
+        found = ops._widened_product(ops.upload(x), matrix).as_subclass(torch.Tensor)
         assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 

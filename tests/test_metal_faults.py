@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernel_memory import bytes_tensor, lay_out
-from moepack.kernels import launches, msl, simt
+from moepack.kernels import launches, msl, prompt_launches, simt
 from moepack.kernels.launches import Launch
 from moepack.kernels.simt import Executor, KernelError, WatchedExecutor
 from test_native_matrices import quantized
@@ -78,6 +78,15 @@ def scan_launch() -> tuple[Launch, torch.Tensor]:
     return launches.delta_scan(q, k, v, -gates[0], gates[1], torch.ones(1, 64, 64), out), out
 
 
+def halves_launch() -> tuple[Launch, torch.Tensor]:
+    base, matrices = lay_out([quantized(70, 128, 4, 32)])
+    x, out = torch.randn(9, 128, generator=torch.Generator().manual_seed(7)), torch.zeros(9, 70)
+    parts = prompt_launches.Parts(torch.zeros(9, 128, dtype=torch.int32), torch.zeros(9, 56), torch.zeros(9))
+    Executor().run(prompt_launches.split_rows(x, parts))
+    forms = bytes_tensor(prompt_launches.tile_forms(matrices, base))
+    return prompt_launches.matmul(base, forms, matrices, parts, out), out
+
+
 def argmax_launch() -> tuple[Launch, torch.Tensor]:
     parts = torch.zeros(2, 1, 1, dtype=torch.int32)
     return launches.argmax_parts(torch.arange(4000.0)[None], *parts), parts
@@ -96,6 +105,8 @@ Make = Callable[[], tuple[Launch, torch.Tensor]]
         (experts_launch, ("experts", BARRIER, ";")),
         (attention_launch, ("attention_step", BARRIER, ";", 1)),  # before the teams' largest scores meet
         (attention_launch, ("attention_step", BARRIER, ";", 2)),  # before their sums do
+        (halves_launch, ("matmul_halves", BARRIER, ";")),  # before a block's copies of other lanes are read
+        (halves_launch, ("matmul_halves", "wait_for_copies();", ";")),
     ],
 )
 def test_a_missing_barrier_changes_the_numbers(make: Make, fault: tuple, order: int) -> None:

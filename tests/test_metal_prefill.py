@@ -6,18 +6,49 @@ test_metal_token.py, after up to 40 dependent steps 1e-5.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from kernel_devices import Runner, default_runner
 from kernel_memory import bytes_tensor, lay_out
-from moepack.kernels import launches, reference
+from moepack.kernels import launches, prompt_launches, reference
 from moepack.kernels.matrix import Expert, Matrix
 from test_metal_token import close
-from test_native_matrices import check_experts, check_linear, quantized, random_input
+from test_native_matrices import SCHEMES, check_experts, check_linear, quantized, random_input
 
 PRODUCT, EXPERT, STEPS = 2e-6, 2e-6, 1e-5
 RUNNER = default_runner()
+
+
+class Host:
+    """The processor as a device for tensors to be written: what is read unwritten shows."""
+
+    @staticmethod
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.full(shape, torch.nan if dtype.is_floating_point else -1, dtype=dtype)
+
+
+def split(executor: Runner, x: torch.Tensor, columns: int) -> prompt_launches.Parts:
+    parts = prompt_launches.Parts.of(Host, len(x), columns)
+    executor.run(prompt_launches.split_rows(x, parts))
+    return parts
+
+
+def check_product(found: torch.Tensor, x: torch.Tensor, matrix: Matrix) -> None:
+    """check_linear against float64: of thousands of results float32 itself has some that are wrong by the tolerance."""
+    weights = reference.dequantize(matrix, 0, matrix.out_features).double()
+    scale = x.double().norm(dim=1, keepdim=True) * weights.norm(dim=1) / matrix.in_features**0.5
+    assert (((found - x.double() @ weights.T) / scale).abs().max() <= PRODUCT).item()
+
+
+def run_halves(executor: Runner, x: torch.Tensor, matrices: list[Matrix]) -> torch.Tensor:
+    base, matrices = lay_out(matrices)
+    out = torch.full((len(x), sum(matrix.out_features for matrix in matrices)), torch.nan)
+    forms = bytes_tensor(prompt_launches.tile_forms(matrices, base))
+    parts = split(executor, x, matrices[0].in_features)
+    executor.run(prompt_launches.matmul(base, forms, matrices, parts, out))
+    return out
 
 
 def run_matmul(executor: Runner, x: torch.Tensor, matrices: list[Matrix], accumulate: bool = False) -> torch.Tensor:
@@ -44,42 +75,103 @@ def test_matmul_of_several_matrices(executor: Runner) -> None:
         check_linear(part - 0.5, x[:, :75], matrix, PRODUCT)
 
 
+@pytest.mark.parametrize(("bits", "group_size"), SCHEMES)
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 5, 128), (70, 37, 384), (3, 270, 256), (5, 20, 1152)])
+def test_matmul_by_halves(bits: int, group_size: int, tokens: int, rows: int, columns: int) -> None:
+    matrix, x = quantized(rows, columns, bits, group_size), random_input(tokens, columns)
+    check_product(run_halves(RUNNER, x, [matrix]), x, matrix)
+
+
+def test_matmul_by_halves_of_several_matrices(executor: Runner) -> None:
+    """Of several storages and of groups that are no multiple of four, from the front of longer rows."""
+    matrices = [quantized(rows, 224, bits, 32, bits) for rows, bits in ((40, 4), (3, 8), (257, 3), (16, 2))]
+    x = random_input(66, 228)
+    for part, matrix in zip(run_halves(executor, x, matrices).split([40, 3, 257, 16], dim=1), matrices):
+        check_product(part, x[:, :224], matrix)
+
+
+class Prompt:
+    """Experts of some sizes, bits and groups, chosen two at a time by a prompt's tokens, each by another number."""
+
+    def __init__(self, sizes: list[tuple[int, int, int, int]], hidden: int, tokens: int):
+        """sizes: (width, bits of gate and up, bits of down, group size)"""
+        experts = [
+            [quantized(w, hidden, b, g, 1), quantized(w, hidden, b, g, 2), quantized(hidden, w, d, g, 3)]
+            for w, b, d, g in sizes
+        ]
+        self.base, flat = lay_out([matrix for expert in experts for matrix in expert])
+        self.groups = [flat[i : i + 3] for i in range(0, len(flat), 3)]
+        self.forms = bytes_tensor(b"".join(launches.expert_form(group, self.base, 1) for group in self.groups))
+        count = len(sizes)
+        self.choices = torch.tensor([[t % count, (t + 1 + t % (count - 1)) % count] for t in range(tokens)])
+        self.weights = torch.rand(tokens, 2, generator=torch.Generator().manual_seed(5))
+        pairs = self.choices.flatten().argsort(stable=True)
+        self.of_pairs, self.pair_weights = (pairs // 2).int(), self.weights.flatten()[pairs]
+        counts = self.choices.flatten().bincount(minlength=count).tolist()
+        self.segments = np.array([(0, i, sum(counts[:i]), counts[i]) for i in range(count)])
+        order = torch.empty(tokens * 2, dtype=torch.int32)
+        order[pairs] = torch.arange(tokens * 2, dtype=torch.int32)
+        order = order.view(tokens, 2).sort(dim=1).values
+        self.order = torch.cat([order, torch.full((tokens, 1), -1)], dim=1).int()
+        self.x = random_input(tokens, hidden)
+        self.hidden = Host.empty(tokens * 2, max(width for width, *_ in sizes))
+        self.rows, self.out = Host.empty(tokens * 2, hidden), torch.ones(tokens, hidden)
+
+    def check(self) -> None:
+        """Add the rows up, and compare."""
+        RUNNER.run(launches.add_expert_rows(self.rows, self.order, self.pair_weights, self.out))
+        expected = torch.ones_like(self.out)
+        for i, group in enumerate(self.groups):
+            at, which = (self.choices == i).nonzero(as_tuple=True)
+            reference.add_expert(expected, self.x, Expert(*group), at, self.weights[at, which])
+        check_experts(self.out, expected, EXPERT)
+
+
 def test_experts_of_a_prompt(executor: Runner) -> None:
     """Experts of several sizes and bits, chosen by different numbers of tokens; the sum in the order of the choices."""
-    tokens, hidden, chosen = 37, 64, 2
-    sizes = [(32, 4), (96, 2), (32, 8)]
-    experts = [
-        [quantized(w, hidden, b, 32, 1), quantized(w, hidden, b, 32, 2), quantized(hidden, w, b, 32, 3)]
-        for w, b in sizes
-    ]
-    base, flat = lay_out([matrix for expert in experts for matrix in expert])
-    groups = [flat[i : i + 3] for i in range(0, len(flat), 3)]
-    forms = bytes_tensor(b"".join(launches.expert_form(group, base, 1) for group in groups))
+    p = Prompt([(32, 4, 4, 32), (96, 2, 2, 32), (32, 8, 8, 32)], 64, 37)
+    segments, most = bytes_tensor(launches.pack_segments(p.segments)), int(p.segments[:, 3].max())
+    banks = [p.base] * 3
+    executor.run(launches.experts_gate_up_rows(banks, p.forms, segments, p.of_pairs, p.x, p.hidden, most))
+    executor.run(launches.experts_down_rows(banks, p.forms, segments, p.hidden, p.rows, most))
+    p.check()
 
-    choices = torch.tensor([[t % 3, (t + 1 + t % 2) % 3] for t in range(tokens)])
-    weights = torch.rand(tokens, chosen, generator=torch.Generator().manual_seed(5))
-    pairs = choices.flatten().argsort(stable=True)
-    counts = choices.flatten().bincount(minlength=3).tolist()
-    firsts = [sum(counts[:i]) for i in range(3)]
-    segments = bytes_tensor(launches.pack_segments((0, i, firsts[i], counts[i]) for i in range(3)))
-    order = torch.empty(tokens * chosen, dtype=torch.int32)
-    order[pairs] = torch.arange(tokens * chosen, dtype=torch.int32)
-    order = torch.cat([order.view(tokens, chosen).sort(dim=1).values, torch.full((tokens, 1), -1)], dim=1).int()
 
-    x, products, rows = (
-        random_input(tokens, hidden),
-        torch.zeros(tokens * chosen, 96),
-        torch.zeros(tokens * chosen, hidden),
-    )
-    out, expected = torch.ones(tokens, hidden), torch.ones(tokens, hidden)
-    banks, of_pairs = [base] * 3, (pairs // chosen).int()
-    executor.run(launches.experts_gate_up_rows(banks, forms, segments, of_pairs, x, products, max(counts)))
-    executor.run(launches.experts_down_rows(banks, forms, segments, products, rows, max(counts)))
-    executor.run(launches.add_expert_rows(rows, order, weights.flatten()[pairs], out))
-    for i, group in enumerate(groups):
-        at, which = (choices == i).nonzero(as_tuple=True)
-        reference.add_expert(expected, x, Expert(*group), at, weights[at, which])
-    check_experts(out, expected, EXPERT)
+def test_experts_of_a_prompt_by_halves(executor: Runner) -> None:
+    """The same, in tiles of nearly the same size, a smaller expert's zeros among the rows of a larger one."""
+    p = Prompt([(160, 4, 3, 32), (64, 2, 8, 64), (32, 3, 2, 32)], 320, 100)
+    segments = bytes_tensor(launches.pack_segments(prompt_launches.cut_segments(p.segments)))
+    banks, parts = [p.base] * 3, split(executor, p.x, 320)
+    executor.run(prompt_launches.experts_gate_up_rows(banks, p.forms, segments, p.of_pairs, parts, p.hidden))
+    parts = split(executor, p.hidden, p.hidden.shape[1])
+    executor.run(prompt_launches.experts_down_rows(banks, p.forms, segments, parts, p.rows))
+    p.check()
+
+
+def test_the_rows_of_halves_keep_what_they_hold(executor: Runner) -> None:
+    """Of numbers far below a row's largest too; rows of zeros, of nearly none, of nearly too much stay as they are."""
+    x = random_input(6, 1088) * 2.0 ** torch.arange(0, -34, -1).repeat_interleave(32)
+    x[1], x[2], x[3] = 0.0, x[2] * 1e-37, x[3] * 1e37
+    parts = split(executor, x, 1088)
+    halves = parts.halves.view(torch.float16).view(6, 34, 2, 4, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]].double()
+    found = halves.sum(dim=2).flatten(1) * parts.factors[:, None].double()
+    bound = x.abs().double() * 2.0**-22 + x.abs().amax(dim=1, keepdim=True).double() * 2.0**-39
+    assert ((found - x).abs() <= bound).all()
+    scaled = (x.double() / parts.factors[:, None]).unflatten(1, (34, 32)).sum(2)
+    close(parts.sums[:, :34], scaled, 3e-6)
+    close(parts.sums[:, 64:81], scaled.unflatten(1, (17, 2)).sum(2), 3e-6)
+    assert (parts.sums[:, 34:64] == 0).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38, 0.0])
+def test_a_row_of_halves_minds_no_other(value: float) -> None:
+    matrix, x = quantized(40, 128, 4, 64), random_input(9, 128)
+    expected = run_halves(RUNNER, x, [matrix])
+    x[1] = value
+    found = run_halves(RUNNER, x, [matrix])
+    others = [0, *range(2, 9)]
+    assert torch.equal(found[others], expected[others])
+    assert torch.equal(run_halves(RUNNER, x[2:], [matrix]), expected[2:])  # whatever its place
 
 
 @pytest.mark.parametrize(

@@ -69,8 +69,14 @@ inline void simdgroup_barrier(mem_flags flags) { simt_wait(SIMT_SIMD_BARRIER, fl
 // What shim/cuda.h has for the kernels of cuda/: one launch follows the other here.
 inline void launch_next() {}
 inline void wait_for_last() {}
-MSL_FUNCTION void copy_eight(void* to, const void* from) { *(uint64_t*)to = *(const uint64_t*)from; }
-inline void wait_for_copies() {}
+MSL_FUNCTION void begin_copy(void* to, const void* from, uint size_bytes) {
+  if ((size_t(to) | size_t(from)) % size_bytes) __builtin_trap();  // the instruction wants them so
+  simt_begin_copy(to, from, size_bytes / 4);
+}
+MSL_FUNCTION void copy_four(void* to, const void* from) { begin_copy(to, from, 4); }
+MSL_FUNCTION void copy_eight(void* to, const void* from) { begin_copy(to, from, 8); }
+MSL_FUNCTION void copy_sixteen(void* to, const void* from) { begin_copy(to, from, 16); }
+inline void wait_for_copies() { simt_finish_copies(); }
 inline float max_magnitude(float a, float b) { return fmaxf(a, fabsf(b)); }
 inline uint permute_bytes(uint a, uint b, uint selector) {
   const uint64_t bytes = uint64_t(b) << 32 | a;
@@ -79,6 +85,27 @@ inline uint permute_bytes(uint a, uint b, uint selector) {
   return result;
 }
 MSL_FUNCTION void simdgroup_multiply_bytes(int* sums, const uint* a, const uint* b) { simt_multiply_bytes(sums, a, b); }
+
+MSL_FUNCTION void simdgroup_multiply_halves(float* sums, const uint* a, const uint* b) { simt_multiply_halves(sums, a, b); }
+MSL_FUNCTION void simdgroup_multiply_tf32(float* sums, const uint* a, const uint* b) { simt_multiply_tf32(sums, a, b); }
+
+// To the nearest half, of two as near the even one.
+inline uint round_to_half(float value) {
+  const uint bits = as_type<uint>(value), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return sign | 0x7fffu;
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;
+  if (magnitude < 0x38800000u) return sign | uint(lrintf(as_type<float>(magnitude) * 0x1p24f));  // below 2^-14
+  return sign | (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+}
+inline uint pack_halves(float first, float second) { return round_to_half(second) << 16 | round_to_half(first); }
+inline uint fma_halves(uint a, uint b, uint c) {
+  uint both = 0;
+  for (int i = 0; i < 32; i += 16) {
+    const float x = as_type<half>(ushort(a >> i)), y = as_type<half>(ushort(b >> i)), z = as_type<half>(ushort(c >> i));
+    both |= round_to_half(x * y + z) << i;
+  }
+  return both;
+}
 
 MSL_FUNCTION unsigned msl_lane() { return simt_here().lane; }
 

@@ -72,6 +72,12 @@ MSL_FUNCTION uint permute_bytes(uint a, uint b, uint selector) { return __byte_p
 MSL_FUNCTION void copy_eight(void* to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((uint)__cvta_generic_to_shared(to)), "l"(from) : "memory");
 }
+MSL_FUNCTION void copy_four(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((uint)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+MSL_FUNCTION void copy_sixteen(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"((uint)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
 MSL_FUNCTION void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // sums += weights [16, 32], unsigned bytes, times digits [32, 8], signed bytes, on the matrix units. Lane 4 g + t holds
@@ -80,6 +86,34 @@ MSL_FUNCTION void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "mem
 MSL_FUNCTION void simdgroup_multiply_bytes(int* sums, const uint* a, const uint* b) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Two halves in a word, the first one below.
+MSL_FUNCTION uint pack_halves(float first, float second) {
+  uint both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  return both;
+}
+MSL_FUNCTION uint fma_halves(uint a, uint b, uint c) {
+  uint both;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(both) : "r"(a), "r"(b), "r"(c));
+  return both;
+}
+
+// sums += a [16, 16] times b [16, 8], halves. Lane 4 g + t holds numbers 2 t, 2 t + 1 and 8 more of rows g and g + 8 (a:
+// g, g + 8, g, g + 8) and of column g, and sums 2 t and 2 t + 1 of both rows.
+MSL_FUNCTION void simdgroup_multiply_halves(float* sums, const uint* a, const uint* b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// sums += a [16, 8] times b [8, 8], of floats only the upper 19 bits. Lane 4 g + t holds numbers t and t + 4 of rows g and
+// g + 8 (a: g, g + 8, g, g + 8) and of column g, sums as above.
+MSL_FUNCTION void simdgroup_multiply_tf32(float* sums, const uint* a, const uint* b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 

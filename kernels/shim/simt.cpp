@@ -72,8 +72,17 @@ const bool FRESH_STACKS = false;
 const char* const OPERATIONS[] = {"running", "a shuffle", "simd_sum", "simd_max", "simd_min",
     "a simdgroup matrix operation", "simdgroup_barrier", "threadgroup_barrier", "finished"};
 
+struct Copy {
+  void* to;
+  const void* from;
+  unsigned words;
+};
+const unsigned MAX_COPIES = 256;
+Copy copies[SIMT_MAX_THREADS][MAX_COPIES];  // of each lane: begun, and not waited for
+
 struct Fiber {
   simt_place place;
+  unsigned num_copies;
   simt_operation waits;
   // So far: their parity picks one of two sets of values, and of marks for TSan. Barriers of a simdgroup and of the
   // threadgroup are counted apart, since simdgroups may meet at different numbers of their own.
@@ -106,7 +115,7 @@ struct Arena {
 
   SIMT_UNCHECKED void open(size_t threadgroups) {
     used = 0;
-    size_bytes = 2 * SIMT_MAX_THREADGROUP_BYTES * threadgroups;
+    size_bytes = 2 * simt_threadgroup_limit * threadgroups;
     base = (char*)mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   }
   SIMT_UNCHECKED void* allocate(size_t bytes) {
@@ -278,6 +287,7 @@ SIMT_UNCHECKED void prepare_threadgroup(const unsigned* position, const unsigned
   for (unsigned i = 0; i < threads; i++) {
     Fiber& fiber = machine.fibers[i];
     fiber.waits = SIMT_RUNNING;
+    fiber.num_copies = 0;
     fiber.exchanges = fiber.barriers[0] = fiber.barriers[1] = 0;
     const unsigned thread[3] = {i % group[0], i / group[0] % group[1], i / group[0] / group[1]};
     for (int d = 0; d < 3; d++) {
@@ -354,9 +364,65 @@ SIMT_UNCHECKED void fail_diverged(const unsigned* position) {
   machine.error[used - 1] = 0;
 }
 
+// The operands of all lanes of the simdgroup: four words of the left one and two of the right one each.
+SIMT_UNCHECKED const unsigned* show_operands(const unsigned* a, const unsigned* b) {
+  Fiber* fiber = machine.current;
+  unsigned* shown = (unsigned*)machine.simdgroups[fiber->place.simdgroup].values[fiber->exchanges++ & 1];
+  const unsigned lane = fiber->place.lane;
+  for (unsigned i = 0; i < 4; i++) shown[6 * lane + i] = a[i];
+  for (unsigned i = 0; i < 2; i++) shown[6 * lane + 4 + i] = b[i];
+  wait_for_simdgroup(SIMT_MATRIX);
+  return shown;
+}
+
+SIMT_UNCHECKED float float_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+SIMT_UNCHECKED float widen_half(unsigned bits) {
+  const unsigned sign = (bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return float_of(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  const float value = float_of(magnitude << 13) * 0x1p112f;
+  return sign ? -value : value;
+}
+
+// sum + eight numbers, as the matrix units have it.
+SIMT_UNCHECKED float add_cut(float sum, const float* numbers) {
+  float largest = __builtin_fabsf(sum), plain = sum;
+  for (int i = 0; i < 8; i++) {
+    largest = __builtin_fmaxf(largest, __builtin_fabsf(numbers[i]));
+    plain += numbers[i];
+  }
+  if (largest == 0.0f || !__builtin_isfinite(plain)) return plain;
+  const int exponent = __builtin_ilogbf(largest);
+  const double scale = __builtin_ldexp(1.0, 25 - exponent);
+  int64_t total = (int64_t)(sum * scale);
+  for (int i = 0; i < 8; i++) total += (int64_t)(numbers[i] * scale);
+  int64_t unit = 1;
+  while (total / unit >= 1 << 24 || total / unit <= -(1 << 24)) unit *= 2;
+  return (float)((double)(total / unit * unit) * __builtin_ldexp(1.0, exponent - 25));
+}
+
 }  // namespace
 
 SIMT_UNCHECKED const simt_place& simt_here() { return machine.current->place; }
+
+SIMT_UNCHECKED void simt_begin_copy(void* to, const void* from, unsigned words) {
+  Fiber* fiber = machine.current;
+  if (fiber->num_copies == MAX_COPIES) abort();
+  copies[fiber->place.index][fiber->num_copies++] = {to, from, words};
+}
+
+void simt_finish_copies() {  // checked: these are the lane's own reads and writes
+  Fiber* fiber = machine.current;
+  for (unsigned i = 0; i < fiber->num_copies; i++) {
+    const Copy& copy = copies[fiber->place.index][i];
+    for (unsigned word = 0; word < copy.words; word++) ((uint32_t*)copy.to)[word] = ((const uint32_t*)copy.from)[word];
+  }
+  fiber->num_copies = 0;
+}
 
 SIMT_UNCHECKED const uint64_t* simt_exchange(uint64_t value, simt_operation operation) {
   Fiber* fiber = machine.current;
@@ -383,12 +449,8 @@ SIMT_UNCHECKED void simt_multiply(float* to, const float* a, const float* b, con
 }
 
 SIMT_UNCHECKED void simt_multiply_bytes(int* sums, const unsigned* a, const unsigned* b) {
-  Fiber* fiber = machine.current;
-  unsigned* shown = (unsigned*)machine.simdgroups[fiber->place.simdgroup].values[fiber->exchanges++ & 1];
-  const unsigned lane = fiber->place.lane, g = lane / 4, t = lane % 4;
-  for (unsigned i = 0; i < 4; i++) shown[6 * lane + i] = a[i];
-  for (unsigned i = 0; i < 2; i++) shown[6 * lane + 4 + i] = b[i];
-  wait_for_simdgroup(SIMT_MATRIX);
+  const unsigned* shown = show_operands(a, b);
+  const unsigned lane = machine.current->place.lane, g = lane / 4, t = lane % 4;
   for (unsigned i = 0; i < 4; i++) {
     const unsigned column = 2 * t + i % 2;
     for (unsigned k = 0; k < 32; k++) {  // byte k lies in lane k / 4 % 4 of a row's four, in the first word or the other
@@ -397,6 +459,35 @@ SIMT_UNCHECKED void simt_multiply_bytes(int* sums, const unsigned* a, const unsi
       const unsigned right = shown[6 * (4 * column + k / 4 % 4) + 4 + part];
       sums[i] += int(left >> shift & 0xffu) * (signed char)(right >> shift & 0xffu);
     }
+  }
+}
+
+SIMT_UNCHECKED void simt_multiply_halves(float* sums, const unsigned* a, const unsigned* b) {
+  const unsigned* shown = show_operands(a, b);
+  const unsigned lane = machine.current->place.lane, g = lane / 4, t = lane % 4;
+  for (unsigned i = 0; i < 4; i++) {
+    float products[16];
+    for (unsigned k = 0; k < 16; k++) {  // number k lies in lane k / 2 % 4 of a row's four, in the first word or the other
+      const unsigned part = k / 8, shift = k % 2 * 16;
+      const unsigned left = shown[6 * (4 * g + k / 2 % 4) + 2 * part + i / 2];
+      const unsigned right = shown[6 * (4 * (2 * t + i % 2) + k / 2 % 4) + 4 + part];
+      products[k] = widen_half(left >> shift & 0xffffu) * widen_half(right >> shift & 0xffffu);
+    }
+    sums[i] = add_cut(add_cut(sums[i], products), products + 8);
+  }
+}
+
+SIMT_UNCHECKED void simt_multiply_tf32(float* sums, const unsigned* a, const unsigned* b) {
+  const unsigned* shown = show_operands(a, b);
+  const unsigned lane = machine.current->place.lane, g = lane / 4, t = lane % 4;
+  for (unsigned i = 0; i < 4; i++) {
+    float products[8];
+    for (unsigned k = 0; k < 8; k++) {
+      const unsigned left = shown[6 * (4 * g + k % 4) + k / 4 * 2 + i / 2];
+      const unsigned right = shown[6 * (4 * (2 * t + i % 2) + k % 4) + 4 + k / 4];
+      products[k] = float_of(left & 0xffffe000u) * float_of(right & 0xffffe000u);
+    }
+    sums[i] = add_cut(sums[i], products);
   }
 }
 
@@ -453,9 +544,9 @@ SIMT_UNCHECKED int simt_launch(
       fail_diverged(position);
       break;
     }
-    if (machine.threadgroup_bytes > SIMT_MAX_THREADGROUP_BYTES) {
-      snprintf(machine.error, sizeof machine.error, "%zu bytes of threadgroup memory: at most %d",
-          machine.threadgroup_bytes, SIMT_MAX_THREADGROUP_BYTES);
+    if (machine.threadgroup_bytes > simt_threadgroup_limit) {
+      snprintf(machine.error, sizeof machine.error, "%zu bytes of threadgroup memory: at most %zu",
+          machine.threadgroup_bytes, simt_threadgroup_limit);
       break;
     }
   }

@@ -9,7 +9,7 @@
 
 #define SIMT_UNCHECKED __attribute__((no_sanitize("thread", "address", "undefined")))
 
-enum { SIMT_LANES = 32, SIMT_MAX_THREADS = 1024, SIMT_MAX_THREADGROUP_BYTES = 32768 };
+enum { SIMT_LANES = 32, SIMT_MAX_THREADS = 1024 };
 
 // What a lane can wait at. Lanes of a simdgroup that wait at different operations have diverged.
 enum simt_operation {
@@ -33,6 +33,10 @@ typedef void (*simt_kernel)(void** buffers);
 
 const simt_place& simt_here();
 
+// A copy of 4-byte words, which is done when this lane finishes its copies, and not before.
+void simt_begin_copy(void* to, const void* from, unsigned words);
+void simt_finish_copies();
+
 // This lane's value to its simdgroup; returns what all 32 lanes gave. Valid until the lane's next operation.
 const uint64_t* simt_exchange(uint64_t value, simt_operation operation);
 
@@ -41,12 +45,20 @@ void simt_multiply(float* to, const float* a, const float* b, const float* c);
 
 // sums [16, 8] += a [16, 32], unsigned bytes, times b [32, 8], signed bytes, held by the lanes as shim/cuda.h says.
 void simt_multiply_bytes(int* sums, const unsigned* a, const unsigned* b);
+
+// sums [16, 8] += a [16, 16] times b [16, 8] of halves, or [16, 8] times [8, 8] of floats of which only the upper 19 bits
+// count, held as shim/cuda.h says. What lies 26 bits below the largest of the numbers added is cut off, and so is what the
+// sum has too much: the units do no better.
+void simt_multiply_halves(float* sums, const unsigned* a, const unsigned* b);
+void simt_multiply_tf32(float* sums, const unsigned* a, const unsigned* b);
 void simt_wait(simt_operation barrier, bool orders_memory);
 
 // Memory of a threadgroup variable: the same for all lanes, new for each threadgroup, filled with NaN.
 void* simt_threadgroup_memory(unsigned variable, size_t size_bytes);
 
 extern "C" {
+extern const size_t simt_threadgroup_limit;  // bytes: the kernels' own file says
+
 // Returns 0, or 1 with simt_error() set. order: 0 lanes and threadgroups ascending, 1 descending, else a random seed.
 int simt_launch(simt_kernel kernel, void** buffers, const unsigned* grid, const unsigned* group, unsigned order);
 const char* simt_error();
