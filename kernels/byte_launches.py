@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from moepack.kernels import launches
+from moepack.kernels.forms import forms_side_by_side
 from moepack.kernels.launches import Launch
 from moepack.kernels.matrix import Matrix
 
@@ -24,7 +25,7 @@ def matrix_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
     """The MatrixForms of matrices that share an input, for linears."""
     if not _is_fit(matrices):
         return launches.matrix_forms(matrices, base)
-    return launches.forms_side_by_side(matrices, base, TILE_ROWS * _divide(matrices)[0])
+    return forms_side_by_side(matrices, base, TILE_ROWS * _divide(matrices)[0])
 
 
 def linears(

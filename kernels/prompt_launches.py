@@ -17,8 +17,10 @@ import numpy as np
 import torch
 
 from moepack.kernels import launches
+from moepack.kernels.forms import count_segments, forms_side_by_side
 from moepack.kernels.launches import UNIT, Launch
 from moepack.kernels.matrix import Expert, Matrix
+from moepack.kernels.msl import pack_struct
 
 TILE_TOKENS, TILE_ROWS, THREADS = 64, 256, 128  # cuda/halves.h
 SUMMED, SUMS = 1024, 56  # the same
@@ -71,14 +73,14 @@ def split_rows(x: torch.Tensor, parts: Parts) -> Launch:
     rows, columns = parts.halves.shape
     if x.shape[-1] % 4:
         raise ValueError(f"rows of x start on 16 bytes, got {x.shape[-1]} columns")
-    shape = launches.shape_of("split_rows", "SplitShape", columns=columns, x_stride=x.shape[-1])
+    shape = pack_struct("split_rows", "SplitShape", columns=columns, x_stride=x.shape[-1])
     threads = min(SPLIT_THREADS, -(-columns // 8 // launches.LANES) * launches.LANES)
     return Launch("split_rows", "split_rows", (x, *parts.buffers, shape), (rows, 1, 1), (threads, 1, 1))
 
 
 def tile_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
     """The MatrixForms of matrices that share an input, for matmul."""
-    return launches.forms_side_by_side(matrices, base, TILE_ROWS)
+    return forms_side_by_side(matrices, base, TILE_ROWS)
 
 
 def matmul(
@@ -89,13 +91,13 @@ def matmul(
     if any(matrix.in_features != matrices[0].in_features or not is_fit(matrix) for matrix in matrices):
         raise ValueError("matrices of one dispatch are packed and have one number of columns")
     sizes = {"count": len(matrices), "tokens": rows, "blocks": columns // UNIT, "out_stride": out.shape[-1]}
-    shape = launches.shape_of("matmul_halves", "MatmulShape", **sizes)
+    shape = pack_struct("matmul_halves", "MatmulShape", **sizes)
     grid = (sum(-(-matrix.out_features // TILE_ROWS) for matrix in matrices), -(-rows // TILE_TOKENS), 1)
     return Launch("matmul_halves", "matmul", (weights, forms, *parts.buffers, out, shape), grid, (THREADS, 1, 1))
 
 
 def cut_segments(segments: np.ndarray) -> np.ndarray:
-    """Segments for launches.pack_segments with at most TILE_TOKENS pairs each, an expert's of nearly the same size."""
+    """Segments for pack_segments with at most TILE_TOKENS pairs each, an expert's of nearly the same size."""
     tiles = -(-segments[:, 3] // TILE_TOKENS)
     cut = segments.repeat(tiles, axis=0)
     number, tiles_each = np.arange(len(cut)) - (tiles.cumsum() - tiles).repeat(tiles), tiles.repeat(tiles)
@@ -116,7 +118,7 @@ def experts_gate_up_rows(
     """hidden [pairs, widest expert] of each segment's expert for the rows of the parts that are the pairs' tokens."""
     arguments: tuple[torch.Tensor | bytes, ...]
     arguments = (*banks, forms, segments, tokens, *parts.buffers, hidden, _shape(parts, hidden))
-    grid = (-(-hidden.shape[-1] // PAIR_ROWS), launches.count_segments(segments), 1)
+    grid = (-(-hidden.shape[-1] // PAIR_ROWS), count_segments(segments), 1)
     return Launch("experts_halves", "experts_gate_up_rows", arguments, grid, (THREADS, 1, 1))
 
 
@@ -126,10 +128,10 @@ def experts_down_rows(
     """rows [pairs, D] = each segment's expert's down times hidden [pairs, widest expert], of which the parts are."""
     arguments: tuple[torch.Tensor | bytes, ...]
     arguments = (*banks, forms, segments, *parts.buffers, rows, _shape(parts, rows))
-    grid = (-(-rows.shape[-1] // TILE_ROWS), launches.count_segments(segments), 1)
+    grid = (-(-rows.shape[-1] // TILE_ROWS), count_segments(segments), 1)
     return Launch("experts_halves", "experts_down_rows", arguments, grid, (THREADS, 1, 1))
 
 
 def _shape(parts: Parts, out: torch.Tensor) -> bytes:
     blocks = parts.halves.shape[1] // UNIT
-    return launches.shape_of("experts_halves", "ExpertHalvesShape", blocks=blocks, out_stride=out.shape[-1])
+    return pack_struct("experts_halves", "ExpertHalvesShape", blocks=blocks, out_stride=out.shape[-1])

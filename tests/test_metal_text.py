@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moepack.kernels import byte_launches, launches, msl, reference
+from moepack.kernels.forms import PLAIN_STORAGES
 from moepack.kernels.msl import KernelTextError, Source, parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,7 +137,7 @@ def test_geometry_is_that_of_the_text() -> None:
     lines = 2 * values["linears_bytes", "MAX_SIMDGROUPS"] * values["linears_bytes", "LINE_QUADS"]
     assert values["linears_bytes", "ALL_LINE_QUADS"] == lines
     storages = {values["linears", name] for name in ("BF16", "F16", "F32")}
-    assert storages == set(launches.PLAIN_STORAGES.values())
+    assert storages == set(PLAIN_STORAGES.values())
 
 
 def constants_of(name: str) -> dict[str, str]:
