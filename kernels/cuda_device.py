@@ -36,7 +36,7 @@ class CudaDevice(Device):
     launches = byte_launches
     can_capture = True
     expert_tokens = 8192
-    prompts = prompt_launches
+    prompt_launches: Any = prompt_launches
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 What one token needs are kernels alone (gpu_token.py). So is a prompt, but for what is small beside its matrices, which
 is torch on the device by the reference's own text, and where a device has kernels of its own for products of a prompt
-(Device.prompts) for the matrices that those do not take.
+(Device.prompt_launches) for the matrices that those do not take.
 
     ops = GpuOps(MetalDevice())
     y = ops.linear(x, matrix)
@@ -223,7 +223,7 @@ class GpuOps(TokenOps):
 
     def _products_of_rows(self, x: torch.Tensor, matrices: Sequence[Matrix]) -> list[torch.Tensor]:
         """x [T, K] times each matrix transposed."""
-        own = self.device.prompts
+        own = self.device.prompt_launches
         if own is None:
             return self._tiled_products(launches, matrices, x.contiguous(), x)
         packed = [matrix for matrix in matrices if own.is_fit(matrix)]
@@ -244,7 +244,7 @@ class GpuOps(TokenOps):
 
     def _split(self, x: torch.Tensor) -> Any:
         """The rows of x as the device's own kernels for prompts read them."""
-        own = self.device.prompts
+        own = self.device.prompt_launches
         parts = own.Parts.of(self.device, *x.shape)
         self.device.run(own.split_rows(x.contiguous(), parts))
         return parts
@@ -265,7 +265,7 @@ class GpuOps(TokenOps):
         segments   as pack_segments takes them
         width      of the widest expert
         """
-        banks, table, device, own = self.forms.banks, self.forms.table, self.device, self.device.prompts
+        banks, table, device, own = self.forms.banks, self.forms.table, self.device, self.device.prompt_launches
         is_fit = self.forms.are_fit[segments[:, 1]]
         plain, fit = segments[~is_fit], segments[is_fit]
         tables = pack_segments(own.cut_segments(fit) if fit.size else fit), pack_segments(plain)

@@ -248,8 +248,8 @@ class ExpertForms:
             if index == MAX_FORMS:
                 raise ValueError(f"more than {MAX_FORMS} kinds of experts")
             self._known[form] = index
-            prompts = self._device.prompts
-            self.are_fit[index] = prompts is not None and prompts.is_fit_expert(expert)
+            own = self._device.prompt_launches
+            self.are_fit[index] = own is not None and own.is_fit_expert(expert)
             self._box.write(index * self._form_bytes, form)
         return first.data_ptr() - self.banks[bank].data_ptr(), index
 
