@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernel_memory import bytes_tensor, lay_out
+from kernel_memory import Host, bytes_tensor, lay_out
 from moepack.kernels import launches, msl, prompt_launches, simt
 from moepack.kernels.forms import expert_form, matrix_form, pack_places
 from moepack.kernels.launches import Launch
@@ -83,7 +83,7 @@ def scan_launch() -> tuple[Launch, torch.Tensor]:
 def halves_launch() -> tuple[Launch, torch.Tensor]:
     base, matrices = lay_out([quantized(70, 128, 4, 32)])
     x, out = torch.randn(9, 128, generator=torch.Generator().manual_seed(7)), torch.zeros(9, 70)
-    parts = prompt_launches.Parts(torch.zeros(9, 128, dtype=torch.int32), torch.zeros(9, 56), torch.zeros(9))
+    parts = prompt_launches.Parts.of(Host, *x.shape)
     Executor().run(prompt_launches.split_rows(x, parts))
     forms = bytes_tensor(prompt_launches.tile_forms(matrices, base))
     return prompt_launches.matmul(base, forms, matrices, parts, out), out

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kernel_devices import Runner, default_runner
-from kernel_memory import bytes_tensor, lay_out
+from kernel_memory import Host, bytes_tensor, lay_out
 from moepack.kernels import launches, prompt_launches, reference
 from moepack.kernels.forms import expert_form, pack_segments
 from moepack.kernels.matrix import Expert, Matrix
@@ -20,14 +20,6 @@ from test_native_matrices import SCHEMES, check_experts, check_linear, quantized
 
 PRODUCT, EXPERT, STEPS = 2e-6, 2e-6, 1e-5
 RUNNER = default_runner()
-
-
-class Host:
-    """The processor as a device for tensors to be written: what is read unwritten shows."""
-
-    @staticmethod
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.full(shape, torch.nan if dtype.is_floating_point else -1, dtype=dtype)
 
 
 def split(executor: Runner, x: torch.Tensor, columns: int) -> prompt_launches.Parts:
