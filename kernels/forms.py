@@ -66,6 +66,11 @@ def expert_form(expert: Expert, base: torch.Tensor, bank: int) -> bytes:
     return msl.pack_struct("experts", "ExpertForm", gate=gate, up=up, down=down, bank=bank)
 
 
+def struct_bytes(name: str) -> int:
+    """Size of a struct of metal/experts.metal: MatrixForm, ExpertForm, Place."""
+    return msl.load("experts").structs[name].size_bytes
+
+
 def pack_places(places: Iterable[tuple[int, int, int]]) -> bytes:
     """Places from (offset in the bank, index of the form, rank)."""
     return msl.load("experts").structs["Place"].pack_rows(places)
@@ -73,7 +78,7 @@ def pack_places(places: Iterable[tuple[int, int, int]]) -> bytes:
 
 def count_places(places: torch.Tensor) -> int:
     """How many places a tensor of them holds."""
-    return places.nbytes // msl.load("experts").structs["Place"].size_bytes
+    return places.nbytes // struct_bytes("Place")
 
 
 def pack_segments(segments: np.ndarray) -> bytes:

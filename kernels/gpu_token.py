@@ -19,10 +19,10 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from moepack.kernels import launches, msl
+from moepack.kernels import launches
 from moepack.kernels.device import Device, Step
 from moepack.kernels.expert_step import Choice, ExpertStep
-from moepack.kernels.forms import RESIDENT_BANK, SLOT_BANKS, expert_form, pack_places
+from moepack.kernels.forms import RESIDENT_BANK, SLOT_BANKS, expert_form, pack_places, struct_bytes
 from moepack.kernels.gpu_layers import GpuLayers
 from moepack.kernels.launches import Launch
 from moepack.kernels.matrix import Expert, Matrix
@@ -425,11 +425,6 @@ class GpuExpertStep(ExpertStep):
 def unpack_place(code: int, rank: int) -> tuple[int, int, int]:
     """(offset, form, rank) of an expert by its code."""
     return code & (1 << OFFSET_BITS) - 1, (code >> OFFSET_BITS) - 1, rank
-
-
-def struct_bytes(name: str) -> int:
-    """Size of a struct of metal/experts.metal."""
-    return msl.load("experts").structs[name].size_bytes
 
 
 def memory_of(tensor: torch.Tensor) -> torch.Tensor:
