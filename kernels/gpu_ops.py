@@ -200,9 +200,9 @@ class GpuOps(TokenOps):
         parts = self._split(x) if self.forms.are_fit[places[:, 1]].any() else None
         for first in range(0, len(tokens), self.device.expert_tokens):
             last = min(first + self.device.expert_tokens, len(tokens))
-            starts, lengths = np.clip(ends - counts, first, last), np.clip(ends, first, last)
-            lengths -= starts
-            segments = np.column_stack([places, starts - first, lengths])[lengths > 0]
+            # Of each expert what lies between first and last: none, all, or a part.
+            starts, stops = np.clip(ends - counts, first, last), np.clip(ends, first, last)
+            segments = np.column_stack([places, starts - first, stops - starts])[stops > starts]
             self._add_pairs(out, x, parts, segments, tokens_on_host[first:last], weights[first:last], width)
 
     def argmax(self, logits: torch.Tensor) -> tuple[int, float]:
@@ -225,20 +225,20 @@ class GpuOps(TokenOps):
         """x [T, K] times each matrix transposed."""
         own = self.device.prompt_launches
         if own is None:
-            return self._tiled_products(launches, matrices, x.contiguous(), x)
+            return self._tiled_products(launches, matrices, x.contiguous(), len(x))
         packed = [matrix for matrix in matrices if own.is_fit(matrix)]
-        found = iter(self._tiled_products(own, packed, self._split(x), x) if packed else [])
+        found = iter(self._tiled_products(own, packed, self._split(x), len(x)) if packed else [])
         return [next(found) if own.is_fit(matrix) else self._widened_product(x, matrix) for matrix in matrices]
 
-    def _tiled_products(self, calls: Any, matrices: Sequence[Matrix], rows: Any, x: torch.Tensor) -> list[torch.Tensor]:
-        """The same by the matmul of a module of calls, one dispatch. rows: x as that wants it."""
+    def _tiled_products(self, calls: Any, matrices: Sequence[Matrix], rows: Any, num_rows: int) -> list[torch.Tensor]:
+        """The same in one dispatch, by the matmul of launches or of the device's own module, which reads its `rows`."""
         known = self._tiles.get(key := tuple(map(id, matrices)))
         if known is None:
             memory = memory_of(matrices[0].data)
             forms = self.device.upload_bytes(calls.tile_forms(matrices, memory))
             known = self._tiles[key] = (memory, forms, matrices)
         sizes = [matrix.out_features for matrix in matrices]
-        out = self.device.empty(len(x), sum(sizes))
+        out = self.device.empty(num_rows, sum(sizes))
         self.device.run(calls.matmul(*known, rows, out))
         return list(out.split(sizes, dim=1))
 
@@ -262,7 +262,7 @@ class GpuOps(TokenOps):
         """out += the experts' results for some pairs of a token and an expert.
 
         parts      of x, if any expert is for the device's own kernels for prompts
-        segments   as pack_segments takes them
+        segments   as forms.pack_segments takes them
         width      of the widest expert
         """
         banks, table, device, own = self.forms.banks, self.forms.table, self.device, self.device.prompt_launches

@@ -235,7 +235,7 @@ class Signature:
             return f", got a tensor {tuple(argument.shape)} that is not contiguous"
         if layout is None:
             return "" if argument.dtype in _DTYPES[parameter.type] else f", got a tensor of {argument.dtype}"
-        size_bytes = argument.numel() * argument.element_size()
+        size_bytes = argument.nbytes
         is_fitting = size_bytes == layout.size_bytes if parameter.is_reference else size_bytes % layout.size_bytes == 0
         if is_fitting and size_bytes:
             return ""
