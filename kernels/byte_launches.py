@@ -1,6 +1,7 @@
-"""The calls of cuda/: what launches.py has for metal/, where a kernel is another one on NVIDIA's GPUs.
+"""The calls of linears on NVIDIA's GPUs: cuda/'s kernel for packed weights, as bytes (cuda/bytes.h).
 
-Same names, arguments and results, within the kernels' tolerances; a device says by Device.launches which it takes.
+Same names, arguments and results as in launches.py, within the kernels' tolerances; what cannot be taken here, or gains
+nothing, goes there. A device says by Device.launches which of the two modules it takes.
 
     launch = byte_launches.linears(memory, forms, matrices, x, out)      # forms by byte_launches.matrix_forms
 """

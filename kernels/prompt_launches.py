@@ -69,7 +69,10 @@ def is_fit_expert(expert: Expert) -> bool:
 
 
 def split_rows(x: torch.Tensor, parts: Parts) -> Launch:
-    """The parts of x [T, at least K], of whose rows the first K columns are read."""
+    """The parts [T, K] of x [T, at least K], whose further columns are not read.
+
+    Raises ValueError if rows of x, which follow each other, would not start on 16 bytes.
+    """
     rows, columns = parts.halves.shape
     if x.shape[-1] % 4:
         raise ValueError(f"rows of x start on 16 bytes, got {x.shape[-1]} columns")
@@ -86,7 +89,13 @@ def tile_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
 def matmul(
     weights: torch.Tensor, forms: torch.Tensor, matrices: Sequence[Matrix], parts: Parts, out: torch.Tensor
 ) -> Launch:
-    """out [T, R] = the rows of the parts times matrices of together R rows."""
+    """out [T, R] = x [T, K], of which the parts are, times matrices of together R rows, side by side.
+
+    weights   the memory of the matrices, from its base
+    forms     tile_forms(matrices, weights) in a tensor
+
+    Raises ValueError unless all matrices are packed and have one number of columns.
+    """
     rows, columns = parts.halves.shape
     if any(matrix.in_features != matrices[0].in_features or not is_fit(matrix) for matrix in matrices):
         raise ValueError("matrices of one dispatch are packed and have one number of columns")
@@ -97,7 +106,10 @@ def matmul(
 
 
 def cut_segments(segments: np.ndarray) -> np.ndarray:
-    """Segments for pack_segments with at most TILE_TOKENS pairs each, an expert's of nearly the same size."""
+    """Segments int64 [n, 4] as forms.pack_segments takes them, cut so that each has at most TILE_TOKENS pairs.
+
+    An expert's are nearly of the same size.
+    """
     tiles = -(-segments[:, 3] // TILE_TOKENS)
     cut = segments.repeat(tiles, axis=0)
     number, tiles_each = np.arange(len(cut)) - (tiles.cumsum() - tiles).repeat(tiles), tiles.repeat(tiles)
@@ -115,7 +127,11 @@ def experts_gate_up_rows(
     parts: Parts,
     hidden: torch.Tensor,
 ) -> Launch:
-    """hidden [pairs, widest expert] of each segment's expert for the rows of the parts that are the pairs' tokens."""
+    """hidden [pairs, widest expert] of each segment's expert for the rows of the parts that are the pairs' tokens.
+
+    segments   forms.pack_segments(cut_segments(...)) in a tensor
+    tokens     int32 [pairs]
+    """
     arguments: tuple[torch.Tensor | bytes, ...]
     arguments = (*banks, forms, segments, tokens, *parts.buffers, hidden, _shape(parts, hidden))
     grid = (-(-hidden.shape[-1] // PAIR_ROWS), count_segments(segments), 1)
