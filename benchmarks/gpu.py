@@ -23,8 +23,9 @@ import torch
 
 from moepack.kernels import launches
 from moepack.kernels.cuda_device import CudaDevice
+from moepack.kernels.forms import expert_form, pack_places
 from moepack.kernels.gpu_token import memory_of
-from moepack.kernels.matrix import Matrix
+from moepack.kernels.matrix import Expert, Matrix
 from moepack.layout.geometry import BlockGeometry, MatrixGeometry, Scheme, align_up, uniform_schemes
 
 COPY_BYTES = 4 * 2**30
@@ -108,7 +109,7 @@ def bench_experts(device: CudaDevice, model: Model, bits: int, limit: float) -> 
     geometry = BlockGeometry.of(model.hidden, model.width, uniform_schemes(bits, 64))
     layers = -(-WORKING_SET // (geometry.block_stride * model.chosen))
     bank = random_bank(geometry.block_stride * model.chosen * layers)
-    forms = device.upload_bytes(launches.expert_form_of_block(geometry, 0))
+    forms = device.upload_bytes(expert_form(Expert.from_block(geometry, bank), bank, 0))
     x = torch.randn(1, model.hidden, device="cuda")
     hidden = torch.randn(model.chosen, model.width, device="cuda")
     weights = torch.rand(model.chosen, device="cuda")
@@ -116,7 +117,7 @@ def bench_experts(device: CudaDevice, model: Model, bits: int, limit: float) -> 
     order = torch.randperm(model.chosen * layers, generator=torch.Generator().manual_seed(0)).tolist()
     for layer in range(layers):
         ids = order[layer * model.chosen : (layer + 1) * model.chosen]
-        raw = launches.pack_places((expert * geometry.block_stride, 0, rank) for rank, expert in enumerate(ids))
+        raw = pack_places((expert * geometry.block_stride, 0, rank) for rank, expert in enumerate(ids))
         places = device.upload_bytes(raw)
         gate_up.append(device.bind(launches.experts_gate_up([bank] * 3, forms, places, x, hidden)))
         down.append(device.bind(launches.experts_down([bank] * 3, forms, places, hidden, weights, x.clone())))

@@ -1,6 +1,7 @@
-"""The calls of cuda/: what launches.py has for metal/, where a kernel is another one on NVIDIA's GPUs.
+"""The calls of linears on NVIDIA's GPUs: cuda/'s kernel for packed weights, as bytes (cuda/bytes.h).
 
-Same names, arguments and results, within the kernels' tolerances; a device says by Device.launches which it takes.
+Same names, arguments and results as in launches.py, within the kernels' tolerances; what cannot be taken here, or gains
+nothing, goes there. A device says by Device.launches which of the two modules it takes.
 
     launch = byte_launches.linears(memory, forms, matrices, x, out)      # forms by byte_launches.matrix_forms
 """
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from moepack.kernels import launches
+from moepack.kernels.forms import forms_side_by_side
 from moepack.kernels.launches import Launch
 from moepack.kernels.matrix import Matrix
 
@@ -24,7 +26,7 @@ def matrix_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
     """The MatrixForms of matrices that share an input, for linears."""
     if not _is_fit(matrices):
         return launches.matrix_forms(matrices, base)
-    return launches.forms_side_by_side(matrices, base, TILE_ROWS * _divide(matrices)[0])
+    return forms_side_by_side(matrices, base, TILE_ROWS * _divide(matrices)[0])
 
 
 def linears(

@@ -27,7 +27,7 @@ from moepack.layout.pages import Pages
 
 CONTEXT_BYTES = 640 * 2**20  # of the driver and torch on the GPU; an H100 with CUDA 13 showed 621 MiB
 UPLOAD_BYTES = 256 * 2**20  # of resident weights at a time
-PINNED_BYTES = 2**20  # of what is uploaded by way of pinned memory, which torch keeps
+PINNED_BYTES = 2**20  # of an upload by way of pinned memory, at most: torch keeps such memory for the next ones
 
 
 class CudaDevice(Device):
@@ -35,8 +35,8 @@ class CudaDevice(Device):
 
     launches = byte_launches
     can_capture = True
-    expert_tokens = 8192
-    prompts = prompt_launches
+    expert_tokens = 8192  # half and twice as many were slower: runtime/EXPERIMENTS.md
+    prompt_launches: Any = prompt_launches
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,10 +187,10 @@ class CudaDevice(Device):
         if module is None:
             binary = compile_text(self._nvrtc, source, self._architecture)
             error, module = self._driver.cuModuleLoadData(binary)
-            _check(error, f"{source.name}.metal cannot be loaded")
+            _check(error, f"{source.name} cannot be loaded")
             self._modules[source.text] = module
         error, function = self._driver.cuModuleGetFunction(module, name.encode())
-        _check(error, f"{source.name}.metal: {name}")
+        _check(error, f"{source.name}: {name}")
         return function
 
     def _wait(self) -> None:
@@ -224,7 +224,7 @@ def compile_text(nvrtc: Any, source: msl.Source, architecture: str) -> bytes:
     (failed,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if failed:
         log = _fetch(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode()
-        raise RuntimeError(f"{source.name}.metal does not compile for {architecture}:\n{log}")
+        raise RuntimeError(f"{source.name} does not compile for {architecture}:\n{log}")
     binary = _fetch(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
     nvrtc.nvrtcDestroyProgram(program)
     return binary

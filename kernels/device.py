@@ -43,7 +43,7 @@ class Device(ABC):
     place: torch.device
     can_capture = False  # whether capture works
     expert_tokens = 512  # tokens of experts that are computed together: planned for as scratch
-    prompts: Any = None  # the module with the calls of a prompt's products, if not launches
+    prompt_launches: Any = None  # the module with the calls of a prompt's products, if it is not that of all devices
 
     def __init__(self) -> None:
         self.epoch, self.done = 1, 0

@@ -2,7 +2,7 @@
 
 What one token needs are kernels alone (gpu_token.py). So is a prompt, but for what is small beside its matrices, which
 is torch on the device by the reference's own text, and where a device has kernels of its own for products of a prompt
-(Device.prompts) for the matrices that those do not take.
+(Device.prompt_launches) for the matrices that those do not take.
 
     ops = GpuOps(MetalDevice())
     y = ops.linear(x, matrix)
@@ -19,6 +19,7 @@ import torch
 
 from moepack.kernels import launches, reference
 from moepack.kernels.device import Device, DeviceSlots, Step
+from moepack.kernels.forms import matrix_form, pack_segments
 from moepack.kernels.gpu_token import TokenOps, memory_of
 from moepack.kernels.launches import Launch
 from moepack.kernels.matrix import Expert, Matrix
@@ -109,7 +110,7 @@ class GpuOps(TokenOps):
     def _embedding(self, matrix: Matrix, ids: torch.Tensor, out: torch.Tensor) -> Launch:
         if id(matrix) not in self._embeddings:
             memory = memory_of(matrix.data)
-            form = self.device.upload_bytes(launches.matrix_form(matrix, memory))
+            form = self.device.upload_bytes(matrix_form(matrix, memory))
             self._embeddings[id(matrix)] = (memory, form, matrix)
         return launches.embed(*self._embeddings[id(matrix)], ids, out)
 
@@ -199,9 +200,9 @@ class GpuOps(TokenOps):
         parts = self._split(x) if self.forms.are_fit[places[:, 1]].any() else None
         for first in range(0, len(tokens), self.device.expert_tokens):
             last = min(first + self.device.expert_tokens, len(tokens))
-            starts, lengths = np.clip(ends - counts, first, last), np.clip(ends, first, last)
-            lengths -= starts
-            segments = np.column_stack([places, starts - first, lengths])[lengths > 0]
+            # Of each expert what lies between first and last: none, all, or a part.
+            starts, stops = np.clip(ends - counts, first, last), np.clip(ends, first, last)
+            segments = np.column_stack([places, starts - first, stops - starts])[stops > starts]
             self._add_pairs(out, x, parts, segments, tokens_on_host[first:last], weights[first:last], width)
 
     def argmax(self, logits: torch.Tensor) -> tuple[int, float]:
@@ -222,29 +223,30 @@ class GpuOps(TokenOps):
 
     def _products_of_rows(self, x: torch.Tensor, matrices: Sequence[Matrix]) -> list[torch.Tensor]:
         """x [T, K] times each matrix transposed."""
-        prompts = self.device.prompts
-        if prompts is None:
-            return self._tiled_products(launches, matrices, x.contiguous(), x)
-        packed = [matrix for matrix in matrices if prompts.is_fit(matrix)]
-        found = iter(self._tiled_products(prompts, packed, self._split(x), x) if packed else [])
-        return [next(found) if prompts.is_fit(matrix) else self._widened_product(x, matrix) for matrix in matrices]
+        own = self.device.prompt_launches
+        if own is None:
+            return self._tiled_products(launches, matrices, x.contiguous(), len(x))
+        packed = [matrix for matrix in matrices if own.is_fit(matrix)]
+        found = iter(self._tiled_products(own, packed, self._split(x), len(x)) if packed else [])
+        return [next(found) if own.is_fit(matrix) else self._widened_product(x, matrix) for matrix in matrices]
 
-    def _tiled_products(self, calls: Any, matrices: Sequence[Matrix], rows: Any, x: torch.Tensor) -> list[torch.Tensor]:
-        """The same by the matmul of a module of calls, one dispatch. rows: x as that wants it."""
+    def _tiled_products(self, calls: Any, matrices: Sequence[Matrix], rows: Any, num_rows: int) -> list[torch.Tensor]:
+        """The same in one dispatch, by the matmul of launches or of the device's own module, which reads its `rows`."""
         known = self._tiles.get(key := tuple(map(id, matrices)))
         if known is None:
             memory = memory_of(matrices[0].data)
             forms = self.device.upload_bytes(calls.tile_forms(matrices, memory))
             known = self._tiles[key] = (memory, forms, matrices)
         sizes = [matrix.out_features for matrix in matrices]
-        out = self.device.empty(len(x), sum(sizes))
+        out = self.device.empty(num_rows, sum(sizes))
         self.device.run(calls.matmul(*known, rows, out))
         return list(out.split(sizes, dim=1))
 
     def _split(self, x: torch.Tensor) -> Any:
         """The rows of x as the device's own kernels for prompts read them."""
-        parts = self.device.prompts.Parts.of(self.device, *x.shape)
-        self.device.run(self.device.prompts.split_rows(x.contiguous(), parts))
+        own = self.device.prompt_launches
+        parts = own.Parts.of(self.device, *x.shape)
+        self.device.run(own.split_rows(x.contiguous(), parts))
         return parts
 
     def _add_pairs(
@@ -260,13 +262,13 @@ class GpuOps(TokenOps):
         """out += the experts' results for some pairs of a token and an expert.
 
         parts      of x, if any expert is for the device's own kernels for prompts
-        segments   as launches.pack_segments takes them
+        segments   as forms.pack_segments takes them
         width      of the widest expert
         """
-        banks, table, device, own = self.forms.banks, self.forms.table, self.device, self.device.prompts
+        banks, table, device, own = self.forms.banks, self.forms.table, self.device, self.device.prompt_launches
         is_fit = self.forms.are_fit[segments[:, 1]]
         plain, fit = segments[~is_fit], segments[is_fit]
-        tables = launches.pack_segments(own.cut_segments(fit) if fit.size else fit), launches.pack_segments(plain)
+        tables = pack_segments(own.cut_segments(fit) if fit.size else fit), pack_segments(plain)
         raw = [np.frombuffer(part, np.uint8) for part in tables]
         fit_table, plain_table, of_pairs, order = self._upload_together(*raw, tokens, _order_by_token(tokens, len(x)))
         hidden, rows = device.empty(len(tokens), width), device.empty(len(tokens), x.shape[1])
@@ -303,7 +305,7 @@ class GpuOps(TokenOps):
         if (first, count) not in steps:
             wide = self.scratch("wide", count * matrix.in_features).view(count, -1)
             memory = memory_of(matrix.data)
-            form = self.device.upload_bytes(launches.matrix_form(matrix, memory))
+            form = self.device.upload_bytes(matrix_form(matrix, memory))
             rows = self._row_numbers(first + count)[first:]
             steps[first, count] = (self.device.bind(launches.embed(memory, form, matrix, rows, wide)), wide)
         step, wide = steps[first, count]

@@ -19,11 +19,12 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from moepack.kernels import launches, msl
+from moepack.kernels import launches
 from moepack.kernels.device import Device, Step
 from moepack.kernels.expert_step import Choice, ExpertStep
+from moepack.kernels.forms import RESIDENT_BANK, SLOT_BANKS, expert_form, pack_places, struct_bytes
 from moepack.kernels.gpu_layers import GpuLayers
-from moepack.kernels.launches import RESIDENT_BANK, SLOT_BANKS, Launch
+from moepack.kernels.launches import Launch
 from moepack.kernels.matrix import Expert, Matrix
 
 MAX_FORMS = 1024  # kinds of blocks and shared experts: 160 bytes each
@@ -240,15 +241,15 @@ class ExpertForms:
         first = min(parts, key=lambda part: part.data_ptr())
         storage = first.untyped_storage().data_ptr()
         bank = next(n for n, memory in enumerate(self.banks) if memory.untyped_storage().data_ptr() == storage)
-        form = launches.expert_form(matrices, first, bank)
+        form = expert_form(expert, first, bank)
         index = self._known.get(form)
         if index is None:
             index = len(self._known)
             if index == MAX_FORMS:
                 raise ValueError(f"more than {MAX_FORMS} kinds of experts")
             self._known[form] = index
-            prompts = self._device.prompts
-            self.are_fit[index] = prompts is not None and prompts.is_fit_expert(expert)
+            own = self._device.prompt_launches
+            self.are_fit[index] = own is not None and own.is_fit_expert(expert)
             self._box.write(index * self._form_bytes, form)
         return first.data_ptr() - self.banks[bank].data_ptr(), index
 
@@ -353,7 +354,7 @@ class GpuExpertStep(ExpertStep):
             return
         places = [unpack_place(code, row) for code, row in zip(codes, rows)]
         self._ranked.update((row, place) for row, place in zip(rows, places))
-        self._places.put(first * self._place_bytes, launches.pack_places(places))
+        self._places.put(first * self._place_bytes, pack_places(places))
         self._arrived += count
         if self._arrived > self._num_chosen:  # the last ones: both lists are complete
             self._put_ranked()
@@ -379,12 +380,12 @@ class GpuExpertStep(ExpertStep):
 
     def _put_ranked(self) -> None:
         rows = self._num_chosen + 1
-        self._places.put(rows * self._place_bytes, launches.pack_places(self._ranked[row] for row in range(rows)))
+        self._places.put(rows * self._place_bytes, pack_places(self._ranked[row] for row in range(rows)))
 
     def settle(self, codes: Sequence[int], shared: Expert) -> None:
         """All experts of the layer are in memory for good: from now on run_settled can be used."""
         codes = [*codes, self._ops.forms.code_of(shared)]
-        table = self._ops.device.upload_bytes(launches.pack_places(unpack_place(code, 0) for code in codes))
+        table = self._ops.device.upload_bytes(pack_places(unpack_place(code, 0) for code in codes))
         rows = self._num_chosen + 1
         places = self._ops.device.upload_bytes(bytes(rows * self._place_bytes))
         chosen = self._ids.bytes[: self._num_chosen * INT_BYTES].view(torch.int32).view(1, -1)
@@ -424,11 +425,6 @@ class GpuExpertStep(ExpertStep):
 def unpack_place(code: int, rank: int) -> tuple[int, int, int]:
     """(offset, form, rank) of an expert by its code."""
     return code & (1 << OFFSET_BITS) - 1, (code >> OFFSET_BITS) - 1, rank
-
-
-def struct_bytes(name: str) -> int:
-    """Size of a struct of metal/experts.metal."""
-    return msl.load("experts").structs[name].size_bytes
 
 
 def memory_of(tensor: torch.Tensor) -> torch.Tensor:

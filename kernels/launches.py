@@ -11,17 +11,15 @@ bytes.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 
 from moepack.kernels import msl
+from moepack.kernels.forms import count_places, count_segments, forms_side_by_side
 from moepack.kernels.matrix import Matrix
-from moepack.layout.geometry import BlockGeometry, MatrixGeometry
+from moepack.kernels.msl import pack_struct
 
 UNIT, SIMDGROUPS, LANES = 32, 4, 32  # metal/matrix.h
 LINEAR_ROWS, LINEAR_SIMDGROUPS = 2, 8  # metal/linears.metal
@@ -37,8 +35,6 @@ ARGMAX_PART, ARGMAX_THREADS = 4096, 256  # metal/argmax.metal
 TILE, TILE_THREADS = 32, 128  # metal/tile.h
 SCAN_COLUMNS, SCAN_SIMDGROUPS = 4, 8  # metal/delta_scan.metal
 TILES_SIMDGROUPS = 8  # metal/attention_tiles.metal
-PLAIN_STORAGES = {torch.bfloat16: 16, torch.float16: 17, torch.float32: 32}
-SLOT_BANKS, RESIDENT_BANK = (0, 1), 2
 
 
 @dataclass(frozen=True)
@@ -75,49 +71,6 @@ def spread_width(columns: int) -> int:
     return -(-columns // UNIT) * UNIT
 
 
-@functools.lru_cache(4096, typed=True)
-def shape_of(file: str, struct: str, **values: Any) -> bytes:
-    """A packed struct of a kernel file."""
-    return msl.load(file).structs[struct].pack(**values)
-
-
-def matrix_form(matrix: Matrix, base: torch.Tensor, first_out: int = 0, first_group: int = 0) -> bytes:
-    """A MatrixForm: where a matrix, all of whose parts are views into one memory, lies from its `base`."""
-    parts = [matrix.data if part is None else part for part in (matrix.data, matrix.scales, matrix.biases)]
-    offsets = [part.data_ptr() - base.data_ptr() for part in parts]
-    is_packed = matrix.scales is not None
-    storage = matrix.bits if is_packed else PLAIN_STORAGES[matrix.data.dtype]
-    group_size = matrix.in_features // matrix.scales.shape[1] if matrix.scales is not None else 0
-    sizes = (storage, group_size, matrix.out_features, matrix.in_features)
-    return _pack_matrix(offsets, *sizes, first_out, first_group)
-
-
-def _pack_matrix(
-    offsets: Sequence[int],
-    storage: int,
-    group_size: int,
-    rows: int,
-    columns: int,
-    first_out: int = 0,
-    first_group: int = 0,
-) -> bytes:
-    if offsets[0] % 16:
-        raise ValueError(f"a matrix must start on a multiple of 16 bytes, this one is at {offsets[0]}")
-    return shape_of(
-        "experts",
-        "MatrixForm",
-        data=offsets[0],
-        scales=offsets[1],
-        biases=offsets[2],
-        storage=storage,
-        group_size=group_size,
-        rows=rows,
-        columns=columns,
-        first_out=first_out,
-        first_group=first_group,
-    )
-
-
 def matrix_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
     """The MatrixForms of matrices that share an input, for linears: results and threadgroups follow each other."""
     return forms_side_by_side(
@@ -128,46 +81,6 @@ def matrix_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
 def tile_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
     """The same for matmul, whose threadgroups have other sizes."""
     return forms_side_by_side(matrices, base, TILE)
-
-
-def forms_side_by_side(matrices: Sequence[Matrix], base: torch.Tensor, rows_each: int) -> bytes:
-    """Matrices whose results and threadgroups, of so many rows each, follow each other."""
-    forms, first_out, first_group = [], 0, 0
-    for matrix in matrices:
-        forms.append(matrix_form(matrix, base, first_out, first_group))
-        first_out += matrix.out_features
-        first_group += -(-matrix.out_features // rows_each)
-    return b"".join(forms)
-
-
-def expert_form_of_block(geometry: BlockGeometry, bank: int) -> bytes:
-    """The ExpertForm of blocks of this geometry in a bank of slots."""
-    sections = iter(geometry.sections)
-    parts = {}
-    for projection, matrix in geometry.matrices:
-        offsets = [next(sections).offset_bytes for _ in matrix.arrays]
-        parts[projection] = _form_in_block(matrix, (offsets * 3)[:3])
-    return _pack_expert([parts[name] for name in ("gate_proj", "up_proj", "down_proj")], bank)
-
-
-def _form_in_block(matrix: MatrixGeometry, offsets: Sequence[int]) -> bytes:
-    scheme = matrix.scheme
-    storage = scheme.bits if scheme.is_quantized else PLAIN_STORAGES[torch.bfloat16]
-    return _pack_matrix(offsets, storage, scheme.group_size or 0, matrix.out_features, matrix.in_features)
-
-
-def expert_form(matrices: Sequence[Matrix], base: torch.Tensor, bank: int) -> bytes:
-    """The ExpertForm of gate, up and down, wherever they lie in a bank from its `base`; its Place has offset 0."""
-    return _pack_expert([matrix_form(matrix, base) for matrix in matrices], bank)
-
-
-def _pack_expert(parts: Sequence[bytes], bank: int) -> bytes:
-    return shape_of("experts", "ExpertForm", gate=parts[0], up=parts[1], down=parts[2], bank=bank)
-
-
-def pack_places(places: Iterable[tuple[int, int, int]]) -> bytes:
-    """Places from (offset in the bank, index of the form, rank)."""
-    return msl.load("experts").structs["Place"].pack_rows(places)
 
 
 def linears(
@@ -217,7 +130,7 @@ def linears_by(
         raise ValueError("without a norm there is nothing to keep")
     strides = {"x_stride": x.shape[-1], "out_stride": out.shape[-1]}
     choices = {"is_normed": norm is not None, "keeps_normed": normed is not None, "accumulates": accumulate}
-    shape = shape_of(file, "LinearsShape", count=len(matrices), **sizes, **strides, **choices, eps=eps)
+    shape = pack_struct(file, "LinearsShape", count=len(matrices), **sizes, **strides, **choices, eps=eps)
     groups = sum(-(-matrix.out_features // rows_each) for matrix in matrices)
     arguments = (weights, forms, x, x if norm is None else norm, out if normed is None else normed, out, shape)
     return Launch(file, "linears", arguments, (groups, x.shape[0], 1), (simdgroups * LANES, 1, 1))
@@ -229,7 +142,7 @@ def experts_gate_up(
     """hidden [ranks, spread_width(widest expert)] of experts in places, from x [1, spread_width(D)]; both spread."""
     _check_spread(x, hidden)
     lanes = lanes_of_row(x.shape[-1])
-    shape = shape_of("experts", "GateUpShape", shift=lanes.bit_length() - 1, hidden_stride=hidden.shape[-1])
+    shape = pack_struct("experts", "GateUpShape", shift=lanes.bit_length() - 1, hidden_stride=hidden.shape[-1])
     grid = (-(-hidden.shape[-1] // rows_of_group(lanes, GATE_UP_ROWS, SIMDGROUPS)), count_places(places), 1)
     arguments: tuple[torch.Tensor | bytes, ...] = (*banks, forms, places, x, hidden, shape)
     return Launch("experts", "experts_gate_up", arguments, grid, (SIMDGROUPS * LANES, 1, 1))
@@ -251,7 +164,7 @@ def experts_down(
     lanes = max(lanes_of_row(hidden.shape[-1]), LANES * MAX_CHUNKS * DOWN_ROWS // MAX_ROWS)
     in_chunk = rows_of_group(lanes, DOWN_ROWS, 1)
     chunks = max(1, min(MAX_CHUNKS, rows // (in_chunk * DOWN_GROUPS)))
-    shape = shape_of(
+    shape = pack_struct(
         "experts",
         "DownShape",
         places=count,
@@ -271,11 +184,6 @@ def _check_spread(*vectors: torch.Tensor) -> None:
             raise ValueError(f"a spread vector has whole units of {UNIT}, got {vector.shape[-1]} numbers")
 
 
-def count_places(places: torch.Tensor) -> int:
-    """How many places a tensor of them holds."""
-    return places.numel() * places.element_size() // msl.load("experts").structs["Place"].size_bytes
-
-
 def embed(
     weights: torch.Tensor, form: torch.Tensor, matrix: Matrix, token_ids: torch.Tensor, out: torch.Tensor
 ) -> Launch:
@@ -287,7 +195,7 @@ def embed(
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float) -> Launch:
     """out = x / rms(x) * (1 + weight) over the last dimension W of contiguous x and out."""
     width = weight.shape[0]
-    shape = shape_of("norms", "NormShape", width=width, heads=1, gate_stride=0, eps=eps)
+    shape = pack_struct("norms", "NormShape", width=width, heads=1, gate_stride=0, eps=eps)
     return Launch("norms", "rms_norm", (x, weight, out, shape), (x.numel() // width, 1, 1), _threads_for(width))
 
 
@@ -296,7 +204,7 @@ def gated_rms_norm(
 ) -> Launch:
     """out [T, H, W] = x / rms(x) * weight * silu(gate); token t's gates [H, W] start at gate[t * gate_stride]."""
     heads, width = x.shape[-2:]
-    shape = shape_of("norms", "NormShape", width=width, heads=heads, gate_stride=gate_stride, eps=eps)
+    shape = pack_struct("norms", "NormShape", width=width, heads=heads, gate_stride=gate_stride, eps=eps)
     grid = (x.numel() // width, 1, 1)
     return Launch("norms", "gated_rms_norm", (x, gate, weight, out, shape), grid, _threads_for(width))
 
@@ -310,7 +218,9 @@ def causal_conv(x: torch.Tensor, weight: torch.Tensor, state: torch.Tensor, out:
     channels, taps = weight.shape
     if taps > MAX_TAPS:
         raise ValueError(f"a convolution has at most {MAX_TAPS} taps, got {taps}")
-    shape = shape_of("causal_conv", "ConvShape", channels=channels, taps=taps, tokens=x.shape[0], x_stride=x.shape[-1])
+    shape = pack_struct(
+        "causal_conv", "ConvShape", channels=channels, taps=taps, tokens=x.shape[0], x_stride=x.shape[-1]
+    )
     grid = (-(-channels // 256), -(-x.shape[0] // CONV_TOKENS), 1)
     return Launch("causal_conv", "causal_conv", (x, weight, state, out, shape), grid, (256, 1, 1))
 
@@ -336,7 +246,7 @@ def delta_step(
         raise ValueError(f"the delta rule takes heads of up to 128 x 256, got {key_width} x {value_width}")
     sizes = {"key_heads": key_heads, "value_heads": value_heads, "key_width": key_width, "value_width": value_width}
     places = {"z_offset": z_offset, "a_offset": a_offset, "b_offset": b_offset}
-    shape = shape_of("delta_step", "DeltaShape", **sizes, **places, eps=eps)
+    shape = pack_struct("delta_step", "DeltaShape", **sizes, **places, eps=eps)
     arguments = (mixed, projected, a_log, dt_bias, norm, state, out, shape)
     return Launch("delta_step", "delta_step", arguments, (value_heads, 1, 1), (threads, 1, 1))
 
@@ -357,7 +267,7 @@ def rope_cache(
     _check_head(width)
     sizes = {"heads": heads, "kv_heads": kv_heads, "width": width, "rotary": 2 * frequencies.shape[0]}
     places = {"max_positions": max_positions, "stride": projected.shape[-1]}
-    shape = shape_of("rope_cache", "RopeShape", **sizes, **places, eps=eps)
+    shape = pack_struct("rope_cache", "RopeShape", **sizes, **places, eps=eps)
     arguments = (projected, q_norm, k_norm, frequencies, position, q, keys, values, shape)
     return Launch("rope_cache", "rope_cache", arguments, (heads + 2 * kv_heads, tokens, 1), (LANES, 1, 1))
 
@@ -417,7 +327,7 @@ def count_splits(max_positions: int) -> int:
 def _attention_shape(partial: torch.Tensor, keys: torch.Tensor) -> bytes:
     (heads, splits, width), (kv_heads, max_positions, _) = partial.shape, keys.shape
     sizes = {"heads": heads, "kv_heads": kv_heads, "width": width, "max_positions": max_positions, "splits": splits}
-    return shape_of("attention_step", "AttentionStepShape", **sizes)
+    return pack_struct("attention_step", "AttentionStepShape", **sizes)
 
 
 def choose_experts(
@@ -438,7 +348,9 @@ def choose_experts(
         raise ValueError(f"a router chooses among at most {MAX_EXPERTS} experts, got {experts}")
     if ids.shape[1] > MAX_CHOSEN:
         raise ValueError(f"a router chooses at most {MAX_CHOSEN} experts, got {ids.shape[1]}")
-    shape = shape_of("choose_experts", "ChooseShape", experts=experts, chosen=ids.shape[1], places_wanted=places_wanted)
+    shape = pack_struct(
+        "choose_experts", "ChooseShape", experts=experts, chosen=ids.shape[1], places_wanted=places_wanted
+    )
     arguments = (logits, ids, weights, table, places, shape)
     return Launch("choose_experts", "choose_experts", arguments, (rows, 1, 1), (LANES, 1, 1))
 
@@ -464,7 +376,7 @@ def count_parts(width: int) -> int:
 
 
 def _argmax_shape(width: int) -> bytes:
-    return shape_of("argmax", "ArgmaxShape", width=width, parts=count_parts(width))
+    return pack_struct("argmax", "ArgmaxShape", width=width, parts=count_parts(width))
 
 
 # A prompt
@@ -480,7 +392,7 @@ def matmul(
 ) -> Launch:
     """out [T, R] (+)= x [T, at least K] times matrices of together R rows; forms: tile_forms(matrices, weights)."""
     tokens = x.shape[0]
-    shape = shape_of(
+    shape = pack_struct(
         "matmul",
         "MatmulShape",
         count=len(matrices),
@@ -497,12 +409,6 @@ def _tiles(rows: int) -> int:
     return -(-rows // TILE)
 
 
-def pack_segments(segments: np.ndarray) -> bytes:
-    """Segments from int64 [n, 4]: offset in the bank, index of the form, first pair, number of pairs."""
-    ranks = np.zeros((len(segments), 1), np.int64)  # of no meaning here
-    return _segment().pack_columns(np.hstack([segments[:, :2], ranks, segments[:, 2:]]))
-
-
 def experts_gate_up_rows(
     banks: Sequence[torch.Tensor],
     forms: torch.Tensor,
@@ -516,7 +422,7 @@ def experts_gate_up_rows(
 
     most_pairs   of any segment
     """
-    shape = shape_of("experts_prefill", "ExpertRowsShape", x_stride=x.shape[-1], out_stride=hidden.shape[-1])
+    shape = pack_struct("experts_prefill", "ExpertRowsShape", x_stride=x.shape[-1], out_stride=hidden.shape[-1])
     arguments: tuple[torch.Tensor | bytes, ...] = (*banks, forms, segments, tokens, x, hidden, shape)
     grid = (_tiles(hidden.shape[-1]), _tiles(most_pairs), count_segments(segments))
     return Launch("experts_prefill", "experts_gate_up_rows", arguments, grid, (TILE_THREADS, 1, 1))
@@ -531,25 +437,16 @@ def experts_down_rows(
     most_pairs: int,
 ) -> Launch:
     """rows [pairs, D] = each segment's expert's down times hidden [pairs, widest expert]."""
-    shape = shape_of("experts_prefill", "ExpertRowsShape", x_stride=hidden.shape[-1], out_stride=rows.shape[-1])
+    shape = pack_struct("experts_prefill", "ExpertRowsShape", x_stride=hidden.shape[-1], out_stride=rows.shape[-1])
     arguments: tuple[torch.Tensor | bytes, ...] = (*banks, forms, segments, hidden, rows, shape)
     grid = (_tiles(rows.shape[-1]), _tiles(most_pairs), count_segments(segments))
     return Launch("experts_prefill", "experts_down_rows", arguments, grid, (TILE_THREADS, 1, 1))
 
 
-def count_segments(segments: torch.Tensor) -> int:
-    """How many segments a tensor of them holds."""
-    return segments.nbytes // _segment().size_bytes
-
-
-def _segment() -> msl.Struct:
-    return msl.load("experts_prefill").structs["Segment"]
-
-
 def add_expert_rows(rows: torch.Tensor, order: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> Launch:
     """out [T, D] += weights[p] * rows[p] for each pair p of order int32 [T, K], one after the other; -1 is none."""
     width, (tokens, most) = out.shape[-1], order.shape
-    shape = shape_of("experts_prefill", "AddRowsShape", width=width, most=most)
+    shape = pack_struct("experts_prefill", "AddRowsShape", width=width, most=most)
     arguments = (rows, order, weights, out, shape)
     threads = min(256, -(-width // LANES) * LANES)
     return Launch("experts_prefill", "add_expert_rows", arguments, (-(-width // 256), tokens, 1), (threads, 1, 1))
@@ -570,7 +467,7 @@ def delta_scan(
         raise ValueError(f"the delta rule takes keys of up to {MAX_WIDTH} dimensions, got {key_width}")
     sizes = {"key_heads": key_heads, "value_heads": value_heads, "key_width": key_width, "value_width": value_width}
     strides = {"q_stride": q.stride(0), "k_stride": k.stride(0), "v_stride": v.stride(0)}
-    shape = shape_of("delta_scan", "ScanShape", **sizes, **strides, tokens=tokens)
+    shape = pack_struct("delta_scan", "ScanShape", **sizes, **strides, tokens=tokens)
     arguments = (_span(q), _span(k), _span(v), decay, beta, state, out, shape)
     grid = (-(-value_width // (SCAN_COLUMNS * SCAN_SIMDGROUPS)), value_heads, 1)
     return Launch("delta_scan", "delta_scan", arguments, grid, (SCAN_SIMDGROUPS * LANES, 1, 1))
@@ -591,7 +488,7 @@ def attention_tiles(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, o
     if values.stride() != keys.stride():
         raise ValueError("keys and values must lie alike")
     sizes = {"heads": heads, "kv_heads": kv_heads, "width": width, "tokens": tokens, "context": context}
-    shape = shape_of("attention_tiles", "AttentionTilesShape", **sizes, kv_stride=keys.stride(0))
+    shape = pack_struct("attention_tiles", "AttentionTilesShape", **sizes, kv_stride=keys.stride(0))
     simdgroups = -(-tokens // QUERIES) * (heads // kv_heads)
     grid = (kv_heads, -(-simdgroups // TILES_SIMDGROUPS), 1)
     arguments = (q, _span(keys), _span(values), out, shape)

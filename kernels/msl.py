@@ -123,8 +123,8 @@ class Struct:
         layout = self._flat_layout
         return b"".join(layout.pack(*row) for row in rows)
 
-    def pack_columns(self, rows: np.ndarray) -> bytes:
-        """The same from an array of integers [n, numbers of a struct], all at once."""
+    def pack_array(self, rows: np.ndarray) -> bytes:
+        """The same from integers [n, numbers of a struct], all at once: faster from some tens of rows on."""
         table = np.zeros(len(rows), self._flat_dtype)
         for column, name in enumerate(table.dtype.names or ()):
             table[name] = rows[:, column]
@@ -235,7 +235,7 @@ class Signature:
             return f", got a tensor {tuple(argument.shape)} that is not contiguous"
         if layout is None:
             return "" if argument.dtype in _DTYPES[parameter.type] else f", got a tensor of {argument.dtype}"
-        size_bytes = argument.numel() * argument.element_size()
+        size_bytes = argument.nbytes
         is_fitting = size_bytes == layout.size_bytes if parameter.is_reference else size_bytes % layout.size_bytes == 0
         if is_fitting and size_bytes:
             return ""
@@ -259,6 +259,12 @@ def load(name: str) -> Source:
     if not path.exists():
         path = CUDA / f"{name}.cu"
     return parse(name, _include(path.read_text(encoding="utf-8"), set()))
+
+
+@functools.lru_cache(4096, typed=True)
+def pack_struct(file: str, struct: str, **values: Any) -> bytes:
+    """A packed struct of a kernel file (Struct.pack)."""
+    return load(file).structs[struct].pack(**values)
 
 
 def list_files() -> list[str]:

@@ -302,6 +302,7 @@ def check_prompt(token_ids: Sequence[int], architecture: Architecture, tokenizer
         )
     of_vision = tokenizer.vision_token_ids
     for token_id in token_ids:
+        # Nearly every id is a plain int, which is seen at once; to ask an abstract class takes ten times as long.
         if type(token_id) is not int and (not isinstance(token_id, Integral) or isinstance(token_id, bool)):
             raise UsageError(f"token id {token_id!r}: expected an integer")
         if not 0 <= token_id < architecture.vocab_size:

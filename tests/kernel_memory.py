@@ -1,4 +1,4 @@
-"""Weights put into one run of memory, as a pack's bytes lie in it, for kernels that address them by offsets."""
+"""Memory for kernels under test: weights in one run, as a pack's bytes lie in it, structs, results not written yet."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ import torch
 from moepack.kernels.matrix import Matrix
 
 ALIGNMENT = 64
+
+
+class Host:
+    """The processor as a device for tensors to be written: what is read unwritten shows."""
+
+    @staticmethod
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.full(shape, torch.nan if dtype.is_floating_point else -1, dtype=dtype)
 
 
 def bytes_tensor(data: bytes) -> torch.Tensor:

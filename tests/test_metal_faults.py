@@ -7,9 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernel_memory import bytes_tensor, lay_out
+from kernel_memory import Host, bytes_tensor, lay_out
 from moepack.kernels import launches, msl, prompt_launches, simt
+from moepack.kernels.forms import expert_form, matrix_form, pack_places
 from moepack.kernels.launches import Launch
+from moepack.kernels.matrix import Expert
 from moepack.kernels.simt import Executor, KernelError, WatchedExecutor
 from test_native_matrices import quantized
 
@@ -49,8 +51,8 @@ def linears_launch() -> tuple[Launch, torch.Tensor]:
 def experts_launch() -> tuple[Launch, torch.Tensor]:
     experts, hidden = 3, 64
     base, matrices = lay_out([quantized(hidden, hidden, 4, 32, seed) for seed in range(3 * experts)])
-    forms = b"".join(launches.expert_form(matrices[i : i + 3], base, 0) for i in range(0, 3 * experts, 3))
-    places = bytes_tensor(launches.pack_places((0, rank, rank) for rank in range(experts)))
+    forms = b"".join(expert_form(Expert(*matrices[i : i + 3]), base, 0) for i in range(0, 3 * experts, 3))
+    places = bytes_tensor(pack_places((0, rank, rank) for rank in range(experts)))
     products = torch.randn(experts, hidden, generator=torch.Generator().manual_seed(4))
     out = torch.zeros(1, hidden)
     launch = launches.experts_down([base] * 3, bytes_tensor(forms), places, products, torch.ones(experts), out)
@@ -59,7 +61,7 @@ def experts_launch() -> tuple[Launch, torch.Tensor]:
 
 def embed_launch() -> tuple[Launch, torch.Tensor]:
     base, (matrix,) = lay_out([quantized(4, 96, 3, 32)])
-    form = bytes_tensor(launches.matrix_form(matrix, base))
+    form = bytes_tensor(matrix_form(matrix, base))
     out = torch.zeros(1, 96)
     return launches.embed(base, form, matrix, torch.tensor([3], dtype=torch.int32), out), out
 
@@ -81,7 +83,7 @@ def scan_launch() -> tuple[Launch, torch.Tensor]:
 def halves_launch() -> tuple[Launch, torch.Tensor]:
     base, matrices = lay_out([quantized(70, 128, 4, 32)])
     x, out = torch.randn(9, 128, generator=torch.Generator().manual_seed(7)), torch.zeros(9, 70)
-    parts = prompt_launches.Parts(torch.zeros(9, 128, dtype=torch.int32), torch.zeros(9, 56), torch.zeros(9))
+    parts = prompt_launches.Parts.of(Host, *x.shape)
     Executor().run(prompt_launches.split_rows(x, parts))
     forms = bytes_tensor(prompt_launches.tile_forms(matrices, base))
     return prompt_launches.matmul(base, forms, matrices, parts, out), out

@@ -16,6 +16,7 @@ import torch
 from kernel_devices import CHOSEN, Runner, default_runner
 from kernel_memory import bytes_tensor, gather, lay_out, spread
 from moepack.kernels import byte_launches, launches, reference
+from moepack.kernels.forms import RESIDENT_BANK, expert_form, matrix_form, pack_places
 from moepack.kernels.matrix import Expert, Matrix
 from moepack.kernels.simt import WatchedExecutor
 from moepack.layout.geometry import BlockGeometry, Scheme
@@ -151,7 +152,7 @@ def test_half_precision_at_the_ends_of_its_range() -> None:
 def check_embed(matrix: Matrix) -> None:
     base, (matrix,) = lay_out([matrix])
     ids, out = torch.tensor([3, 49, 0, 3], dtype=torch.int32), torch.zeros(4, matrix.in_features)
-    RUNNER.run(launches.embed(base, bytes_tensor(launches.matrix_form(matrix, base)), matrix, ids, out))
+    RUNNER.run(launches.embed(base, bytes_tensor(matrix_form(matrix, base)), matrix, ids, out))
     assert torch.equal(out, reference.embed(matrix, ids.long()))
 
 
@@ -188,8 +189,10 @@ def test_experts_of_a_token(
     banks = [random_blocks(geometries, slot_bytes), random_blocks(geometries[::-1], slot_bytes)]
     sizes = [(shared_width, hidden), (shared_width, hidden), (hidden, shared_width)]
     resident, shared = lay_out([quantized(1, 32, 4, 32), *(quantized(*size, 8, 32) for size in sizes)])
-    forms = b"".join(launches.expert_form_of_block(geometry, bank) for bank in (0, 1) for geometry in geometries)
-    forms += launches.expert_form(shared[1:], resident, launches.RESIDENT_BANK)
+    blocks = [torch.empty(geometry.block_bytes, dtype=torch.uint8) for geometry in geometries]
+    in_slots = [(Expert.from_block(geometry, block), block) for geometry, block in zip(geometries, blocks)]
+    forms = b"".join(expert_form(*expert_and_base, bank) for bank in (0, 1) for expert_and_base in in_slots)
+    forms += expert_form(Expert(*shared[1:]), resident, RESIDENT_BANK)
 
     chosen = [(1, 3), (0, 1), (0, 4), (1, 0), (0, 0), (1, 1)]  # bank, slot
     geometry_of = [geometries, geometries[::-1]]
@@ -209,8 +212,8 @@ def test_experts_of_a_token(
     memories, forms_buffer = [*banks, resident], bytes_tensor(forms)
     products, out = torch.zeros(len(places), max(width, shared_width)), torch.zeros(1, hidden)
     for part in (places[2:], places[:2]):  # those in memory, then those that arrive
-        some = bytes_tensor(launches.pack_places(part))
+        some = bytes_tensor(pack_places(part))
         executor.run(launches.experts_gate_up(memories, forms_buffer, some, spread(x), products))
-    everything = bytes_tensor(launches.pack_places(places))
+    everything = bytes_tensor(pack_places(places))
     executor.run(launches.experts_down(memories, forms_buffer, everything, products, weights, out))
     check_experts(out[0], expected, EXPERT)

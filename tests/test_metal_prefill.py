@@ -11,22 +11,15 @@ import pytest
 import torch
 
 from kernel_devices import Runner, default_runner
-from kernel_memory import bytes_tensor, lay_out
+from kernel_memory import Host, bytes_tensor, lay_out
 from moepack.kernels import launches, prompt_launches, reference
+from moepack.kernels.forms import expert_form, pack_segments
 from moepack.kernels.matrix import Expert, Matrix
 from test_metal_token import close
 from test_native_matrices import SCHEMES, check_experts, check_linear, quantized, random_input
 
 PRODUCT, EXPERT, STEPS = 2e-6, 2e-6, 1e-5
 RUNNER = default_runner()
-
-
-class Host:
-    """The processor as a device for tensors to be written: what is read unwritten shows."""
-
-    @staticmethod
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.full(shape, torch.nan if dtype.is_floating_point else -1, dtype=dtype)
 
 
 def split(executor: Runner, x: torch.Tensor, columns: int) -> prompt_launches.Parts:
@@ -101,7 +94,7 @@ class Prompt:
         ]
         self.base, flat = lay_out([matrix for expert in experts for matrix in expert])
         self.groups = [flat[i : i + 3] for i in range(0, len(flat), 3)]
-        self.forms = bytes_tensor(b"".join(launches.expert_form(group, self.base, 1) for group in self.groups))
+        self.forms = bytes_tensor(b"".join(expert_form(Expert(*group), self.base, 1) for group in self.groups))
         count = len(sizes)
         self.choices = torch.tensor([[t % count, (t + 1 + t % (count - 1)) % count] for t in range(tokens)])
         self.weights = torch.rand(tokens, 2, generator=torch.Generator().manual_seed(5))
@@ -130,7 +123,7 @@ class Prompt:
 def test_experts_of_a_prompt(executor: Runner) -> None:
     """Experts of several sizes and bits, chosen by different numbers of tokens; the sum in the order of the choices."""
     p = Prompt([(32, 4, 4, 32), (96, 2, 2, 32), (32, 8, 8, 32)], 64, 37)
-    segments, most = bytes_tensor(launches.pack_segments(p.segments)), int(p.segments[:, 3].max())
+    segments, most = bytes_tensor(pack_segments(p.segments)), int(p.segments[:, 3].max())
     banks = [p.base] * 3
     executor.run(launches.experts_gate_up_rows(banks, p.forms, segments, p.of_pairs, p.x, p.hidden, most))
     executor.run(launches.experts_down_rows(banks, p.forms, segments, p.hidden, p.rows, most))
@@ -140,7 +133,7 @@ def test_experts_of_a_prompt(executor: Runner) -> None:
 def test_experts_of_a_prompt_by_halves(executor: Runner) -> None:
     """The same, in tiles of nearly the same size, a smaller expert's zeros among the rows of a larger one."""
     p = Prompt([(160, 4, 3, 32), (64, 2, 8, 64), (32, 3, 2, 32)], 320, 100)
-    segments = bytes_tensor(launches.pack_segments(prompt_launches.cut_segments(p.segments)))
+    segments = bytes_tensor(pack_segments(prompt_launches.cut_segments(p.segments)))
     banks, parts = [p.base] * 3, split(executor, p.x, 320)
     executor.run(prompt_launches.experts_gate_up_rows(banks, p.forms, segments, p.of_pairs, parts, p.hidden))
     parts = split(executor, p.hidden, p.hidden.shape[1])

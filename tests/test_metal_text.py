@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moepack.kernels import byte_launches, launches, msl, reference
+from moepack.kernels import byte_launches, launches, msl, prompt_launches, reference
+from moepack.kernels.forms import PLAIN_STORAGES
 from moepack.kernels.msl import KernelTextError, Source, parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,9 +91,9 @@ def test_the_restricted_style(name: str) -> None:
 
 
 def test_geometry_is_that_of_the_text() -> None:
-    """launches.py and byte_launches.py repeat some constants of the files."""
+    """The modules of launches repeat some constants of the files."""
     values = {}
-    for name in (*FILES, "linears_bytes"):
+    for name in (*FILES, "linears_bytes", "split_rows", "matmul_halves", "experts_halves"):
         values |= {(name, constant): int(value) for constant, value in constants_of(name).items()}
     assert values["linears", "UNIT"] == launches.UNIT
     assert values["linears", "LINEAR_ROWS"] == launches.LINEAR_ROWS
@@ -135,8 +136,24 @@ def test_geometry_is_that_of_the_text() -> None:
     assert values["linears_bytes", "DIGIT_QUADS"] == strips + values["linears_bytes", "ZERO_QUADS"]
     lines = 2 * values["linears_bytes", "MAX_SIMDGROUPS"] * values["linears_bytes", "LINE_QUADS"]
     assert values["linears_bytes", "ALL_LINE_QUADS"] == lines
+    for name in ("split_rows", "matmul_halves", "experts_halves"):
+        assert values[name, "SUMMED"] == prompt_launches.SUMMED
+        assert values[name, "SUMS"] == prompt_launches.SUMS
+    for name in ("matmul_halves", "experts_halves"):
+        assert values[name, "TILE_TOKENS"] == prompt_launches.TILE_TOKENS == values[name, "TOKEN_EIGHTS"] * 8
+        assert values[name, "TILE_ROWS"] == prompt_launches.TILE_ROWS
+        assert values[name, "SIMD_ROWS"] == values[name, "ROW_TILES"] * 16
+        assert values[name, "HALVES_THREADS"] == prompt_launches.THREADS
+        quads = sum(values[name, of_all] for of_all in ("INPUT_QUADS", "WEIGHT_QUADS", "LINE_QUADS"))
+        assert values[name, "HALVES_QUADS"] == 2 * quads + 3 * values[name, "TILE_TOKENS"] // 4
+    assert values["experts_halves", "PAIR_ROWS"] == prompt_launches.PAIR_ROWS
     storages = {values["linears", name] for name in ("BF16", "F16", "F32")}
-    assert storages == set(launches.PLAIN_STORAGES.values())
+    assert storages == set(PLAIN_STORAGES.values())
+
+
+def test_segments_are_the_same_to_both_kernels_of_a_prompts_experts() -> None:
+    segments = {msl.load(name).structs["Segment"] for name in ("experts_prefill", "experts_halves")}
+    assert len(segments) == 1
 
 
 def constants_of(name: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ import torch
 from kernel_devices import Runner, default_runner
 from kernel_memory import bytes_tensor
 from moepack.kernels import launches, reference
+from moepack.kernels.forms import pack_places
 
 ROUNDING, SUMS = 1e-6, 3e-6
 RUNNER = default_runner()
@@ -110,7 +111,7 @@ def test_choose_experts(executor: Runner, rows: int, experts: int, chosen: int) 
     logits = torch.randn(rows, experts + 1)
     logits[0, [1, 2, experts - 1]] = 5.0  # equal ones: the lower id first
     ids, weights = torch.zeros(rows, chosen, dtype=torch.int32), torch.zeros(rows, chosen + 1)
-    table = bytes_tensor(launches.pack_places((expert * 2**33, expert % 3, 77) for expert in range(experts + 1)))
+    table = bytes_tensor(pack_places((expert * 2**33, expert % 3, 77) for expert in range(experts + 1)))
     places = torch.zeros(16 * (chosen + 1), dtype=torch.uint8)
     executor.run(launches.choose_experts(logits, ids, weights, table, places))
     expected_ids, expected_weights = reference.choose_experts(logits[:, :experts], chosen)
@@ -118,7 +119,7 @@ def test_choose_experts(executor: Runner, rows: int, experts: int, chosen: int) 
     close(weights[:, :chosen], expected_weights, ROUNDING)
     close(weights[:, chosen], logits[:, experts].sigmoid(), ROUNDING)
     picked = [*ids[0].tolist(), experts]
-    wanted = launches.pack_places((expert * 2**33, expert % 3, rank) for rank, expert in enumerate(picked))
+    wanted = pack_places((expert * 2**33, expert % 3, rank) for rank, expert in enumerate(picked))
     assert places.numpy().tobytes() == wanted
 
 

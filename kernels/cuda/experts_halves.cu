@@ -17,7 +17,7 @@ using namespace metal;
 // halves, sums, factors   x [T, D], then hidden [pairs, out_stride], as split_rows.cu leaves them
 // hidden     float [pairs, out_stride], zero beyond the rows of a smaller expert;   rows   float [pairs, out_stride]
 //
-// Threads: grid (rows of an expert / 128 or TILE_ROWS, segments), four simdgroups, tiles as in halves.h. Bound by
+// Threads: grid (rows of an expert / PAIR_ROWS or TILE_ROWS, segments), four simdgroups, tiles as in halves.h. Bound by
 // arithmetic, with few tokens by the weights. Reference: add_expert. Test: test_metal_prefill.py.
 
 struct Segment {

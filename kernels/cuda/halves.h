@@ -3,7 +3,7 @@
 //
 // A quantized integer, less the middle of its range, is a half without loss. A row of x, scaled by a power of two so
 // that its largest number is just below 2^15, is the sum of two halves that keep 22 bits and more of every number, and
-// of small ones all that is more than 2^-40 of the largest (split_rows.cu writes them, so that each row is split once).
+// of small ones all that is more than 2^-39 of the largest (split_rows.cu writes them, so that each row is split once).
 // So two products of halves give one in nearly float32:
 //
 //   w x = sum over blocks of 32 columns of scale * (sum (q - middle) low(x) + sum (q - middle) high(x))
@@ -22,7 +22,7 @@
 constant constexpr uint TOKEN_EIGHTS = 8;
 constant constexpr uint TILE_TOKENS = 64;
 constant constexpr uint ROW_TILES = 4;
-constant constexpr uint SIMD_ROWS = 64;
+constant constexpr uint SIMD_ROWS = 64;       // of a simdgroup
 constant constexpr uint TILE_ROWS = 256;
 constant constexpr uint HALVES_THREADS = 128;
 constant constexpr uint ROW_QUADS = 8;        // of four words: a block of a row of x, high halves then low ones

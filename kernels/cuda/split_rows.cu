@@ -4,7 +4,7 @@ using namespace metal;
 
 // Rows of x as the products of halves.h take them: every number as two halves, scaled by its row.
 //
-//   largest(row) * 2^e is in [2^14, 2^15);   high = half(x * 2^e),   low = half(x * 2^e - high)
+//   largest(row) * 2^e is in [2^14, 2^15), but e <= 126;   high = half(x * 2^e),   low = half(x * 2^e - high)
 //
 // x        float [T, x_stride], of which the first K columns are read, whole units of 32
 // halves   [T, K / 32, 2, 32]: of each block of 32 columns the high halves, then the low ones, each in the order 0 4 1 5
@@ -16,7 +16,7 @@ using namespace metal;
 // Threads: grid (T), a thread for eight columns at a time. Bound by memory. Reference: linears, of which it is a part.
 // Test: test_metal_prefill.py.
 
-constant constexpr uint SUMMED = 1024;
+constant constexpr uint SUMMED = 1024;  // both as in halves.h
 constant constexpr uint SUMS = 56;
 
 struct SplitShape {
