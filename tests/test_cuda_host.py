@@ -18,6 +18,8 @@ from moepack.runtime.evaluate import evaluate_text
 from moepack.runtime.expert_io import Read
 from test_emulated_device import CONTEXT, IDS, greedy, open_with
 
+UPLOAD = cuda_device.CudaDevice.upload  # before the double takes its place
+
 pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
 
 
@@ -148,6 +150,20 @@ def test_a_copy_that_nobody_waits_for_changes_the_answer(
         except MoepackError:  # memory that was never written is full of NaN
             found = []
     assert found != expected
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.arange(12).view(3, 4).T, torch.ones(3, dtype=torch.bfloat16), torch.tensor(5), torch.zeros(0)]
+)
+def test_what_is_uploaded_by_way_of_pinned_memory_stays_what_it_was(
+    driver: fake_cuda.Driver, monkeypatch: pytest.MonkeyPatch, tensor: torch.Tensor
+) -> None:
+    device = cuda_device.CudaDevice()
+    monkeypatch.setattr(device, "place", "cpu")  # no device that a tensor would be on already
+    found = UPLOAD(device, tensor)
+    assert found.dtype == tensor.dtype
+    assert torch.equal(found, tensor)
+    assert not tensor.numel() or found.data_ptr() != tensor.data_ptr()
 
 
 @pytest.mark.parametrize("waits", [True, False])
