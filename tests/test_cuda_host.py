@@ -42,13 +42,16 @@ def test_tokens_are_those_of_the_cpu_backend(
 def test_what_the_gpu_holds_at_a_time_is_planned_for(
     driver: fake_cuda.Driver, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plans = []
-    for tokens in (512, 8192):
+    """And no more than a chunk can have: a budget that is enough for short chunks is not refused."""
+    plans = {}
+    for tokens in (512, 2048):
         monkeypatch.setattr(cuda_device.CudaDevice, "expert_tokens", tokens)
-        with Engine.open(tiny_pack, device="cuda", exact=True, max_context=CONTEXT) as engine:
-            plans.append(engine.memory_plan.scratch_bytes)
+        for context in (64, 1024):
+            with Engine.open(tiny_pack, device="cuda", exact=True, max_context=context) as engine:
+                plans[tokens, engine.memory_plan.prefill_chunk] = engine.memory_plan.scratch_bytes
     pair = 4 * (2 * 96 + 4 * 64)  # floats of the hidden size and of an expert's width
-    assert plans[1] - plans[0] == (8192 - 512) * pair
+    assert plans[2048, 1024] - plans[512, 1024] == (2048 - 512) * pair
+    assert plans[2048, 64] == plans[512, 64]  # 65 tokens of two experts each
 
 
 def step_once(engine: Engine, token_id: int, state: object) -> int:
