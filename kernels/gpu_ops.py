@@ -295,7 +295,10 @@ class GpuOps(TokenOps):
         return found
 
     def _widened_product(self, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-        """x [T, K] times a matrix transposed, by torch on weights that a kernel has widened, some rows at a time."""
+        """x [T, K] times a matrix transposed, by torch on weights that a kernel has widened, some rows at a time.
+
+        The last bits of a token's result may depend on T: torch chooses by it how to add up.
+        """
         parts = [x @ self._widen(matrix, first, count).T for first, count in row_tiles(matrix)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 

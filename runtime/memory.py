@@ -112,7 +112,7 @@ def split_budget(
     kept = state + snapshot_bytes
     smallest = scratch_bytes(architecture, PREFILL_CHUNKS[-1], expert_tokens)
     least = process_bytes + resident + kept + smallest + one_token * slot
-    chunk = _choose_chunk(architecture, budget_bytes - least, max_positions)
+    chunk = _choose_chunk(architecture, budget_bytes - least, max_positions, expert_tokens)
     scratch = scratch_bytes(architecture, chunk, expert_tokens)
     fixed = process_bytes + resident + kept + scratch
     num_slots = min(all_experts, (budget_bytes - fixed) // slot)
@@ -134,21 +134,29 @@ def is_rounded(pack: Pack) -> bool:
     return is_quantized or bool(pack.manifest.resident.quantized)
 
 
-def _choose_chunk(a: Architecture, spare_bytes: int, max_positions: int) -> int:
+def _choose_chunk(a: Architecture, spare_bytes: int, max_positions: int, expert_tokens: int) -> int:
     """The longest chunk that takes little of what is to spare. What a token computes does not depend on it."""
+    shortest = PREFILL_CHUNKS[-1]
     for chunk in PREFILL_CHUNKS:
+        experts = expert_bytes(a, chunk, expert_tokens) - expert_bytes(a, shortest, expert_tokens)  # beyond the least
         is_useful = chunk < 2 * max_positions
-        if is_useful and chunk * chunk_token_bytes(a) <= spare_bytes // SCRATCH_SHARE:
+        if is_useful and chunk * chunk_token_bytes(a) + experts <= spare_bytes // SCRATCH_SHARE:
             return chunk
-    return PREFILL_CHUNKS[-1]
+    return shortest
 
 
 def scratch_bytes(a: Architecture, chunk: int, expert_tokens: int = EXPERT_TOKENS) -> int:
     """Upper bound of what the operations hold at once beside weights and state, for a chunk of prefill."""
+    logits = FLOAT_BYTES * 3 * logit_rows(a) * a.vocab_size
+    experts = expert_bytes(a, chunk, expert_tokens)
+    return (chunk + 1) * chunk_token_bytes(a) + experts + logits + ALLOCATOR_BYTES
+
+
+def expert_bytes(a: Architecture, chunk: int, expert_tokens: int) -> int:
+    """What is held for the tokens of experts that are computed together: no more than a chunk has, and one token."""
     width = max(a.moe_intermediate_size, a.shared_expert_intermediate_size)
-    expert = expert_tokens * (2 * a.hidden_size + 4 * width)
-    logits = 3 * logit_rows(a) * a.vocab_size
-    return (chunk + 1) * chunk_token_bytes(a) + FLOAT_BYTES * (expert + logits) + ALLOCATOR_BYTES
+    tokens = min(expert_tokens, (chunk + 1) * a.num_experts_per_tok)
+    return FLOAT_BYTES * tokens * (2 * a.hidden_size + 4 * width)
 
 
 def chunk_token_bytes(a: Architecture) -> int:

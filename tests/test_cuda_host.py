@@ -18,6 +18,8 @@ from moepack.runtime.evaluate import evaluate_text
 from moepack.runtime.expert_io import Read
 from test_emulated_device import CONTEXT, IDS, greedy, open_with
 
+UPLOAD = cuda_device.CudaDevice.upload  # before the double takes its place
+
 pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
 
 
@@ -40,13 +42,16 @@ def test_tokens_are_those_of_the_cpu_backend(
 def test_what_the_gpu_holds_at_a_time_is_planned_for(
     driver: fake_cuda.Driver, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plans = []
-    for tokens in (512, 8192):
+    """And no more than a chunk can have: a budget that is enough for short chunks is not refused."""
+    plans = {}
+    for tokens in (512, 2048):
         monkeypatch.setattr(cuda_device.CudaDevice, "expert_tokens", tokens)
-        with Engine.open(tiny_pack, device="cuda", exact=True, max_context=CONTEXT) as engine:
-            plans.append(engine.memory_plan.scratch_bytes)
+        for context in (64, 1024):
+            with Engine.open(tiny_pack, device="cuda", exact=True, max_context=context) as engine:
+                plans[tokens, engine.memory_plan.prefill_chunk] = engine.memory_plan.scratch_bytes
     pair = 4 * (2 * 96 + 4 * 64)  # floats of the hidden size and of an expert's width
-    assert plans[1] - plans[0] == (8192 - 512) * pair
+    assert plans[2048, 1024] - plans[512, 1024] == (2048 - 512) * pair
+    assert plans[2048, 64] == plans[512, 64]  # 65 tokens of two experts each
 
 
 def step_once(engine: Engine, token_id: int, state: object) -> int:
@@ -148,6 +153,20 @@ def test_a_copy_that_nobody_waits_for_changes_the_answer(
         except MoepackError:  # memory that was never written is full of NaN
             found = []
     assert found != expected
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.arange(12).view(3, 4).T, torch.ones(3, dtype=torch.bfloat16), torch.tensor(5), torch.zeros(0)]
+)
+def test_what_is_uploaded_by_way_of_pinned_memory_stays_what_it_was(
+    driver: fake_cuda.Driver, monkeypatch: pytest.MonkeyPatch, tensor: torch.Tensor
+) -> None:
+    device = cuda_device.CudaDevice()
+    monkeypatch.setattr(device, "place", "cpu")  # no device that a tensor would be on already
+    found = UPLOAD(device, tensor)
+    assert found.dtype == tensor.dtype
+    assert torch.equal(found, tensor)
+    assert not tensor.numel() or found.data_ptr() != tensor.data_ptr()
 
 
 @pytest.mark.parametrize("waits", [True, False])

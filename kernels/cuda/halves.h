@@ -72,9 +72,9 @@ inline void put_token(thread const Parts& parts, thread const HalvesMemory& at, 
 // The rows of one matrix, or of two side by side: half of a simdgroup's tiles each.
 struct RowTile {
   Weights w;
-  device const uchar* data;     // of the second, which is like the first
-  device const ushort* scales;
-  device const ushort* biases;
+  device const uchar* second_data;  // of the second, which is like the first
+  device const ushort* second_scales;
+  device const ushort* second_biases;
   uint first;
   uint half_rows;  // of a simdgroup: of the first matrix, then of the second; all if there is one
 };
@@ -132,7 +132,7 @@ inline void copy_weights(thread const RowTile& tile, thread const HalvesMemory& 
       const uint which_block = part / OF_BLOCK, byte = part % OF_BLOCK * SIZE;
       if (block + which_block >= blocks) continue;
       const RowPlace place = place_of(tile, simdgroup, r);
-      device const uchar* data = place.which ? tile.data : tile.w.data;
+      device const uchar* data = place.which ? tile.second_data : tile.w.data;
       device const uchar* from = data + min(place.row, tile.w.rows - 1) * (blocks * BITS * 4);
       threadgroup uchar* into = to + (which_block * TILE_ROWS + simdgroup * SIMD_ROWS + r) * (BITS * 4) + byte;
       from += (block + which_block) * (BITS * 4) + byte;
@@ -150,7 +150,7 @@ inline void copy_lines(thread const RowTile& tile, thread const HalvesMemory& at
   for (uint i = 0; i < TILE_ROWS / HALVES_THREADS; i++) {
     const uint r = index + i * HALVES_THREADS;
     const RowPlace place = place_of(tile, r / SIMD_ROWS, r % SIMD_ROWS);
-    device const ushort* scales = place.which ? tile.scales : tile.w.scales;
+    device const ushort* scales = place.which ? tile.second_scales : tile.w.scales;
     scales += min(place.row, tile.w.rows - 1) * groups + first;
     threadgroup ushort* to = at.lines + (line % 2 * TILE_ROWS + r) * LINE;
     if (groups % LINE == 0) {
@@ -243,8 +243,8 @@ inline void add_biases(thread const RowTile& tile, thread const Parts& parts, th
     for (uint i = 0; i < ROW_TILES * 2; i++) {
       const RowPlace place = place_of(tile, simdgroup, i * 8 + g);
       const uint from = min(place.row, tile.w.rows - 1) * groups;
-      const uint scales = load_pair((place.which ? tile.scales : tile.w.scales) + from, first + 2 * t, groups);
-      const uint biases = load_pair((place.which ? tile.biases : tile.w.biases) + from, first + 2 * t, groups);
+      const uint scales = load_pair((place.which ? tile.second_scales : tile.w.scales) + from, first + 2 * t, groups);
+      const uint biases = load_pair((place.which ? tile.second_biases : tile.w.biases) + from, first + 2 * t, groups);
       const uint to = i / 2 * 4 + i % 2;
       split_eleven(fma(widen_bf16(scales), float(middle), widen_bf16(biases)), high[to], low[to]);
       const float scale = as_type<float>(scales & 0xffff0000u), bias = as_type<float>(biases & 0xffff0000u);
