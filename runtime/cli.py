@@ -9,6 +9,7 @@ moe-run eval PACK --text book.txt --reference PACK16
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -381,6 +382,9 @@ def calibrate(
     step_tokens: int = typer.Option(
         None, "--step-tokens", help="Each of --tune's learns from, in whole 512s.  [default: 1024]", min=1
     ),
+    level_rate: float = typer.Option(
+        None, "--level-rate", help="Largest move of --tune's integers in a step, as a share of 1.  [default: 0.0003]"
+    ),
     seed: int = typer.Option(None, "--seed", help="Of the order of windows with --tune.  [default: 0]", min=0),
     threads: int = THREADS,
     memory: str = MEMORY,
@@ -400,11 +404,12 @@ def calibrate(
         raise UsageError(f"{out}: is a directory: give the name of a file in it")
     if tune and full:
         raise UsageError("--full and --tune: expected one of them, statistics or tuned experts")
-    given = {"steps": steps, "seed": seed, "step_tokens": step_tokens}
+    given = {"steps": steps, "seed": seed, "step_tokens": step_tokens, "level_rate": level_rate}
     given = {name: value for name, value in given.items() if value is not None}
     if not tune and given:
-        raise UsageError("--steps, --step-tokens and --seed are of --tune PACK: give it, or leave them out")
-    learns_on, plan = choose_device(device) if tune else None, TuningPlan(**{"steps": TUNING_STEPS, **given})
+        raise UsageError("--steps, --step-tokens, --level-rate, --seed: of --tune PACK, give it or leave them out")
+    learns_on = choose_device(device) if tune else None
+    plan = dataclasses.replace(TuningPlan(TUNING_STEPS), **given)  # type: ignore[arg-type]
     if tune:
         device = "cpu"  # of the engine, which samples
     passage = calibration.read_default_text() if text is None else read_text(text)

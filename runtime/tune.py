@@ -42,7 +42,7 @@ from moepack.runtime.engine import Engine, hash_manifest
 from moepack.runtime.learner import Learner, RoundedMatrices, read_expert, stored_arrays
 from moepack.runtime.resident import ResidentWeights
 
-LEVEL_RATE, LINE_RATE = 3e-4, 1e-3  # Adam's largest steps: in levels; of scales and biases, as shares of the mean scale
+LINE_RATE = 1e-3  # Adam's largest step of scales and biases, as a share of the mean scale
 LINE_TOP = 3  # the largest integer at which a scale moves at that rate: the ends of all lines move alike
 MOMENTS = (0.9, 0.99)
 WARM_UP = 20  # steps in which the rates rise
@@ -56,13 +56,21 @@ SAVE_EVERY = 100  # steps
 
 @dataclass(frozen=True)
 class TuningPlan:
-    """steps of so many tokens each; seed of their order. Raises UsageError for tokens that are no whole pieces."""
+    """steps of so many tokens each; seed of their order.
+
+    level_rate   Adam's largest step of a level, in levels: steps of more tokens bear a larger one
+
+    Raises UsageError for tokens that are no whole pieces, or a rate that is no share of a level.
+    """
 
     steps: int
     seed: int = 0
     step_tokens: int = 2 * PIECE_TOKENS
+    level_rate: float = 3e-4
 
     def __post_init__(self) -> None:
+        if not 0 <= self.level_rate <= 1:
+            raise UsageError(f"--level-rate {self.level_rate:g}: expected a number from 0 to 1")
         if self.step_tokens < 1 or self.step_tokens % PIECE_TOKENS:
             raise UsageError(f"--step-tokens {self.step_tokens}: expected {PIECE_TOKENS} or a multiple of it")
 
@@ -167,7 +175,7 @@ class Tuning:
         groups: list[dict[str, Any]] = []
         for _, _, part in self.learner.parts:
             rate = LINE_RATE * float(part.scales.detach().abs().mean())
-            groups += [{"params": [part.levels], "first_rate": LEVEL_RATE}]
+            groups += [{"params": [part.levels], "first_rate": self.plan.level_rate}]
             groups += [{"params": [part.scales], "first_rate": rate * LINE_TOP / part.top}]
             groups += [{"params": [part.biases], "first_rate": rate}]
         return groups

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -35,7 +34,7 @@ from tiny_checkpoint import TinyModel, write_checkpoint
 
 MODEL = TinyModel(layers=2, full_attention_interval=2, experts=5, max_positions=128)
 WINDOWS = [np.random.default_rng(seed).integers(0, 64, 70).tolist() for seed in range(KEPT_APART)]
-PLAN = TuningPlan(steps=30)
+PLAN = TuningPlan(steps=30, level_rate=5e-3)
 OPTIONS = ("--bits", 2, "--group-size", 32, "--resident-bits", 16)
 
 
@@ -58,7 +57,7 @@ def start(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_tuning(engine: Engine, start: Path, out: Path, on_step: Callable[[int], object] = lambda steps: None) -> Any:
     """A short run at a rate at which integers move nevertheless."""
-    with Pack.open(start) as pack, patch.object(tune, "LEVEL_RATE", 5e-3):
+    with Pack.open(start) as pack:
         return Tuning(engine, pack, WINDOWS, out, PLAN).run(on_step)
 
 
@@ -278,8 +277,9 @@ def test_numbers_that_became_none_are_no_gain(
 
 def test_what_is_no_better_is_not_written(source: Path, engine: Engine, start: Path, tmp_path: Path) -> None:
     out, pack = tmp_path / "file", tmp_path / "pack"
-    with Pack.open(start) as opened, patch.object(tune, "LEVEL_RATE", 1.0):  # breaks every integer
-        before, after = Tuning(engine, opened, WINDOWS, out, TuningPlan(steps=3)).run()
+    with Pack.open(start) as opened:
+        plan = TuningPlan(steps=3, level_rate=1.0)  # breaks every integer
+        before, after = Tuning(engine, opened, WINDOWS, out, plan).run()
     assert after > before
     assert Calibration.open(out).facts["tuned"]["kl"] == [before, after]
     assert run_convert(source, pack, "--resident-bits", 16, "--calibration", out).code == 0
@@ -387,6 +387,7 @@ def test_answers_of_its_own_are_kept_beside_the_pack(engine: Engine) -> None:
     (("--device", "cuda"), 2, "finds no GPU"),
     (("--full",), 2, "expected one of them"),
     (("--step-tokens", 700), 2, "--step-tokens 700: expected 512 or a multiple of it"),
+    (("--level-rate", 1.5), 2, "--level-rate 1.5: expected a number from 0 to 1"),
     (("--memory", "1MiB"), 1, "tune a smaller model"),
     (("--device", "metal-emulated"), 2, "on the processor"),
 ])  # fmt: skip
@@ -446,7 +447,7 @@ def test_what_is_of_tuning_alone_is_refused_without_it(
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
-    assert "--step-tokens and --seed are of --tune PACK" in capsys.readouterr().err
+    assert "--step-tokens, --level-rate, --seed: of --tune PACK" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
