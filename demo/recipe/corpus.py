@@ -6,7 +6,7 @@
 MIRROR holds one clone (bare or not) per book, in folders named like the repositories
 (`mark-twain_the-prince-and-the-pauper`; the list is in ../BOOKS.md). Only src/epub/text is read; front and
 back matter, notes, tables, mark-up and long verse are dropped, and typographic quotes and dashes made plain.
-Nothing is downloaded here.
+Plain text leaves out the books that packs are scored on. Nothing is downloaded here.
 """
 
 import argparse
@@ -121,7 +121,9 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="text.jsonl, or a name in .txt for plain text")
     args = parser.parse_args()
     folders = [folder for folder in sorted(args.mirror.iterdir()) if folder.is_dir() and "_" in folder.name]
-    folders = [folder for folder in folders if folder.name not in SKIPPED]
+    is_plain = args.out.suffix == ".txt"
+    left_out = SKIPPED + HELD_OUT if is_plain else SKIPPED  # a JSON line says whether it is held out, plain text cannot
+    folders = [folder for folder in folders if folder.name not in left_out]
     books = characters = 0
     with Pool() as pool, open(args.out, "w", encoding="utf-8") as out:
         for book in pool.imap(read_book, folders):
@@ -131,7 +133,7 @@ def main() -> None:
             books += 1
             for text in book.chapters:
                 characters += len(text)
-                out.write(f"{text}\n\n" if args.out.suffix == ".txt" else json.dumps(chapter_line(book, text)) + "\n")
+                out.write(f"{text}\n\n" if is_plain else json.dumps(chapter_line(book, text)) + "\n")
     print(f"{books} books, {characters / 1e6:.1f} million characters")
 
 
