@@ -140,7 +140,8 @@ def list_rows(arguments: argparse.Namespace) -> list[Row]:
         size = tuned.get("bits_per_weight") or tuned.get("target_bytes") or tuned["group_size"]
         title = f"{tuned['bits']}{'' if tuned['bits'] == 'mixed' else ' bits'}, tuned, {size}"
         options = ("--calibration", str(file))
-        rows.append(Row(f"tuned{tuned['bits']}_{size}", title, TUNED, options, source))
+        line = f"{MIX}, {TUNED}" if tuned["bits"] == "mixed" else TUNED
+        rows.append(Row(f"tuned{tuned['bits']}_{size}", title, line, options, source))
     for checkpoint in arguments.rounded:
         scheme = json.loads((checkpoint / "rounding.json").read_text())["scheme"]
         name = scheme.replace("/", "_")
