@@ -407,7 +407,9 @@ def calibrate(
     given = {"steps": steps, "seed": seed, "step_tokens": step_tokens, "level_rate": level_rate}
     given = {name: value for name, value in given.items() if value is not None}
     if not tune and given:
-        raise UsageError("--steps, --step-tokens, --level-rate, --seed: of --tune PACK, give it or leave them out")
+        raise UsageError(
+            "--steps, --step-tokens, --level-rate and --seed are of --tune PACK: give it, or leave them out"
+        )
     learns_on = choose_device(device) if tune else None
     plan = dataclasses.replace(TuningPlan(TUNING_STEPS), **given)  # type: ignore[arg-type]
     if tune:

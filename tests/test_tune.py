@@ -447,7 +447,7 @@ def test_what_is_of_tuning_alone_is_refused_without_it(
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
-    assert "--step-tokens, --level-rate, --seed: of --tune PACK" in capsys.readouterr().err
+    assert "--step-tokens, --level-rate and --seed are of --tune PACK: give it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
