@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from moepack.kernels import byte_launches, msl, prompt_launches
+from moepack.kernels import msl, prompt_launches, token_launches
 from moepack.kernels.cuda_slots import CudaSlots
 from moepack.kernels.device import Device, DeviceSlots, Mailbox, Step
 from moepack.kernels.launches import Launch
@@ -33,7 +33,7 @@ PINNED_BYTES = 2**20  # of an upload by way of pinned memory, at most: torch kee
 class CudaDevice(Device):
     """The current CUDA device of torch. Raises UsageError where there is none, or NVRTC is missing."""
 
-    launches = byte_launches
+    launches = token_launches
     can_capture = True
     expert_tokens = 8192  # half and twice as many were slower: runtime/EXPERIMENTS.md
     prompt_launches: Any = prompt_launches

@@ -278,7 +278,8 @@ class GpuExpertStep(ExpertStep):
         rows, device = num_chosen + 1, ops.device
         self._place_bytes = struct_bytes("Place")
         self._normed = ops.scratch(f"normed {lane}", launches.spread_width(router.in_features))
-        width = launches.spread_width(width)
+        self._experts = device.launches.calls_of_experts(router.in_features, width)
+        width = self._experts.hidden_width(width)
         self._hidden = ops.scratch(f"hidden {lane}", rows * width).view(rows, width)
         # Two lists of places: in the order in which experts arrive, and in that of their ranks.
         self._places = device.new_mailbox(2 * rows * self._place_bytes)
@@ -396,8 +397,8 @@ class GpuExpertStep(ExpertStep):
             return [
                 self._inputs(x, self._logits, norm=self._norm, normed=self._normed, eps=self._eps),
                 launches.choose_experts(logits, chosen, weights, table, places),
-                launches.experts_gate_up(forms.banks, forms.table, places, self._normed, self._hidden),
-                launches.experts_down(forms.banks, forms.table, places, self._hidden, weights, x),
+                self._experts.experts_gate_up(forms.banks, forms.table, places, self._normed, self._hidden),
+                self._experts.experts_down(forms.banks, forms.table, places, self._hidden, weights, x),
             ]
 
         self.run_settled = self._ops.repeat(describe)
@@ -414,12 +415,12 @@ class GpuExpertStep(ExpertStep):
     def _describe_gate_up(self, first: int, count: int) -> Launch:
         forms = self._ops.forms
         places = self._places.bytes[first * self._place_bytes : (first + count) * self._place_bytes]
-        return launches.experts_gate_up(forms.banks, forms.table, places, self._normed, self._hidden)
+        return self._experts.experts_gate_up(forms.banks, forms.table, places, self._normed, self._hidden)
 
     def _describe_down(self, x: torch.Tensor) -> list[Launch]:
         forms = self._ops.forms
         places = self._places.bytes[(self._num_chosen + 1) * self._place_bytes :]
-        return [launches.experts_down(forms.banks, forms.table, places, self._hidden, self._weights, x)]
+        return [self._experts.experts_down(forms.banks, forms.table, places, self._hidden, self._weights, x)]
 
 
 def unpack_place(code: int, rank: int) -> tuple[int, int, int]:

@@ -11,8 +11,10 @@ bytes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -69,6 +71,19 @@ def rows_of_group(lanes: int, team_rows: int, simdgroups: int) -> int:
 def spread_width(columns: int) -> int:
     """Floats of a vector that lies spread over whole units, as metal/matrix.h has it."""
     return -(-columns // UNIT) * UNIT
+
+
+def calls_of_experts(columns: int, width: int) -> Any:
+    """Where the calls for a token's experts are, for inputs of so many columns and the widest expert: this module.
+
+    A device may have its own, by the same names: hidden_width, experts_gate_up, experts_down.
+    """
+    return sys.modules[__name__]
+
+
+def hidden_width(width: int) -> int:
+    """Floats that experts_gate_up leaves of each expert for experts_down; width: of the widest expert."""
+    return spread_width(width)
 
 
 def matrix_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
@@ -139,8 +154,8 @@ def linears_by(
 def experts_gate_up(
     banks: Sequence[torch.Tensor], forms: torch.Tensor, places: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor
 ) -> Launch:
-    """hidden [ranks, spread_width(widest expert)] of experts in places, from x [1, spread_width(D)]; both spread."""
-    _check_spread(x, hidden)
+    """hidden [ranks, hidden_width(widest expert)] of experts in places, from x [1, spread_width(D)]; both spread."""
+    check_spread(x, hidden)
     lanes = lanes_of_row(x.shape[-1])
     shape = pack_struct("experts", "GateUpShape", shift=lanes.bit_length() - 1, hidden_stride=hidden.shape[-1])
     grid = (-(-hidden.shape[-1] // rows_of_group(lanes, GATE_UP_ROWS, SIMDGROUPS)), count_places(places), 1)
@@ -158,9 +173,8 @@ def experts_down(
 ) -> Launch:
     """x [1, D] += the sum over places, which are in the order of their ranks, of weights[rank] * down(hidden[rank])."""
     count, rows = count_places(places), x.shape[-1]
-    if count > MAX_PLACES:
-        raise ValueError(f"at most {MAX_PLACES} experts of a token in one dispatch, got {count}")
-    _check_spread(hidden)
+    check_places(places)
+    check_spread(hidden)
     lanes = max(lanes_of_row(hidden.shape[-1]), LANES * MAX_CHUNKS * DOWN_ROWS // MAX_ROWS)
     in_chunk = rows_of_group(lanes, DOWN_ROWS, 1)
     chunks = max(1, min(MAX_CHUNKS, rows // (in_chunk * DOWN_GROUPS)))
@@ -178,7 +192,14 @@ def experts_down(
     return Launch("experts", "experts_down", arguments, grid, (min(count, DOWN_SIMDGROUPS) * LANES, 1, 1))
 
 
-def _check_spread(*vectors: torch.Tensor) -> None:
+def check_places(places: torch.Tensor) -> None:
+    """Raises ValueError if a token has more experts than one dispatch takes."""
+    if count_places(places) > MAX_PLACES:
+        raise ValueError(f"at most {MAX_PLACES} experts of a token in one dispatch, got {count_places(places)}")
+
+
+def check_spread(*vectors: torch.Tensor) -> None:
+    """Raises ValueError for vectors that are not whole units."""
     for vector in vectors:
         if vector.shape[-1] % UNIT:
             raise ValueError(f"a spread vector has whole units of {UNIT}, got {vector.shape[-1]} numbers")

@@ -77,8 +77,18 @@ _CUDA_BUILTINS = {
     "simdgroup_index_in_threadgroup": "threadIdx.x / 32",
     "simdgroups_per_threadgroup": "blockDim.x / 32",
 }
-# Threadgroups that one of NVIDIA's multiprocessors shall hold at once, where the compiler would take more registers.
-_CUDA_GROUPS = {"experts_down": 2, "linears": 2, "attention_tiles": 2, "delta_scan": 2}
+# Threadgroups that one of NVIDIA's multiprocessors shall hold at once, where the compiler would take more registers: by
+# kernel, or file and kernel.
+_CUDA_GROUPS = {
+    "experts_vector/experts_gate_up": 5,
+    "experts_down": 2,
+    "linears": 2,
+    "attention_tiles": 2,
+    "delta_scan": 2,
+}
+# Those that wait for the kernel before, and only then let the next one begin: so that experts_gate_up of cuda/, which
+# comes behind it, finds what was written before the router's choice (experts_vector.cu).
+_WAITING_FIRST = {"choose_experts"}
 
 
 class KernelTextError(ValueError):
@@ -371,7 +381,7 @@ def translate(source: Source, target: str) -> str:
         limit = CUDA_THREADGROUP_BYTES if (CUDA / f"{source.name}.cu").exists() else THREADGROUP_BYTES
         entries.append(f'extern "C" const size_t simt_threadgroup_limit = {limit};')
     else:
-        entries = [_cuda_entry(kernel, "wait_for_last()" in body) for kernel in source.kernels.values()]
+        entries = [_cuda_entry(source.name, kernel, "wait_for_last()" in body) for kernel in source.kernels.values()]
     return f'#include "{target}.h"\nnamespace metal_text {{\n{body}\n}}\n' + "\n".join(entries) + "\n"
 
 
@@ -408,7 +418,7 @@ def _cpu_entry(kernel: Signature) -> str:
     return f"{head} metal_text::{kernel.name}({', '.join(values)}); }}"
 
 
-def _cuda_entry(kernel: Signature, waits_by_itself: bool) -> str:
+def _cuda_entry(file: str, kernel: Signature, waits_by_itself: bool) -> str:
     """References are structs that are passed by value: they are there when the kernel begins."""
     values = [_value(parameter, f"buffer{parameter.index}", _CUDA_BUILTINS) for parameter in kernel.parameters]
     pointers = [
@@ -417,9 +427,11 @@ def _cuda_entry(kernel: Signature, waits_by_itself: bool) -> str:
         else f"{_pointer(parameter)} buffer{parameter.index}"
         for parameter in kernel.buffers
     ]
-    bounds = f"{kernel.max_threads}, {_CUDA_GROUPS.get(kernel.name, 1)}"
+    groups = _CUDA_GROUPS.get(f"{file}/{kernel.name}", _CUDA_GROUPS.get(kernel.name, 1))
+    bounds = f"{kernel.max_threads}, {groups}"
     head = f'extern "C" __global__ void __launch_bounds__({bounds}) {kernel.name}({", ".join(pointers)})'
-    turn = "" if waits_by_itself else "metal::launch_next(); metal::wait_for_last();"
+    turns = ["metal::launch_next();", "metal::wait_for_last();"]
+    turn = "" if waits_by_itself else " ".join(turns[::-1] if kernel.name in _WAITING_FIRST else turns)
     return f"{head} {{ {turn} metal_text::{kernel.name}({', '.join(values)}); }}"
 
 

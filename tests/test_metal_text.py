@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moepack.kernels import byte_launches, launches, msl, prompt_launches, reference
+from moepack.kernels import launches, msl, prompt_launches, reference, token_launches
 from moepack.kernels.forms import PLAIN_STORAGES
 from moepack.kernels.msl import KernelTextError, Source, parse
 
@@ -72,7 +72,7 @@ def test_a_file_says_what_it_is(name: str) -> None:
     for operation in references[1].split(", "):
         assert operation in ELSEWHERE or hasattr(reference, operation), operation
     for kernel in msl.load(name).kernels:
-        assert f"launches.{kernel}(" in (ROOT / "tests" / test[1]).read_text()
+        assert re.search(rf"(launches|calls)\.{kernel}\(", (ROOT / "tests" / test[1]).read_text())
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -93,7 +93,7 @@ def test_the_restricted_style(name: str) -> None:
 def test_geometry_is_that_of_the_text() -> None:
     """The modules of launches repeat some constants of the files."""
     values = {}
-    for name in (*FILES, "linears_bytes", "split_rows", "matmul_halves", "experts_halves"):
+    for name in (*FILES, "linears_bytes", "experts_vector", "split_rows", "matmul_halves", "experts_halves"):
         values |= {(name, constant): int(value) for constant, value in constants_of(name).items()}
     assert values["linears", "UNIT"] == launches.UNIT
     assert values["linears", "LINEAR_ROWS"] == launches.LINEAR_ROWS
@@ -128,14 +128,25 @@ def test_geometry_is_that_of_the_text() -> None:
     assert values["delta_scan", "MAX_ROWS"] * 8 == launches.MAX_WIDTH
     assert values["causal_conv", "TOKENS"] == launches.CONV_TOKENS
     assert values["attention_tiles", "SIMDGROUPS"] == launches.TILES_SIMDGROUPS
-    assert values["linears_bytes", "TILE_ROWS"] == byte_launches.TILE_ROWS
-    assert values["linears_bytes", "STRIP"] == byte_launches.STRIP
-    assert values["linears_bytes", "MAX_STRIPS"] == byte_launches.MAX_STRIPS
-    assert values["linears_bytes", "MAX_SIMDGROUPS"] == byte_launches.MAX_SIMDGROUPS
+    assert values["linears_bytes", "TILE_ROWS"] == token_launches.TILE_ROWS
+    assert values["linears_bytes", "STRIP"] == token_launches.STRIP
+    assert values["linears_bytes", "MAX_STRIPS"] == token_launches.MAX_STRIPS
+    assert values["linears_bytes", "MAX_SIMDGROUPS"] == token_launches.MAX_SIMDGROUPS
     strips = values["linears_bytes", "MAX_STRIPS"] * values["linears_bytes", "STRIP_QUADS"]
     assert values["linears_bytes", "DIGIT_QUADS"] == strips + values["linears_bytes", "ZERO_QUADS"]
     lines = 2 * values["linears_bytes", "MAX_SIMDGROUPS"] * values["linears_bytes", "LINE_QUADS"]
     assert values["linears_bytes", "ALL_LINE_QUADS"] == lines
+    assert values["experts_vector", "TILE_ROWS"] == token_launches.TILE_ROWS
+    assert values["experts_vector", "STRIP_UNITS"] == token_launches.STRIP_UNITS
+    assert (values["experts_vector", "UNIT_QUADS"] + 1) * 4 == token_launches.HALVES_WORDS
+    assert values["experts_vector", "GATE_UP_THREADS"] == token_launches.GATE_UP_THREADS
+    assert values["experts_vector", "DOWN_SIMDGROUPS"] == token_launches.DOWN_SIMDGROUPS
+    quads, zeros = values["experts_vector", "UNIT_QUADS"], values["experts_vector", "ZERO_QUADS"]
+    assert values["experts_vector", "X_UNITS"] * launches.UNIT == token_launches.MAX_COLUMNS
+    assert values["experts_vector", "X_QUADS"] == values["experts_vector", "X_UNITS"] * quads + zeros
+    hidden = token_launches.MAX_WIDTH // launches.UNIT * quads + zeros
+    assert values["experts_vector", "HIDDEN_QUADS"] == hidden
+    assert values["experts_vector", "ALL_HIDDEN_QUADS"] == hidden * token_launches.DOWN_SIMDGROUPS
     for name in ("split_rows", "matmul_halves", "experts_halves"):
         assert values[name, "SUMMED"] == prompt_launches.SUMMED
         assert values[name, "SUMS"] == prompt_launches.SUMS

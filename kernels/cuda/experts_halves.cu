@@ -2,6 +2,7 @@
 using namespace metal;
 #include "matrix.h"
 #include "sums.h"
+#include "half_numbers.h"
 #include "halves.h"
 
 // metal/experts_prefill.metal on NVIDIA's matrix units for halves: experts of a prompt, each for those tokens that chose

@@ -1,13 +1,10 @@
 // Products of many rows of x with quantized weights on NVIDIA's matrix units for halves. Put into kernel files by text,
-// after matrix.h.
+// after half_numbers.h.
 //
-// A quantized integer, less the middle of its range, is a half without loss. A row of x, scaled by a power of two so
-// that its largest number is just below 2^15, is the sum of two halves that keep 22 bits and more of every number, and
-// of small ones all that is more than 2^-39 of the largest (split_rows.cu writes them, so that each row is split once).
-// So two products of halves give one in nearly float32:
+// A row of x is split once, into halves and the power of two that scales it (split_rows.cu). So two products of halves
+// give one in nearly float32:
 //
-//   w x = sum over blocks of 32 columns of scale * (sum (q - middle) low(x) + sum (q - middle) high(x))
-//         + sum over groups of (bias + middle * scale) * (sum x)
+//   w x = sum over blocks of 32 columns of scale * (sum q low(x) + sum q high(x)) + sum over groups of bias * (sum x)
 //
 // The units cut off what does not fit where an addition outside rounds: they add up one block at a time, the lower
 // halves first, and float32 outside does the rest. The second line is a product of matrices too, [rows, groups] by
@@ -16,8 +13,8 @@
 // A threadgroup multiplies TILE_TOKENS rows of x (tokens), or fewer, with TILE_ROWS rows of weights, of which each
 // simdgroup has ROW_TILES tiles of 16: the left factor, so that tokens come in eights. So every weight is unpacked once
 // for all tokens, in the registers where the units want it: lane 4 g + t has the columns 8 t to 8 t + 7 of a block for
-// rows g and g + 8, in pairs of a column and the one four further on, because one mask cuts out both. Tokens lie in
-// threadgroup memory in the order in which lanes take them. What the next block needs is copied while one is computed.
+// rows g and g + 8. Tokens lie in threadgroup memory in the order in which lanes take them. What the next block needs is
+// copied while one is computed.
 
 constant constexpr uint TOKEN_EIGHTS = 8;
 constant constexpr uint TILE_TOKENS = 64;
@@ -162,44 +159,6 @@ inline void copy_lines(thread const RowTile& tile, thread const HalvesMemory& at
   }
 }
 
-// A pair of weights, each of which lies `shift` bits up in its half, less the middle of the range. The integer goes into
-// the mantissa of a half from 1024 on; what is left of that goes with the middle, and nothing is rounded.
-template <int BITS>
-inline uint center(uint pair, uint shift) {
-  const uint factor = 0x3c00u - (shift << 10), addend = 0xe400u - (shift << 10) + (1u << (BITS - 1) << shift);
-  return fma_halves(pair | 0x64006400u, factor * 0x10001u, addend * 0x10001u);
-}
-
-// Eight neighbouring weights, which lie in `low` and, of 8 bits, in `high`, as halves: columns 0 and 4, 1 and 5, 2 and
-// 6, 3 and 7.
-template <int BITS>
-inline void unpack_eight(uint low, uint high, thread uint* pairs) {
-  if (BITS == 8) {
-    const uint even = permute_bytes(low, high, 0x5410u), odd = permute_bytes(low, high, 0x7632u);
-    pairs[0] = center<BITS>(even & 0x00ff00ffu, 0);
-    pairs[1] = center<BITS>(even >> 8 & 0x00ff00ffu, 0);
-    pairs[2] = center<BITS>(odd & 0x00ff00ffu, 0);
-    pairs[3] = center<BITS>(odd >> 8 & 0x00ff00ffu, 0);
-  } else if (BITS == 4) {
-    pairs[0] = center<BITS>(low & 0x000f000fu, 0);
-    pairs[1] = center<BITS>(low & 0x00f000f0u, 4);
-    pairs[2] = center<BITS>(low >> 8 & 0x000f000fu, 0);
-    pairs[3] = center<BITS>(low >> 8 & 0x00f000f0u, 4);
-  } else if (BITS == 3) {
-    const uint both = (low & 0xfffu) | (low << 4 & 0x0fff0000u);
-    pairs[0] = center<BITS>(both & 0x00070007u, 0);
-    pairs[1] = center<BITS>(both & 0x00380038u, 3);
-    pairs[2] = center<BITS>(both & 0x01c001c0u, 6);
-    pairs[3] = center<BITS>(both >> 3 & 0x01c001c0u, 6);
-  } else {
-    const uint both = permute_bytes(low, 0, 0x4140u);
-    pairs[0] = center<BITS>(both & 0x00030003u, 0);
-    pairs[1] = center<BITS>(both & 0x000c000cu, 2);
-    pairs[2] = center<BITS>(both & 0x00300030u, 4);
-    pairs[3] = center<BITS>(both & 0x00c000c0u, 6);
-  }
-}
-
 // The columns of a lane in a block of a row.
 template <int BITS>
 inline void load_eight(threadgroup const uchar* row, uint t, thread uint* pairs) {
@@ -217,12 +176,6 @@ inline void load_eight(threadgroup const uchar* row, uint t, thread uint* pairs)
   }
 }
 
-// A float as two of eleven bits.
-inline void split_eleven(float value, thread uint& high, thread uint& low) {
-  high = as_type<uint>(value) & 0xffffe000u;
-  low = as_type<uint>(value - as_type<float>(high));
-}
-
 // Two neighbouring bfloat16 numbers of `groups` a row, zero beyond the last.
 inline uint load_pair(device const ushort* row, uint group, uint groups) {
   if (groups % 2 == 0) return group < groups ? *(device const uint*)(row + group) : 0;
@@ -230,9 +183,9 @@ inline uint load_pair(device const ushort* row, uint group, uint groups) {
   return second << 16 | first;
 }
 
-// sums += (bias + middle * scale) * (sum x), over all groups, eight at a time: lane 4 g + t has groups 2 t and 2 t + 1.
+// sums += bias * (sum x), over all groups, eight at a time: lane 4 g + t has groups 2 t and 2 t + 1.
 inline void add_biases(thread const RowTile& tile, thread const Parts& parts, thread const HalvesMemory& at, uint count,
-    uint middle, uint simdgroup, uint lane, thread float* sums) {
+    uint simdgroup, uint lane, thread float* sums) {
   const uint g = lane / 4, t = lane % 4, shift = tile.w.shift, groups = tile.w.columns >> shift;
   const uint each = (parts.blocks * UNIT + SUMMED - 1) / SUMMED;
   device const float* totals = parts.sums + (shift == 5 ? 0 : shift == 6 ? 32 * each : 48 * each) + 2 * t;
@@ -243,12 +196,10 @@ inline void add_biases(thread const RowTile& tile, thread const Parts& parts, th
     for (uint i = 0; i < ROW_TILES * 2; i++) {
       const RowPlace place = place_of(tile, simdgroup, i * 8 + g);
       const uint from = min(place.row, tile.w.rows - 1) * groups;
-      const uint scales = load_pair((place.which ? tile.second_scales : tile.w.scales) + from, first + 2 * t, groups);
       const uint biases = load_pair((place.which ? tile.second_biases : tile.w.biases) + from, first + 2 * t, groups);
       const uint to = i / 2 * 4 + i % 2;
-      split_eleven(fma(widen_bf16(scales), float(middle), widen_bf16(biases)), high[to], low[to]);
-      const float scale = as_type<float>(scales & 0xffff0000u), bias = as_type<float>(biases & 0xffff0000u);
-      split_eleven(fma(scale, float(middle), bias), high[to + 2], low[to + 2]);
+      split_eleven(widen_bf16(biases), high[to], low[to]);
+      split_eleven(as_type<float>(biases & 0xffff0000u), high[to + 2], low[to + 2]);
     }
 #pragma unroll
     for (uint j = 0; j < TOKEN_EIGHTS; j++) {
@@ -330,7 +281,7 @@ inline void multiply_tokens(thread const RowTile& tile, thread const Parts& part
   copy_lines(tile, at, 0, index);
 #pragma unroll
   for (uint i = 0; i < TOKEN_EIGHTS * ROW_TILES * 4; i++) sums[i] = 0.0f;
-  add_biases(tile, parts, at, count, 1u << (BITS - 1), simdgroup, lane, sums);
+  add_biases(tile, parts, at, count, simdgroup, lane, sums);
 #pragma unroll 1
   for (uint block = 0; block < blocks; block++) {
     wait_for_copies();

@@ -1,6 +1,7 @@
 #include <metal_stdlib>
 using namespace metal;
 #include "matrix.h"
+#include "half_numbers.h"
 #include "halves.h"
 
 // metal/matmul.metal on NVIDIA's matrix units for halves: several matrices times the rows of x, for a prompt.

@@ -1,6 +1,7 @@
 #include <metal_stdlib>
 using namespace metal;
 #include "matrix.h"
+#include "half_numbers.h"
 
 // Rows of x as the products of halves.h take them: every number as two halves, scaled by its row.
 //
@@ -8,10 +9,10 @@ using namespace metal;
 //
 // x        float [T, x_stride], of which the first K columns are read, whole units of 32
 // halves   [T, K / 32, 2, 32]: of each block of 32 columns the high halves, then the low ones, each in the order 0 4 1 5
-//          2 6 3 7 of every eight
-// sums     float [T, SUMS * each], each = K / 1024, rounded up: of x * 2^e over every 32 columns, then over every 64, then
-//          over every 128, with zeros behind each
-// factors  float [T]: 2^-e
+//          2 6 3 7 of every eight, of which odd columns are a sixteenth (half_numbers.h)
+// sums     float [T, SUMS * each], each = K / 1024, rounded up: of x * 2^(e - 24) over every 32 columns, then over every
+//          64, then over every 128, with zeros behind each
+// factors  float [T]: 2^(24 - e)
 //
 // Threads: grid (T), a thread for eight columns at a time. Bound by memory. Reference: linears, of which it is a part.
 // Test: test_metal_prefill.py.
@@ -44,8 +45,7 @@ struct SplitShape {
   if (lane == 0) partial[simdgroup] = largest;
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (uint i = 0; i < simdgroups; i++) largest = max(largest, partial[i]);
-  const uint exponent = min(max(as_type<uint>(largest) >> 23, 15u), 254u);  // of 2, from -127 on
-  const float factor = as_type<float>((127u + 14u + 127u - exponent) << 23);
+  const Scaling scaling = scaling_of(largest);
   device uint4* out = (device uint4*)halves + ulong(group.x) * eights * 2;
   // All lanes of a simdgroup go round together, for the sums.
   const uint each = (shape.columns + SUMMED - 1) / SUMMED;
@@ -53,16 +53,10 @@ struct SplitShape {
   for (uint start = 0; start < each * SUMMED / 8; start += threads) {
     const uint i = start + index, at = min(i, eights - 1);
     const float4 first = row[2 * at], second = row[2 * at + 1];
-    const float numbers[8] = {first.x, second.x, first.y, second.y, first.z, second.z, first.w, second.w};
     uint high[4], low[4];
-    float total = 0.0f;
-    for (uint k = 0; k < 4; k++) {
-      const float even = numbers[2 * k] * factor, odd = numbers[2 * k + 1] * factor;
-      high[k] = pack_halves(even, odd);
-      const float even_left = even - float(as_type<half>(ushort(high[k])));
-      low[k] = pack_halves(even_left, odd - float(as_type<half>(ushort(high[k] >> 16))));
-      total += even + odd;
-    }
+    split_eight(first, second, scaling.factor, high, low);
+    float total = ((first.x + second.x) + (first.y + second.y)) + ((first.z + second.z) + (first.w + second.w));
+    total *= scaling.factor / HALF_STEPS;
     if (i < eights) {
       const uint to = i / 4 * 8 + i % 4;
       out[to] = uint4(high[0], high[1], high[2], high[3]);
@@ -79,5 +73,5 @@ struct SplitShape {
       if (i % 16 == 0) totals[each * 48 + i / 16] = of_128;
     }
   }
-  if (index == 0) factors[group.x] = as_type<float>((exponent - 14u) << 23);
+  if (index == 0) factors[group.x] = scaling.worth;
 }

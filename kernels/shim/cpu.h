@@ -98,6 +98,8 @@ inline uint round_to_half(float value) {
   return sign | (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
 }
 inline uint pack_halves(float first, float second) { return round_to_half(second) << 16 | round_to_half(first); }
+inline float first_half(uint both) { return as_type<half>(ushort(both)); }
+inline float second_half(uint both) { return as_type<half>(ushort(both >> 16)); }
 inline uint fma_halves(uint a, uint b, uint c) {
   uint both = 0;
   for (int i = 0; i < 32; i += 16) {

@@ -95,6 +95,12 @@ MSL_FUNCTION uint pack_halves(float first, float second) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
   return both;
 }
+MSL_FUNCTION float first_half(uint both) {
+  float first;
+  asm("{.reg .f16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a;}" : "=f"(first) : "r"(both));
+  return first;
+}
+MSL_FUNCTION float second_half(uint both) { return first_half(both >> 16); }
 MSL_FUNCTION uint fma_halves(uint a, uint b, uint c) {
   uint both;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(both) : "r"(a), "r"(b), "r"(c));

@@ -1,0 +1,296 @@
+// Products of quantized rows with a vector on NVIDIA's matrix units for halves. Put into kernel files by text, after
+// half_numbers.h.
+//
+// matrix.h spends four instructions on a weight. Here two of four bits become halves by one mask, and 256 are multiplied
+// at once: [16 rows, 16 columns] times [16, 8]. Those eight columns of the right factor are four units of the vector (32
+// columns, as matrix.h has them) in two halves each, scaled by a power of two for every half unit:
+//
+//   w x = sum over units of scale * worth * (sum q high(x) + sum q low(x)) + bias * (sum x)
+//
+// Lane 4 g + t has rows g and g + 8 of a tile, and of each SPAN of four units the t-th: what lies together in a row. The
+// right factor is zero where a lane's unit is not the column's, so that each lane is left with the sums of its own rows
+// and unit, to be scaled and added up in float32. Three quarters of the units' work is for nothing, and they still wait
+// for memory. In what order they take the columns of a unit is free, if weights and vector have the same: unpack_eight's.
+//
+// A simdgroup has a tile of 16 rows, or a share of its columns, for itself. It requests weights, as many spans as
+// registers hold, and the scales of 16 spans; when a span has been used, one further on is requested into its registers.
+
+constant constexpr uint TILE_ROWS = 16;
+constant constexpr uint SPAN_UNITS = 4;
+constant constexpr uint STRIP_SPANS = 4;
+constant constexpr uint STRIP_UNITS = 16;
+constant constexpr uint UNIT_QUADS = 8;  // of four words: a unit's high halves, then its low ones
+constant constexpr uint ZERO_PLACE = 2;  // quads from a multiple of eight on, so that zeros lie in other banks
+constant constexpr uint ZERO_QUADS = 6;
+
+struct Tile {  // of a quantized matrix, as a lane sees it
+  device const uchar* data[2];  // of its unit in the first span, in rows g and g + 8
+  device const ushort* scales;
+  device const ushort* biases;
+  uint other;      // from row g's scales to row g + 8's
+  uint end;        // spans in which the lane has a unit, of all
+  uint groups;
+  uint shift;      // log2 of the units of a group
+};
+
+template <int BITS>
+inline Tile tile_of(thread const Weights& w, uint row, uint first, uint end, uint lane) {
+  Tile tile;
+  const uint last = w.rows - 1, at = min(row + lane / 4, last), other = min(row + lane / 4 + 8, last);
+  const uint units = w.columns / UNIT, unit = first * SPAN_UNITS + lane % 4;
+  tile.groups = w.columns >> w.shift;
+  tile.shift = w.shift - 5;
+  tile.data[0] = w.data + (at * units + unit) * (BITS * 4);
+  tile.data[1] = w.data + (other * units + unit) * (BITS * 4);
+  tile.scales = w.scales + at * tile.groups;
+  tile.biases = w.biases + at * tile.groups;
+  tile.other = (other - at) * tile.groups;
+  tile.end = min(end, (units + SPAN_UNITS - 1 - lane % 4) / SPAN_UNITS);
+  return tile;
+}
+
+// What a lane has of a span in both its rows. Where it has nothing, the words are what they were: the vector is zero.
+template <int BITS>
+inline void load_span(thread const Tile& tile, uint ahead, uint span, thread uint* words) {
+  if (span < tile.end) {
+    load_packed<BITS>(tile.data[0] + ahead * (BITS * 16), words);
+    load_packed<BITS>(tile.data[1] + ahead * (BITS * 16), words + BITS);
+  }
+}
+
+struct Lines {  // the scales of both rows, then their biases
+  uint words[16];
+};
+
+// Groups that are not eight by eight, or larger than 64.
+MSL_NOINLINE Lines gather_lines(Tile tile, uint first) {
+  Lines lines;
+#pragma unroll
+  for (uint i = 0; i < 4; i++) {
+    device const ushort* line = (i < 2 ? tile.scales : tile.biases) + (i % 2 ? tile.other : 0);
+#pragma unroll
+    for (uint k = 0; k < 4; k++) {
+      const uint group = first + (tile.shift == 2 ? k : 2 * k), last = tile.groups - 1;
+      const uint next = tile.shift == 2 ? group : group + 1;
+      lines.words[4 * i + k] = uint(line[min(next, last)]) << 16 | line[min(group, last)];
+    }
+  }
+  return lines;
+}
+
+// Lane t of a row has four words of the 64 bytes from a span on, of two groups each. Of 128 columns, where they would
+// last for twice as many spans, each is there twice. Beyond the last group: any, since the vector is zero there.
+inline void load_lines(thread const Tile& tile, uint span, uint lane, thread Lines& lines) {
+  const uint first = (span * SPAN_UNITS >> tile.shift) + lane % 4 * (tile.shift == 2 ? 4 : 8);
+  if (tile.shift == 2 || tile.groups % 8 != 0) {
+    lines = gather_lines(tile, first);
+    return;
+  }
+#pragma unroll
+  for (uint i = 0; i < 4; i++) {
+    device const ushort* line = (i < 2 ? tile.scales : tile.biases) + (i % 2 ? tile.other : 0);
+    const uint4 four = *(device const uint4*)(line + min(first, tile.groups - 8));
+    lines.words[4 * i] = four.x;
+    lines.words[4 * i + 1] = four.y;
+    lines.words[4 * i + 2] = four.z;
+    lines.words[4 * i + 3] = four.w;
+  }
+}
+
+// What unpack_eight takes of eight i of a lane's unit.
+template <int BITS>
+inline void pick_eight(thread const uint* words, uint i, thread uint& low, thread uint& high) {
+  high = 0;
+  if (BITS == 8) {
+    low = words[2 * i];
+    high = words[2 * i + 1];
+  } else if (BITS == 4) {
+    low = words[i];
+  } else if (BITS == 2) {
+    low = words[i / 2];
+    high = i % 2;
+  } else {
+    low = words[i == 3 ? 2 : i == 0 ? 0 : i - 1];
+    if (i == 1) low = low >> 24 | words[1] << 8;
+    if (i == 2) low = low >> 16 | words[2] << 16;
+    if (i == 3) low >>= 8;
+  }
+}
+
+// sums[i] += row g + 8 i of span s of a strip times the lane's unit of the vector.
+// lines    as load_lines has them; of them `from` is the lane with this span's, `chosen` which bytes are the lane's own
+// halves   the lane's part of the right factor, four quads
+// known    of its unit: what both half units are worth, then the sums of their numbers
+template <int BITS, bool IS_SMALL>
+inline void add_span(thread const uint* words, thread const Lines& lines, uint s, uint lane, uint from, uint chosen,
+    threadgroup const uint4* halves, uint4 known, thread float* sums) {
+  float products[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
+#pragma unroll
+  for (uint i = 0; i < 4; i++) {
+    const uint eight = i % 2 * 2 + i / 2;
+    uint low, high, first[4], second[4];
+    pick_eight<BITS>(words, eight, low, high);
+    unpack_eight<BITS>(low, high, first);
+    pick_eight<BITS>(words + BITS, eight, low, high);
+    unpack_eight<BITS>(low, high, second);
+    const uint4 four = halves[eight];
+    const uint a[8] = {first[0], second[0], first[1], second[1], first[2], second[2], first[3], second[3]};
+    const uint b[4] = {four.x, four.y, four.z, four.w};
+    simdgroup_multiply_halves(products[eight / 2], a, b);
+    simdgroup_multiply_halves(products[eight / 2], a + 4, b + 2);
+  }
+  const float total = as_type<float>(known.z) + as_type<float>(known.w);
+#pragma unroll
+  for (uint i = 0; i < 2; i++) {
+    float line[2];
+#pragma unroll
+    for (uint k = 0; k < 2; k++) {
+      thread const uint* shown = lines.words + (2 * k + i) * 4 + (IS_SMALL ? s % 2 * 2 : s);
+      uint pair = simd_shuffle(shown[0], from);
+      if (IS_SMALL) {
+        const uint second = simd_shuffle(shown[1], from);
+        pair = lane % 4 < 2 ? pair : second;
+      }
+      line[k] = as_type<float>(permute_bytes(pair, 0, chosen));
+    }
+    const float first = products[0][2 * i + 1] + products[0][2 * i], second = products[1][2 * i + 1] + products[1][2 * i];
+    const float product = fma(first, as_type<float>(known.x), second * as_type<float>(known.y));
+    sums[i] = fma(product, line[0], fma(line[1], total, sums[i]));
+  }
+}
+
+// Half a unit, four by four, to its place in a vector of halves.
+inline void put_half_unit(
+    thread const float4* fours, uint half_unit, threadgroup uint4* halves, threadgroup uint4* known) {
+  float largest = 0.0f, total = 0.0f;
+#pragma unroll
+  for (uint i = 0; i < 4; i++) {
+    largest = max_magnitude(max_magnitude(largest, fours[i].x), fours[i].y);
+    largest = max_magnitude(max_magnitude(largest, fours[i].z), fours[i].w);
+    total += (fours[i].x + fours[i].y) + (fours[i].z + fours[i].w);
+  }
+  const Scaling scaling = scaling_of(largest);
+  threadgroup uint4* unit = halves + half_unit / 2 * UNIT_QUADS + half_unit % 2 * 2;
+#pragma unroll
+  for (uint i = 0; i < 2; i++) {
+    uint high[4], low[4];
+    split_eight(fours[2 * i], fours[2 * i + 1], scaling.factor, high, low);
+    unit[i] = uint4(high[0], high[1], high[2], high[3]);
+    unit[i + 4] = uint4(low[0], low[1], low[2], low[3]);
+  }
+  threadgroup float* own = (threadgroup float*)(known + half_unit / 2) + half_unit % 2;
+  own[0] = scaling.worth;
+  own[2] = total;
+}
+
+struct Share {  // of a simdgroup in a tile: spans, the first of which begins a strip
+  uint first;
+  uint end;
+};
+
+// Where a vector of halves is, whole strips of it.
+template <typename Quads>
+struct Vector {
+  threadgroup uint4* halves;
+  threadgroup const uint4* zeros;
+  Quads known;
+  device const uint4* source;  // of the halves, if each simdgroup fetches its own
+};
+
+// In lanes 4 g the sums of rows `row` + g and + 8 of a quantized matrix times a vector, in the spans of a share.
+// IS_SMALL: groups of 32. IS_OWN: the vector is one of the kernel before, for this simdgroup alone; else the threadgroup
+// has just made it.
+template <int BITS, bool IS_SMALL, int AHEAD, bool IS_OWN, typename Quads>
+inline float2 multiply_packed(
+    thread const Weights& w, uint row, thread const Share& share, thread const Vector<Quads>& vector, uint lane) {
+  constexpr uint LINE_SPANS = IS_SMALL ? 8 : 16;  // for which lines are loaded at once
+  Tile tile = tile_of<BITS>(w, row, share.first, share.end, lane);
+  const uint g = lane / 4, t = lane % 4;
+  uint words[AHEAD * 2 * BITS];
+  Lines lines;
+#pragma unroll
+  for (uint s = 0; s < AHEAD; s++) load_span<BITS>(tile, s, share.first + s, words + s * 2 * BITS);
+  load_lines(tile, share.first, lane, lines);
+  if (IS_OWN) {
+    wait_for_last();
+#pragma unroll 1
+    for (uint i = lane; i < (share.end + STRIP_SPANS - 1) / STRIP_SPANS * (STRIP_UNITS * UNIT_QUADS); i += 32) {
+      copy_sixteen(vector.halves + i, vector.source + i);
+    }
+    wait_for_copies();
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+  } else {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  const bool is_column = g / 2 == t;  // whether the lane's unit is that of its column of the right factor
+  const uint unit = share.first * SPAN_UNITS + t;
+  threadgroup const uint4* halves = is_column ? vector.halves + unit * UNIT_QUADS + g % 2 * 4 : vector.zeros;
+  const uint step = is_column ? SPAN_UNITS * UNIT_QUADS : 0;
+  Quads known = vector.known + unit;
+  const bool is_second = IS_SMALL ? t % 2 : t / 2;
+  const uint chosen = is_second ? 0x3244u : 0x1044u;  // as the upper half of a float
+  float sums[2] = {0.0f, 0.0f};
+#pragma unroll 1
+  for (uint span = share.first; span < share.end; span += STRIP_SPANS) {
+    const uint done = span - share.first;
+    if (IS_SMALL && done > 0 && done % LINE_SPANS == 0) load_lines(tile, span, lane, lines);
+    const uint strip = lane - t + done % LINE_SPANS / STRIP_SPANS * (IS_SMALL ? 2 : 1);  // the lane with its lines
+#pragma unroll
+    for (uint s = 0; s < STRIP_SPANS; s++) {
+      thread uint* slot = words + s % AHEAD * 2 * BITS;
+      const uint from = IS_SMALL ? strip + s / 2 : strip;
+      add_span<BITS, IS_SMALL>(slot, lines, s, lane, from, chosen, halves, known[s * SPAN_UNITS], sums);
+      load_span<BITS>(tile, s + AHEAD, span + s + AHEAD, slot);
+      halves += step;
+    }
+    known += STRIP_UNITS;
+    tile.data[0] += STRIP_UNITS * BITS * 4;
+    tile.data[1] += STRIP_UNITS * BITS * 4;
+  }
+  team_sums<2>(sums, 2);
+  return float2(sums[0], sums[1]);
+}
+
+template <int BITS, int AHEAD, bool IS_OWN, typename Quads>
+inline float2 multiply_bits(
+    thread const Weights& w, uint row, thread const Share& share, thread const Vector<Quads>& vector, uint lane) {
+  if (w.shift == 5) return multiply_packed<BITS, true, AHEAD, IS_OWN>(w, row, share, vector, lane);
+  return multiply_packed<BITS, false, AHEAD, IS_OWN>(w, row, share, vector, lane);
+}
+
+// The same for any bits. AHEAD: spans of four bits under way.
+template <int AHEAD, bool IS_OWN, typename Quads>
+inline float2 multiply_tile(
+    thread const Weights& w, uint row, thread const Share& share, thread const Vector<Quads>& vector, uint lane) {
+  switch (w.storage) {
+    case 2: return multiply_bits<2, 4, IS_OWN>(w, row, share, vector, lane);
+    case 3: return multiply_bits<3, AHEAD, IS_OWN>(w, row, share, vector, lane);
+    case 4: return multiply_bits<4, AHEAD, IS_OWN>(w, row, share, vector, lane);
+    default: return multiply_bits<8, AHEAD / 2, IS_OWN>(w, row, share, vector, lane);
+  }
+}
+
+// results[r] = row + r of a plain matrix times a vector that lies spread over `units` units, r < TILE_ROWS.
+inline void multiply_plain(thread const Weights& w, uint row, thread const Share& share, device const float* x, uint units,
+    uint lane, threadgroup float* results) {
+  const Walk walk = {share.first * SPAN_UNITS + lane, min(share.end * SPAN_UNITS, count_units(w.columns)), 32, 0, units};
+#pragma unroll 1
+  for (uint r = 0; r < TILE_ROWS; r += 4) {
+    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (w.storage == BF16 && w.columns % UNIT == 0) {
+      bf16_products<4>(w, row + r, walk, (device const float4*)x, sums);
+    } else {
+      plain_products<4>(w, row + r, walk, (device const float4*)x, sums);
+    }
+    team_sums<4>(sums, 5);
+    if (lane < 4) results[r + lane] = lane == 0 ? sums[0] : lane == 1 ? sums[1] : lane == 2 ? sums[2] : sums[3];
+  }
+}
+
+// Sums as multiply_tile leaves them, to results[r].
+inline void put_sums(float2 sums, uint lane, threadgroup float* results) {
+  if (lane % 4 == 0) {
+    results[lane / 4] = sums.x;
+    results[lane / 4 + 8] = sums.y;
+  }
+}

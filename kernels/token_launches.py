@@ -1,0 +1,125 @@
+"""The calls of a token's products on NVIDIA's GPUs: cuda/'s kernels for packed weights.
+
+Linears multiply bytes (cuda/bytes.h), experts halves (cuda/vector.h). Same names, arguments and results as in
+launches.py, within the kernels' tolerances; what cannot be taken here, or gains nothing, goes there. A device says by
+Device.launches which of the two modules it takes.
+
+    launch = token_launches.linears(memory, forms, matrices, x, out)      # forms by token_launches.matrix_forms
+    experts = token_launches.calls_of_experts(columns, width)
+    launch = experts.experts_gate_up(banks, forms, places, x, hidden)     # hidden [ranks, experts.hidden_width(width)]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from moepack.kernels import launches
+from moepack.kernels.forms import count_places, forms_side_by_side
+from moepack.kernels.launches import LANES, UNIT, Launch
+from moepack.kernels.matrix import Matrix
+from moepack.kernels.msl import pack_struct
+
+TILE_ROWS = 16  # cuda/bytes.h and cuda/vector.h
+STRIP, MAX_STRIPS = 512, 8  # cuda/bytes.h
+MAX_SIMDGROUPS = 8  # cuda/linears_bytes.cu
+GROUPS, WANTED = 128, 1024  # threadgroups, and simdgroups in all, that fill a large GPU
+STRIP_UNITS, HALVES_WORDS = 16, 36  # cuda/vector.h: of a unit as halves, with what is known of it
+GATE_UP_THREADS, DOWN_SIMDGROUPS = 128, 11  # cuda/experts_vector.cu
+MAX_COLUMNS, MAX_WIDTH = 4096, 1024  # the same
+
+
+def matrix_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
+    """The MatrixForms of matrices that share an input, for linears."""
+    if not _is_fit(matrices):
+        return launches.matrix_forms(matrices, base)
+    return forms_side_by_side(matrices, base, TILE_ROWS * _divide(matrices)[0])
+
+
+def linears(
+    weights: torch.Tensor,
+    forms: torch.Tensor,
+    matrices: Sequence[Matrix],
+    x: torch.Tensor,
+    out: torch.Tensor,
+    norm: torch.Tensor | None = None,
+    normed: torch.Tensor | None = None,
+    accumulate: bool = False,
+    eps: float = 0.0,
+) -> Launch:
+    """launches.linears."""
+    rest = (weights, forms, matrices, x, out, norm, normed, accumulate, eps)
+    if not _is_fit(matrices):
+        return launches.linears(*rest)
+    tiles, parts = _divide(matrices)
+    sizes = {"columns": matrices[0].in_features, "tiles": tiles, "parts": parts}
+    return launches.linears_by("linears_bytes", sizes, TILE_ROWS * tiles, tiles * parts, *rest)
+
+
+def _is_fit(matrices: Sequence[Matrix]) -> bool:
+    """Whether the kernel can take the columns, and pays: most of the weights are packed."""
+    packed = sum(matrix.out_features for matrix in matrices if matrix.scales is not None)
+    return matrices[0].in_features <= MAX_STRIPS * STRIP and 2 * packed > sum(m.out_features for m in matrices)
+
+
+def _divide(matrices: Sequence[Matrix]) -> tuple[int, int]:
+    """(tiles of a threadgroup, simdgroups of a tile): WANTED simdgroups in all, if there are strips enough."""
+    num_tiles = sum(-(-matrix.out_features // TILE_ROWS) for matrix in matrices)
+    parts = 1
+    while num_tiles * parts < WANTED and 2 * parts <= min(MAX_SIMDGROUPS, -(-matrices[0].in_features // STRIP)):
+        parts *= 2
+    return max(1, min(MAX_SIMDGROUPS // parts, -(-num_tiles // GROUPS))), parts
+
+
+def calls_of_experts(columns: int, width: int) -> Any:
+    """launches.calls_of_experts: these, up to the sizes whose vectors threadgroup memory can hold."""
+    return sys.modules[__name__] if columns <= MAX_COLUMNS and width <= MAX_WIDTH else launches
+
+
+def hidden_width(width: int) -> int:
+    """launches.hidden_width: spread over whole strips, and the same as halves."""
+    return -(-width // (STRIP_UNITS * UNIT)) * STRIP_UNITS * (UNIT + HALVES_WORDS)
+
+
+def experts_gate_up(
+    banks: Sequence[torch.Tensor], forms: torch.Tensor, places: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor
+) -> Launch:
+    """launches.experts_gate_up."""
+    launches.check_spread(x)
+    grid = (_hidden_units(hidden) * UNIT // TILE_ROWS, count_places(places), 1)
+    arguments: tuple[torch.Tensor | bytes, ...] = (*banks, forms, places, x, hidden, _experts_shape(places, x, hidden))
+    return Launch("experts_vector", "experts_gate_up", arguments, grid, (GATE_UP_THREADS, 1, 1))
+
+
+def experts_down(
+    banks: Sequence[torch.Tensor],
+    forms: torch.Tensor,
+    places: torch.Tensor,
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    x: torch.Tensor,
+) -> Launch:
+    """launches.experts_down."""
+    launches.check_places(places)
+    simdgroups = min(count_places(places), DOWN_SIMDGROUPS)
+    arguments: tuple[torch.Tensor | bytes, ...]
+    arguments = (*banks, forms, places, hidden, weights, x, _experts_shape(places, x, hidden))
+    grid = (-(-x.shape[-1] // TILE_ROWS), 1, 1)
+    return Launch("experts_vector", "experts_down", arguments, grid, (simdgroups * LANES, 1, 1))
+
+
+def _experts_shape(places: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor) -> bytes:
+    """Raises ValueError for sizes that calls_of_experts would have sent to launches.py."""
+    columns, units = x.shape[-1], _hidden_units(hidden)
+    if columns > MAX_COLUMNS or units * UNIT > MAX_WIDTH:
+        raise ValueError(f"at most {MAX_COLUMNS} columns and {MAX_WIDTH} rows, got {columns} and {units * UNIT}")
+    sizes = {"places": count_places(places), "x_units": -(-columns // UNIT), "units": units}
+    return pack_struct("experts_vector", "ExpertsShape", **sizes, hidden_stride=hidden.shape[-1], rows=columns)
+
+
+def _hidden_units(hidden: torch.Tensor) -> int:
+    """Over how many units the rows of hidden are spread."""
+    return hidden.shape[-1] // (UNIT + HALVES_WORDS)
