@@ -30,6 +30,7 @@ GROUPS, WANTED = 128, 1024  # threadgroups, and simdgroups in all, that fill a l
 STRIP_UNITS, HALVES_WORDS = 16, 36  # cuda/vector.h: of a unit as halves, with what is known of it
 GATE_UP_THREADS, DOWN_SIMDGROUPS = 128, 11  # cuda/experts_vector.cu
 MAX_COLUMNS, MAX_WIDTH = 4096, 1024  # the same
+LEAST_WEIGHTS = 2**21  # of a projection of an expert: 397B's has twice as many, 35B's half and would lose a tenth
 
 
 def matrix_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
@@ -75,8 +76,9 @@ def _divide(matrices: Sequence[Matrix]) -> tuple[int, int]:
 
 
 def calls_of_experts(columns: int, width: int) -> Any:
-    """launches.calls_of_experts: these, up to the sizes whose vectors threadgroup memory can hold."""
-    return sys.modules[__name__] if columns <= MAX_COLUMNS and width <= MAX_WIDTH else launches
+    """launches.calls_of_experts: these where they pay, up to the sizes whose vectors threadgroup memory can hold."""
+    is_fit = columns <= MAX_COLUMNS and width <= MAX_WIDTH
+    return sys.modules[__name__] if is_fit and columns * width >= LEAST_WEIGHTS else launches
 
 
 def hidden_width(width: int) -> int:

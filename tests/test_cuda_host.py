@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fake_cuda
-from moepack.kernels import cuda_device, cuda_slots, launches
+from moepack.kernels import cuda_device, cuda_slots, launches, token_launches
 from moepack.layout.errors import MoepackError
 from moepack.runtime import Engine, SamplingParams
 from moepack.runtime.evaluate import evaluate_text
@@ -28,10 +28,18 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> fake_cuda.Driver:
     return fake_cuda.install(monkeypatch)
 
 
+@pytest.mark.parametrize("least", [0, token_launches.LEAST_WEIGHTS])
 @pytest.mark.parametrize(("slots", "prefetch"), [(24, False), (12, True), (8, False), (8, True)])
 def test_tokens_are_those_of_the_cpu_backend(
-    driver: fake_cuda.Driver, tiny_pack: Path, slots: int, prefetch: bool
+    driver: fake_cuda.Driver,
+    tiny_pack: Path,
+    slots: int,
+    prefetch: bool,
+    least: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """With the kernels for experts of all sizes, and with those that only large ones get."""
+    monkeypatch.setattr(token_launches, "LEAST_WEIGHTS", least)
     expected = greedy(Engine.open(tiny_pack, exact=True, max_context=CONTEXT), 8)
     with open_with(slots, tiny_pack, device="cuda", prefetch=prefetch) as engine:
         assert greedy(engine, 8) == expected

@@ -218,7 +218,7 @@ def test_experts_of_a_token(
     expected = weights @ rows
 
     memories, forms_buffer = [*banks, resident], bytes_tensor(forms)
-    calls = chosen_launches.calls_of_experts(hidden, max(width, shared_width))
+    calls = chosen_launches
     products = torch.full((len(places), calls.hidden_width(max(width, shared_width))), 1e30)
     out = torch.full((1, hidden), 0.5)
     for part in (places[2:], places[:2]):  # those in memory, then those that arrive
@@ -237,7 +237,7 @@ def run_experts(
     weights: torch.Tensor,
     tolerance: float = EXPERT,
 ) -> None:
-    """One expert of each geometry, as calls_of_experts has the kernels."""
+    """One expert of each geometry, by one of the modules that calls_of_experts may name."""
     bank = random_blocks(geometries, max(geometry.block_stride for geometry in geometries))
     experts = [Expert.from_block(geometry, block) for geometry, block in zip(geometries, bank)]
     forms = bytes_tensor(b"".join(expert_form(expert, block, 0) for expert, block in zip(experts, bank)))
@@ -252,8 +252,7 @@ def run_experts(
 
 
 def test_one_expert_of_a_token(executor: Runner, chosen_launches: Any) -> None:
-    calls = chosen_launches.calls_of_experts(96, 64)
-    run_experts(executor, calls, [block_geometry(96, 64, (4, 2, 3))], random_input(1, 96), torch.ones(1))
+    run_experts(executor, chosen_launches, [block_geometry(96, 64, (4, 2, 3))], random_input(1, 96), torch.ones(1))
 
 
 @pytest.mark.parametrize(
@@ -270,18 +269,14 @@ def test_experts_of_real_rows(chosen_launches: Any, hidden: int, width: int, gro
         BlockGeometry.of(hidden, width, {name: Scheme.of(bits, group_size) for name, bits in scheme.items()})
         for scheme in schemes
     ]
-    calls, weights = (
-        chosen_launches.calls_of_experts(hidden, width),
-        torch.rand(len(schemes), generator=torch.Generator().manual_seed(4)),
-    )
-    tolerance = EXPERT if calls is token_launches else 2 * EXPERT
-    run_experts(RUNNER, calls, geometries, random_input(1, hidden), weights, tolerance)
+    weights = torch.rand(len(schemes), generator=torch.Generator().manual_seed(4))
+    tolerance = EXPERT if chosen_launches is token_launches else 2 * EXPERT
+    run_experts(RUNNER, chosen_launches, geometries, random_input(1, hidden), weights, tolerance)
 
 
 def test_more_experts_than_simdgroups_of_a_threadgroup(chosen_launches: Any) -> None:
     geometries = [block_geometry(64, 32, (4, 2, 3))] * 13
-    calls = chosen_launches.calls_of_experts(64, 32)
-    run_experts(RUNNER, calls, geometries, random_input(1, 64), torch.linspace(0.1, 1, 13))
+    run_experts(RUNNER, chosen_launches, geometries, random_input(1, 64), torch.linspace(0.1, 1, 13))
 
 
 def test_experts_of_what_is_not_a_number(chosen_launches: Any) -> None:
@@ -289,7 +284,7 @@ def test_experts_of_what_is_not_a_number(chosen_launches: Any) -> None:
     for bad in (float("nan"), float("inf")):
         x = random_input(1, 256)
         x[0, 100] = bad
-        calls, geometry = chosen_launches.calls_of_experts(256, 64), block_geometry(256, 64, (4, 2, 3))
+        calls, geometry = chosen_launches, block_geometry(256, 64, (4, 2, 3))
         bank = random_blocks([geometry], geometry.block_stride)
         forms = bytes_tensor(expert_form(Expert.from_block(geometry, bank[0]), bank[0], 0))
         places, hidden = bytes_tensor(pack_places([(0, 0, 0)])), torch.zeros(1, calls.hidden_width(64))
@@ -298,7 +293,7 @@ def test_experts_of_what_is_not_a_number(chosen_launches: Any) -> None:
         assert not x.isfinite().any()
 
 
-def test_experts_that_are_too_large_go_to_the_kernels_of_all() -> None:
+def test_experts_that_are_too_large_or_gain_nothing_go_to_the_kernels_of_all() -> None:
     assert token_launches.calls_of_experts(4096, 1024) is token_launches
-    for columns, width in ((4128, 64), (64, 1056)):
+    for columns, width in ((4128, 1024), (4096, 1056), (2048, 512)):
         assert token_launches.calls_of_experts(columns, width) is launches

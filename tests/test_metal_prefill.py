@@ -144,12 +144,11 @@ def test_experts_of_a_prompt_by_halves(executor: Runner) -> None:
 def test_the_rows_of_halves_keep_what_they_hold(executor: Runner) -> None:
     """Of numbers far below a row's largest too; rows of zeros, of nearly none, of nearly too much stay as they are."""
     x = random_input(6, 1088) * 2.0 ** torch.arange(0, -34, -1).repeat_interleave(32)
-    x[1], x[2], x[3] = 0.0, x[2] * 1e-37, x[3] * 1e34
+    x[1], x[2], x[3] = 0.0, x[2] * 1e-37, x[3] * 1e37
     parts = split(executor, x, 1088)
     halves = parts.halves.view(torch.float16).view(6, 34, 2, 4, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]].double()
-    found = halves.sum(dim=2) * torch.tensor([1.0, 16.0]).repeat(4) * 2.0**-24  # odd columns are a sixteenth
-    found = found.flatten(1) * parts.factors[:, None].double()
-    bound = x.abs().double() * 2.0**-22 + x.abs().amax(dim=1, keepdim=True).double() * 2.0**-35 + 2.0**-146
+    found = halves.sum(dim=2).flatten(1) * parts.factors[:, None].double()
+    bound = x.abs().double() * 2.0**-22 + x.abs().amax(dim=1, keepdim=True).double() * 2.0**-39
     assert ((found - x).abs() <= bound).all()
     blocks = (
         torch.nn.functional.pad(x.double() / parts.factors[:, None], (0, 2048 - 1088)).unflatten(1, (64, 32)).sum(2)

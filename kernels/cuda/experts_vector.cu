@@ -36,8 +36,7 @@ inline void put_hidden(float value, uint tile, uint units, uint lane, device flo
   const Scaling scaling = scaling_of(simd_max(max_magnitude(0.0f, value)));
   const float total = simd_sum(value), other = simd_shuffle_xor(value, 4);
   uint high, low;
-  const float factor = lane % 2 ? scaling.factor * HIGHER : scaling.factor;
-  split_pair(value * factor, other * factor, high, low);
+  split_pair(value * scaling.factor, other * scaling.factor, high, low);
   device uint* unit = (device uint*)(hidden + units * UNIT) + tile / 2 * (UNIT_QUADS * 4);
   if (lane < TILE_ROWS && lane % 8 < 4) {
     const uint at = tile % 2 * 8 + lane / 8 * 4 + lane % 4;
@@ -79,6 +78,7 @@ inline void put_hidden(float value, uint tile, uint units, uint lane, device flo
   }
   threadgroup uint4* zeros = halves + (X_QUADS - ZERO_QUADS + ZERO_PLACE);
   if (index < 4) zeros[index] = 0;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
   wait_for_last();
   launch_next();  // experts_down, which finds places and x
   constant Place& place = places[group.y];
@@ -96,7 +96,6 @@ inline void put_hidden(float value, uint tile, uint units, uint lane, device flo
   const uint first = simdgroup / 2 * each;
   const Share share = {min(first, spans), min(first + each, spans)};
   if (w.storage >= BF16) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);
     multiply_plain(w, row, share, x, x_units, lane, results[simdgroup]);
   } else {
     const Vector<threadgroup const uint4*> vector = {halves, zeros, known, nullptr};

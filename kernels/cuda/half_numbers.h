@@ -1,14 +1,18 @@
 // Weights and inputs as halves, as NVIDIA's matrix units take them. Put into kernel files by text, after matrix.h.
 //
-// A quantized integer in the lowest bits of a half is a half as it stands: a subnormal one, worth 2^-24 of it, with which
-// the units reckon like with any other. So a mask is all that unpacking takes; of eight neighbours of a row it makes four
-// pairs of a column and the one four further on. Columns 1, 3, 5 and 7 of the eight come four bits higher, which saves a
-// shift, and meet inputs that are a sixteenth. An input, scaled by a power of two so that the largest of its kind is just
-// below 2^15, is the sum of two halves that keep 22 bits and more of every number, and of small ones all that is more
-// than 2^-35 of the largest.
+// A quantized integer among the bits of a half is a half as it stands: a subnormal one, with which the units reckon like
+// with any other. So masks and shifts are all that unpacking takes; of eight neighbours of a row they make four pairs of
+// a column and the one four further on. But the units line up products by their exponents, which for subnormal numbers
+// are those of the highest bit, whether it is set or not, and cut off what is 25 bits further down: so integers lie as
+// high as comes for nothing. An input, scaled by a power of two so that the largest of its kind is just below 2^15, is
+// the sum of two halves that keep 22 bits and more of every number, and of small ones all that is more than 2^-39 of the
+// largest.
 
-constant constexpr float HALF_STEPS = 16777216.0f;  // that make one: 2^24
-constant constexpr float HIGHER = 0.0625f;
+// What makes integers again of such halves: 2^24, 2^20 or 2^18.
+template <int BITS>
+inline constexpr float half_steps() {
+  return BITS == 8 ? 16777216.0f : BITS == 4 ? 1048576.0f : 262144.0f;
+}
 
 // Eight neighbouring weights as halves: columns 0 and 4, 1 and 5, 2 and 6, 3 and 7. They are the lowest bits of `low`; of
 // 8 bits, four are in `high`; of 2, they are the upper half of `low` if `high` is set.
@@ -17,26 +21,26 @@ inline void unpack_eight(uint low, uint high, thread uint* pairs) {
   if (BITS == 8) {
     const uint first = permute_bytes(low, high, 0x5140u), second = permute_bytes(low, high, 0x7362u);
     pairs[0] = permute_bytes(first, 0, 0x4140u);
-    pairs[1] = fma_halves(permute_bytes(first, 0, 0x4342u), 0x4c004c00u, 0);  // 16 times
+    pairs[1] = permute_bytes(first, 0, 0x4342u);
     pairs[2] = permute_bytes(second, 0, 0x4140u);
-    pairs[3] = fma_halves(permute_bytes(second, 0, 0x4342u), 0x4c004c00u, 0);
+    pairs[3] = permute_bytes(second, 0, 0x4342u);
   } else if (BITS == 4) {
-    pairs[0] = low & 0x000f000fu;
+    pairs[0] = low << 4 & 0x00f000f0u;
     pairs[1] = low & 0x00f000f0u;
-    pairs[2] = low >> 8 & 0x000f000fu;
+    pairs[2] = low >> 4 & 0x00f000f0u;
     pairs[3] = low >> 8 & 0x00f000f0u;
   } else if (BITS == 3) {
     const uint both = (low & 0xfffu) | (low << 4 & 0x0fff0000u);
-    pairs[0] = both & 0x00070007u;
-    pairs[1] = both << 1 & 0x00700070u;
-    pairs[2] = both >> 6 & 0x00070007u;
-    pairs[3] = both >> 5 & 0x00700070u;
+    pairs[0] = both << 6 & 0x01c001c0u;
+    pairs[1] = both << 3 & 0x01c001c0u;
+    pairs[2] = both & 0x01c001c0u;
+    pairs[3] = both >> 3 & 0x01c001c0u;
   } else {
     const uint both = permute_bytes(low, 0, high ? 0x4342u : 0x4140u);
-    pairs[0] = both & 0x00030003u;
-    pairs[1] = both << 2 & 0x00300030u;
-    pairs[2] = both >> 4 & 0x00030003u;
-    pairs[3] = both >> 2 & 0x00300030u;
+    pairs[0] = both << 6 & 0x00c000c0u;
+    pairs[1] = both << 4 & 0x00c000c0u;
+    pairs[2] = both << 2 & 0x00c000c0u;
+    pairs[3] = both & 0x00c000c0u;
   }
 }
 
@@ -54,19 +58,19 @@ inline void split_pair(float first, float second, thread uint& high, thread uint
 
 struct Scaling {
   float factor;  // of inputs
-  float worth;   // what undoes it, and gives a product its 2^24
+  float worth;   // what undoes it
 };
 
-// For inputs of which the largest has this magnitude. From 2^118 on they become infinite.
+// For inputs of which the largest has this magnitude.
 inline Scaling scaling_of(float largest) {
-  const uint exponent = min(max(as_type<uint>(largest) >> 23, 15u), 244u);  // of 2, from -127 on
-  return {as_type<float>((127u + 14u + 127u - exponent) << 23), as_type<float>((exponent - 14u + 24u) << 23)};
+  const uint exponent = min(max(as_type<uint>(largest) >> 23, 15u), 254u);  // of 2, from -127 on
+  return {as_type<float>((127u + 14u + 127u - exponent) << 23), as_type<float>((exponent - 14u) << 23)};
 }
 
 // Eight neighbouring inputs as the halves that meet the pairs of unpack_eight: the higher ones, and the lower.
 inline void split_eight(float4 first, float4 second, float factor, thread uint* high, thread uint* low) {
   split_pair(first.x * factor, second.x * factor, high[0], low[0]);
-  split_pair(first.y * (factor * HIGHER), second.y * (factor * HIGHER), high[1], low[1]);
+  split_pair(first.y * factor, second.y * factor, high[1], low[1]);
   split_pair(first.z * factor, second.z * factor, high[2], low[2]);
-  split_pair(first.w * (factor * HIGHER), second.w * (factor * HIGHER), high[3], low[3]);
+  split_pair(first.w * factor, second.w * factor, high[3], low[3]);
 }

@@ -241,7 +241,7 @@ inline void add_block(thread const HalvesMemory& at, uint block, uint line, uint
       load_eight<BITS>(weights + (m * 16 + i * 8) * (BITS * 4), t, pairs);
 #pragma unroll
       for (uint k = 0; k < 4; k++) a[m][2 * k + i] = pairs[k];
-      scales[m][i] = widen_bf16(lines[(m * 16 + i * 8) * LINE + line % LINE]);
+      scales[m][i] = half_steps<BITS>() * widen_bf16(lines[(m * 16 + i * 8) * LINE + line % LINE]);
     }
   }
 #pragma unroll

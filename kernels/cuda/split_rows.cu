@@ -9,10 +9,10 @@ using namespace metal;
 //
 // x        float [T, x_stride], of which the first K columns are read, whole units of 32
 // halves   [T, K / 32, 2, 32]: of each block of 32 columns the high halves, then the low ones, each in the order 0 4 1 5
-//          2 6 3 7 of every eight, of which odd columns are a sixteenth (half_numbers.h)
-// sums     float [T, SUMS * each], each = K / 1024, rounded up: of x * 2^(e - 24) over every 32 columns, then over every
-//          64, then over every 128, with zeros behind each
-// factors  float [T]: 2^(24 - e)
+//          2 6 3 7 of every eight
+// sums     float [T, SUMS * each], each = K / 1024, rounded up: of x * 2^e over every 32 columns, then over every 64, then
+//          over every 128, with zeros behind each
+// factors  float [T]: 2^-e
 //
 // Threads: grid (T), a thread for eight columns at a time. Bound by memory. Reference: linears, of which it is a part.
 // Test: test_metal_prefill.py.
@@ -56,7 +56,7 @@ struct SplitShape {
     uint high[4], low[4];
     split_eight(first, second, scaling.factor, high, low);
     float total = ((first.x + second.x) + (first.y + second.y)) + ((first.z + second.z) + (first.w + second.w));
-    total *= scaling.factor / HALF_STEPS;
+    total *= scaling.factor;
     if (i < eights) {
       const uint to = i / 4 * 8 + i % 4;
       out[to] = uint4(high[0], high[1], high[2], high[3]);

@@ -117,7 +117,8 @@ inline void pick_eight(thread const uint* words, uint i, thread uint& low, threa
   }
 }
 
-// sums[i] += row g + 8 i of span s of a strip times the lane's unit of the vector.
+// sums[i] += row g + 8 i of span s of a strip times the lane's unit of the vector, without the biases, which go to
+// sums[i + 2]; for products to be scaled by half_steps at the end.
 // lines    as load_lines has them; of them `from` is the lane with this span's, `chosen` which bytes are the lane's own
 // halves   the lane's part of the right factor, four quads
 // known    of its unit: what both half units are worth, then the sums of their numbers
@@ -155,7 +156,8 @@ inline void add_span(thread const uint* words, thread const Lines& lines, uint s
     }
     const float first = products[0][2 * i + 1] + products[0][2 * i], second = products[1][2 * i + 1] + products[1][2 * i];
     const float product = fma(first, as_type<float>(known.x), second * as_type<float>(known.y));
-    sums[i] = fma(product, line[0], fma(line[1], total, sums[i]));
+    sums[i] = fma(product, line[0], sums[i]);
+    sums[i + 2] = fma(line[1], total, sums[i + 2]);
   }
 }
 
@@ -219,8 +221,6 @@ inline float2 multiply_packed(
     }
     wait_for_copies();
     simdgroup_barrier(mem_flags::mem_threadgroup);
-  } else {
-    threadgroup_barrier(mem_flags::mem_threadgroup);
   }
   const bool is_column = g / 2 == t;  // whether the lane's unit is that of its column of the right factor
   const uint unit = share.first * SPAN_UNITS + t;
@@ -229,7 +229,7 @@ inline float2 multiply_packed(
   Quads known = vector.known + unit;
   const bool is_second = IS_SMALL ? t % 2 : t / 2;
   const uint chosen = is_second ? 0x3244u : 0x1044u;  // as the upper half of a float
-  float sums[2] = {0.0f, 0.0f};
+  float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 1
   for (uint span = share.first; span < share.end; span += STRIP_SPANS) {
     const uint done = span - share.first;
@@ -247,6 +247,7 @@ inline float2 multiply_packed(
     tile.data[0] += STRIP_UNITS * BITS * 4;
     tile.data[1] += STRIP_UNITS * BITS * 4;
   }
+  for (uint i = 0; i < 2; i++) sums[i] = fma(sums[i], half_steps<BITS>(), sums[i + 2]);
   team_sums<2>(sums, 2);
   return float2(sums[0], sums[1]);
 }

@@ -388,18 +388,24 @@ SIMT_UNCHECKED float widen_half(unsigned bits) {
   return sign ? -value : value;
 }
 
-// sum + eight numbers, as the matrix units have it.
-SIMT_UNCHECKED float add_cut(float sum, const float* numbers) {
-  float largest = __builtin_fabsf(sum), plain = sum;
+SIMT_UNCHECKED int half_exponent(unsigned bits) {
+  const int stored = bits >> 10 & 0x1fu;
+  return (stored ? stored : 1) - 15;
+}
+
+// sum + eight products, as the matrix units have it: what they keep follows from the largest exponent, and that of a
+// product is the sum of its factors' as they stand, however many zeros a subnormal one begins with.
+SIMT_UNCHECKED float add_cut(float sum, const float* products, const int* exponents) {
+  int exponent = sum == 0.0f ? -1000 : __builtin_ilogbf(sum);
+  float plain = sum;
   for (int i = 0; i < 8; i++) {
-    largest = __builtin_fmaxf(largest, __builtin_fabsf(numbers[i]));
-    plain += numbers[i];
+    if (products[i] != 0.0f && exponents[i] > exponent) exponent = exponents[i];
+    plain += products[i];
   }
-  if (largest == 0.0f || !__builtin_isfinite(plain)) return plain;
-  const int exponent = __builtin_ilogbf(largest);
+  if (exponent == -1000 || !__builtin_isfinite(plain)) return plain;
   const double scale = __builtin_ldexp(1.0, 25 - exponent);
   int64_t total = (int64_t)(sum * scale);
-  for (int i = 0; i < 8; i++) total += (int64_t)(numbers[i] * scale);
+  for (int i = 0; i < 8; i++) total += (int64_t)(products[i] * scale);
   int64_t unit = 1;
   while (total / unit >= 1 << 24 || total / unit <= -(1 << 24)) unit *= 2;
   return (float)((double)(total / unit * unit) * __builtin_ldexp(1.0, exponent - 25));
@@ -467,13 +473,15 @@ SIMT_UNCHECKED void simt_multiply_halves(float* sums, const unsigned* a, const u
   const unsigned lane = machine.current->place.lane, g = lane / 4, t = lane % 4;
   for (unsigned i = 0; i < 4; i++) {
     float products[16];
+    int exponents[16];
     for (unsigned k = 0; k < 16; k++) {  // number k lies in lane k / 2 % 4 of a row's four, in the first word or the other
       const unsigned part = k / 8, shift = k % 2 * 16;
       const unsigned left = shown[6 * (4 * g + k / 2 % 4) + 2 * part + i / 2];
       const unsigned right = shown[6 * (4 * (2 * t + i % 2) + k / 2 % 4) + 4 + part];
       products[k] = widen_half(left >> shift & 0xffffu) * widen_half(right >> shift & 0xffffu);
+      exponents[k] = half_exponent(left >> shift) + half_exponent(right >> shift);
     }
-    sums[i] = add_cut(add_cut(sums[i], products), products + 8);
+    sums[i] = add_cut(add_cut(sums[i], products, exponents), products + 8, exponents + 8);
   }
 }
 
@@ -482,12 +490,14 @@ SIMT_UNCHECKED void simt_multiply_tf32(float* sums, const unsigned* a, const uns
   const unsigned lane = machine.current->place.lane, g = lane / 4, t = lane % 4;
   for (unsigned i = 0; i < 4; i++) {
     float products[8];
+    int exponents[8];
     for (unsigned k = 0; k < 8; k++) {
       const unsigned left = shown[6 * (4 * g + k % 4) + k / 4 * 2 + i / 2];
       const unsigned right = shown[6 * (4 * (2 * t + i % 2) + k % 4) + 4 + k / 4];
       products[k] = float_of(left & 0xffffe000u) * float_of(right & 0xffffe000u);
+      exponents[k] = int(left >> 23 & 0xffu) + int(right >> 23 & 0xffu) - 254;
     }
-    sums[i] = add_cut(sums[i], products);
+    sums[i] = add_cut(sums[i], products, exponents);
   }
 }
 
