@@ -7,19 +7,19 @@ using namespace metal;
 
 // metal/experts.metal on NVIDIA's matrix units for halves: the same formulas and arguments, but for
 //
-// hidden     float [ranks, hidden_stride], of each rank the products, spread over `units` units, then the same as halves,
-//            then what is known of each unit
+// hidden     float [ranks, hidden_stride]: of each rank the products, spread over `units` units, then the same as
+//            halves, then four words for each unit (`known` in vector.h)
 //
 // Threads, gate_up: grid (units * 2, places); of a threadgroup's four simdgroups two multiply a tile of gate, two one of
 // up, each half of the columns. down: grid (rows / TILE_ROWS), a simdgroup for each place, up to DOWN_SIMDGROUPS, beyond
-// which they take turns. Tiles as in vector.h. Bound by the bytes of the weights.
-// Reference: run_experts, add_rows. Test: test_metal_matrices.py.
+// which they take turns. Tiles as in vector.h. Bound by the bytes of the weights, and the more by products and by a
+// kernel's start and end the fewer bits they have. Reference: run_experts, add_rows. Test: test_metal_matrices.py.
 
 constant constexpr uint GATE_UP_THREADS = 128;
 constant constexpr uint X_UNITS = 128;      // at most
-constant constexpr uint X_QUADS = 1030;     // of their halves, and zeros
+constant constexpr uint X_QUADS = 1030;     // for their halves, and zeros
 constant constexpr uint DOWN_SIMDGROUPS = 11;
-constant constexpr uint HIDDEN_QUADS = 262;  // of the halves of 32 units, the most, and zeros
+constant constexpr uint HIDDEN_QUADS = 262;  // of a simdgroup: for the halves of 32 units, at most, and zeros
 constant constexpr uint ALL_HIDDEN_QUADS = 2882;
 
 struct ExpertsShape {
@@ -30,7 +30,7 @@ struct ExpertsShape {
   uint rows;
 };
 
-// Tile `tile` of a rank's products, in lanes 0 to 15, to both its forms; zeros in the others.
+// Tile `tile` of a rank's products to both its forms. value: a row's in lanes 0 to 15, zero in the others.
 inline void put_hidden(float value, uint tile, uint units, uint lane, device float* hidden) {
   if (lane < TILE_ROWS) hidden[spread_place(tile * TILE_ROWS + lane, units)] = value;
   const Scaling scaling = scaling_of(simd_max(max_magnitude(0.0f, value)));
@@ -59,7 +59,7 @@ inline void put_hidden(float value, uint tile, uint units, uint lane, device flo
   threadgroup uint4 halves[X_QUADS];
   threadgroup uint4 known[X_UNITS];
   threadgroup float results[4][TILE_ROWS];
-  // The kernel before may have chosen the places; x was there when it began.
+  // The kernel before may still be choosing the places, but x was there before it let this one begin.
   const uint x_units = shape.x_units, half_units = (x_units + STRIP_UNITS - 1) / STRIP_UNITS * STRIP_UNITS * 2;
   float4 fours[2][4];
 #pragma unroll
@@ -80,7 +80,7 @@ inline void put_hidden(float value, uint tile, uint units, uint lane, device flo
   if (index < 4) zeros[index] = 0;
   threadgroup_barrier(mem_flags::mem_threadgroup);
   wait_for_last();
-  launch_next();  // experts_down, which finds places and x
+  launch_next();  // experts_down, which reads places, weights and x before it waits
   constant Place& place = places[group.y];
   constant ExpertForm& form = forms[place.form];
   device const uchar* expert = expert_at(bank0, bank1, bank2, form.bank, place.offset);
@@ -124,7 +124,7 @@ inline void put_hidden(float value, uint tile, uint units, uint lane, device flo
   threadgroup uint4* own = halves + simdgroup * HIDDEN_QUADS;
   threadgroup uint4* zeros = own + (HIDDEN_QUADS - ZERO_QUADS + ZERO_PLACE);
   if (lane < 4) zeros[lane] = 0;
-  // Weights, as places and x, were there before experts_gate_up began.
+  // Places, weights and x were there before experts_gate_up let this kernel begin.
   const float before = index < TILE_ROWS && row + index < shape.rows ? x[row + index] : 0.0f;
   float sum = 0.0f;
   for (uint p = simdgroup; p < shape.places; p += simdgroups) {

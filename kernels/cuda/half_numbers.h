@@ -1,21 +1,22 @@
 // Weights and inputs as halves, as NVIDIA's matrix units take them. Put into kernel files by text, after matrix.h.
 //
-// A quantized integer among the bits of a half is a half as it stands: a subnormal one, with which the units reckon like
-// with any other. So masks and shifts are all that unpacking takes; of eight neighbours of a row they make four pairs of
-// a column and the one four further on. But the units line up products by their exponents, which for subnormal numbers
-// are those of the highest bit, whether it is set or not, and cut off what is 25 bits further down: so integers lie as
-// high as comes for nothing. An input, scaled by a power of two so that the largest of its kind is just below 2^15, is
-// the sum of two halves that keep 22 bits and more of every number, and of small ones all that is more than 2^-39 of the
-// largest.
+// A quantized integer among the bits of a half is a half as it stands: a subnormal one, which the units multiply like
+// any other. So masks and shifts are all that unpacking takes; of eight neighbours of a row they make four pairs of a
+// column and the one four further on. But the units line up products by their exponents and cut off what is more than
+// 25 bits below the largest; a subnormal half has the exponent -14, however small it is. So integers lie as high in a
+// half as comes for nothing.
+//
+// Inputs are scaled together by a power of two, so that the largest is just below 2^15. Each is then the sum of two
+// halves, which keep 22 bits and more of it, and of a small one all that is more than 2^-39 of the largest.
 
-// What makes integers again of such halves: 2^24, 2^20 or 2^18.
+// By what such a half has to be multiplied to be the integer again: 2^24, 2^20 or 2^18.
 template <int BITS>
 inline constexpr float half_steps() {
   return BITS == 8 ? 16777216.0f : BITS == 4 ? 1048576.0f : 262144.0f;
 }
 
-// Eight neighbouring weights as halves: columns 0 and 4, 1 and 5, 2 and 6, 3 and 7. They are the lowest bits of `low`; of
-// 8 bits, four are in `high`; of 2, they are the upper half of `low` if `high` is set.
+// Eight neighbouring weights as halves: columns 0 and 4, 1 and 5, 2 and 6, 3 and 7. They are the lowest bits of `low`;
+// at 8 bits the last four are in `high`; at 2 bits they are the upper half of `low` if `high` is set.
 template <int BITS>
 inline void unpack_eight(uint low, uint high, thread uint* pairs) {
   if (BITS == 8) {
@@ -44,26 +45,26 @@ inline void unpack_eight(uint low, uint high, thread uint* pairs) {
   }
 }
 
-// A float as two of eleven bits.
+// A float as the sum of two that have eleven bits, as the units' own floats do; 22 of its 24 are kept.
 inline void split_eleven(float value, thread uint& high, thread uint& low) {
   high = as_type<uint>(value) & 0xffffe000u;
   low = as_type<uint>(value - as_type<float>(high));
 }
 
-// Two floats as halves: the nearest ones, and of what is left.
+// Two floats as pairs of halves: the nearest ones, and the nearest to what is left.
 inline void split_pair(float first, float second, thread uint& high, thread uint& low) {
   high = pack_halves(first, second);
   low = pack_halves(first - first_half(high), second - second_half(high));
 }
 
 struct Scaling {
-  float factor;  // of inputs
-  float worth;   // what undoes it
+  float factor;  // that inputs are multiplied by
+  float worth;   // 1 / factor
 };
 
-// For inputs of which the largest has this magnitude.
+// For inputs of which the largest has this magnitude. The factor is at most 2^126, so that both are normal floats.
 inline Scaling scaling_of(float largest) {
-  const uint exponent = min(max(as_type<uint>(largest) >> 23, 15u), 254u);  // of 2, from -127 on
+  const uint exponent = min(max(as_type<uint>(largest) >> 23, 15u), 254u);  // as floats store it, plus 127
   return {as_type<float>((127u + 14u + 127u - exponent) << 23), as_type<float>((exponent - 14u) << 23)};
 }
 

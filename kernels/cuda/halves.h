@@ -7,7 +7,7 @@
 //   w x = sum over blocks of 32 columns of scale * (sum q low(x) + sum q high(x)) + sum over groups of bias * (sum x)
 //
 // The units cut off what does not fit where an addition outside rounds: they add up one block at a time, the lower
-// halves first, and float32 outside does the rest. The second line is a product of matrices too, [rows, groups] by
+// halves first, and float32 outside does the rest. The sum over groups is a product of matrices too, [rows, groups] by
 // [groups, tokens], of float32 as two of the units' own floats of eleven bits.
 //
 // A threadgroup multiplies TILE_TOKENS rows of x (tokens), or fewer, with TILE_ROWS rows of weights, of which each

@@ -2,33 +2,36 @@
 // half_numbers.h.
 //
 // matrix.h spends four instructions on a weight. Here two of four bits become halves by one mask, and 256 are multiplied
-// at once: [16 rows, 16 columns] times [16, 8]. Those eight columns of the right factor are four units of the vector (32
-// columns, as matrix.h has them) in two halves each, scaled by a power of two for every half unit:
+// at once: [16 rows, 16 columns] times [16, 8]. The eight columns of the right factor are four units of the vector (32
+// numbers, as in matrix.h), each in a column of high halves and one of low ones. Every half unit is scaled by a power
+// of two of its own, which `worth` undoes:
 //
-//   w x = sum over units of scale * worth * (sum q high(x) + sum q low(x)) + bias * (sum x)
+//   w x = sum over half units of scale * worth * (sum q high(x) + sum q low(x)) + bias * (sum x)
 //
-// Lane 4 g + t has rows g and g + 8 of a tile, and of each SPAN of four units the t-th: what lies together in a row. The
-// right factor is zero where a lane's unit is not the column's, so that each lane is left with the sums of its own rows
-// and unit, to be scaled and added up in float32. Three quarters of the units' work is for nothing, and they still wait
-// for memory. In what order they take the columns of a unit is free, if weights and vector have the same: unpack_eight's.
+// Four units that follow each other are a span. Lane 4 g + t has rows g and g + 8 of a tile, and the t-th unit of each
+// span: weights that lie together in a row. The right factor is zero where a lane's unit is not the column's, so that
+// each lane is left with the sums of its own rows and unit, to be scaled and added up in float32. Three quarters of the
+// products are with zero, but they take no instruction of their own. In what order the columns of a unit are taken is
+// free, as long as weights and vector have the same one: it is that of unpack_eight.
 //
-// A simdgroup has a tile of 16 rows, or a share of its columns, for itself. It requests weights, as many spans as
-// registers hold, and the scales of 16 spans; when a span has been used, one further on is requested into its registers.
+// A simdgroup has a tile of 16 rows, or a share of its columns, for itself. It requests as many spans of weights as
+// registers hold, and the scales of 16 spans (of 8, if groups are of 32); when a span has been used, one further on is
+// requested into its registers. Four spans, for which the loop is unrolled, are a strip.
 
 constant constexpr uint TILE_ROWS = 16;
 constant constexpr uint SPAN_UNITS = 4;
 constant constexpr uint STRIP_SPANS = 4;
 constant constexpr uint STRIP_UNITS = 16;
 constant constexpr uint UNIT_QUADS = 8;  // of four words: a unit's high halves, then its low ones
-constant constexpr uint ZERO_PLACE = 2;  // quads from a multiple of eight on, so that zeros lie in other banks
-constant constexpr uint ZERO_QUADS = 6;
+constant constexpr uint ZERO_PLACE = 2;  // of zeros behind a vector, in quads: in other banks than what is read beside
+constant constexpr uint ZERO_QUADS = 6;  // ZERO_PLACE and four of zeros
 
 struct Tile {  // of a quantized matrix, as a lane sees it
   device const uchar* data[2];  // of its unit in the first span, in rows g and g + 8
   device const ushort* scales;
   device const ushort* biases;
   uint other;      // from row g's scales to row g + 8's
-  uint end;        // spans in which the lane has a unit, of all
+  uint end;        // of the spans in which the lane has a unit, counted from the row's first
   uint groups;
   uint shift;      // log2 of the units of a group
 };
@@ -49,7 +52,8 @@ inline Tile tile_of(thread const Weights& w, uint row, uint first, uint end, uin
   return tile;
 }
 
-// What a lane has of a span in both its rows. Where it has nothing, the words are what they were: the vector is zero.
+// What a lane has of a span in both its rows. Where it has nothing, the words stay what they were: the vector is zero
+// there.
 template <int BITS>
 inline void load_span(thread const Tile& tile, uint ahead, uint span, thread uint* words) {
   if (span < tile.end) {
@@ -62,7 +66,7 @@ struct Lines {  // the scales of both rows, then their biases
   uint words[16];
 };
 
-// Groups that are not eight by eight, or larger than 64.
+// load_lines where a row's groups are not a multiple of eight, or of 128 columns.
 MSL_NOINLINE Lines gather_lines(Tile tile, uint first) {
   Lines lines;
 #pragma unroll
@@ -78,8 +82,8 @@ MSL_NOINLINE Lines gather_lines(Tile tile, uint first) {
   return lines;
 }
 
-// Lane t of a row has four words of the 64 bytes from a span on, of two groups each. Of 128 columns, where they would
-// last for twice as many spans, each is there twice. Beyond the last group: any, since the vector is zero there.
+// Of the 64 bytes of a row's scales from a span on, lane t has four words, of two groups each. Groups of 128 columns,
+// which would last for twice as many spans, are there twice each. Beyond the last group any do: the vector is zero.
 inline void load_lines(thread const Tile& tile, uint span, uint lane, thread Lines& lines) {
   const uint first = (span * SPAN_UNITS >> tile.shift) + lane % 4 * (tile.shift == 2 ? 4 : 8);
   if (tile.shift == 2 || tile.groups % 8 != 0) {
@@ -97,7 +101,7 @@ inline void load_lines(thread const Tile& tile, uint span, uint lane, thread Lin
   }
 }
 
-// What unpack_eight takes of eight i of a lane's unit.
+// What unpack_eight takes, of the i-th eight of a lane's unit.
 template <int BITS>
 inline void pick_eight(thread const uint* words, uint i, thread uint& low, thread uint& high) {
   high = 0;
@@ -117,18 +121,18 @@ inline void pick_eight(thread const uint* words, uint i, thread uint& low, threa
   }
 }
 
-// sums[i] += row g + 8 i of span s of a strip times the lane's unit of the vector, without the biases, which go to
-// sums[i + 2]; for products to be scaled by half_steps at the end.
-// lines    as load_lines has them; of them `from` is the lane with this span's, `chosen` which bytes are the lane's own
+// sums[i] += row g + 8 i of span s of a strip times the lane's unit of the vector, but for half_steps and the biases,
+// whose part goes to sums[i + 2].
+// lines    as load_lines has them: this span's are in lane `from`, this lane's own are the bytes `chosen` of a word
 // halves   the lane's part of the right factor, four quads
-// known    of its unit: what both half units are worth, then the sums of their numbers
+// known    of its unit: the worth of each half, then the sum of each half's numbers
 template <int BITS, bool IS_SMALL>
 inline void add_span(thread const uint* words, thread const Lines& lines, uint s, uint lane, uint from, uint chosen,
     threadgroup const uint4* halves, uint4 known, thread float* sums) {
   float products[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
 #pragma unroll
   for (uint i = 0; i < 4; i++) {
-    const uint eight = i % 2 * 2 + i / 2;
+    const uint eight = i % 2 * 2 + i / 2;  // the halves of the unit in turn: one does not wait for the other's sums
     uint low, high, first[4], second[4];
     pick_eight<BITS>(words, eight, low, high);
     unpack_eight<BITS>(low, high, first);
@@ -161,7 +165,7 @@ inline void add_span(thread const uint* words, thread const Lines& lines, uint s
   }
 }
 
-// Half a unit, four by four, to its place in a vector of halves.
+// Half a unit of float32, four by four, to its place in a vector of halves.
 inline void put_half_unit(
     thread const float4* fours, uint half_unit, threadgroup uint4* halves, threadgroup uint4* known) {
   float largest = 0.0f, total = 0.0f;
@@ -185,27 +189,27 @@ inline void put_half_unit(
   own[2] = total;
 }
 
-struct Share {  // of a simdgroup in a tile: spans, the first of which begins a strip
+struct Share {  // of a simdgroup in a tile: at most 16 spans (load_lines), the first of which begins a strip
   uint first;
   uint end;
 };
 
-// Where a vector of halves is, whole strips of it.
+// A vector as halves, in whole strips.
 template <typename Quads>
 struct Vector {
   threadgroup uint4* halves;
   threadgroup const uint4* zeros;
-  Quads known;
+  Quads known;  // of each unit, as in add_span
   device const uint4* source;  // of the halves, if each simdgroup fetches its own
 };
 
 // In lanes 4 g the sums of rows `row` + g and + 8 of a quantized matrix times a vector, in the spans of a share.
-// IS_SMALL: groups of 32. IS_OWN: the vector is one of the kernel before, for this simdgroup alone; else the threadgroup
-// has just made it.
+// IS_SMALL: groups of 32. IS_OWN: the kernel before wrote the vector, and this simdgroup copies it for itself once the
+// weights are requested; else it is there already, for the whole threadgroup.
 template <int BITS, bool IS_SMALL, int AHEAD, bool IS_OWN, typename Quads>
 inline float2 multiply_packed(
     thread const Weights& w, uint row, thread const Share& share, thread const Vector<Quads>& vector, uint lane) {
-  constexpr uint LINE_SPANS = IS_SMALL ? 8 : 16;  // for which lines are loaded at once
+  constexpr uint LINE_SPANS = IS_SMALL ? 8 : 16;  // of one load_lines
   Tile tile = tile_of<BITS>(w, row, share.first, share.end, lane);
   const uint g = lane / 4, t = lane % 4;
   uint words[AHEAD * 2 * BITS];

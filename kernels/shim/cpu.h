@@ -100,14 +100,6 @@ inline uint round_to_half(float value) {
 inline uint pack_halves(float first, float second) { return round_to_half(second) << 16 | round_to_half(first); }
 inline float first_half(uint both) { return as_type<half>(ushort(both)); }
 inline float second_half(uint both) { return as_type<half>(ushort(both >> 16)); }
-inline uint fma_halves(uint a, uint b, uint c) {
-  uint both = 0;
-  for (int i = 0; i < 32; i += 16) {
-    const float x = as_type<half>(ushort(a >> i)), y = as_type<half>(ushort(b >> i)), z = as_type<half>(ushort(c >> i));
-    both |= round_to_half(x * y + z) << i;
-  }
-  return both;
-}
 
 MSL_FUNCTION unsigned msl_lane() { return simt_here().lane; }
 

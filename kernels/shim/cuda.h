@@ -101,11 +101,6 @@ MSL_FUNCTION float first_half(uint both) {
   return first;
 }
 MSL_FUNCTION float second_half(uint both) { return first_half(both >> 16); }
-MSL_FUNCTION uint fma_halves(uint a, uint b, uint c) {
-  uint both;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(both) : "r"(a), "r"(b), "r"(c));
-  return both;
-}
 
 // sums += a [16, 16] times b [16, 8], halves. Lane 4 g + t holds numbers 2 t, 2 t + 1 and 8 more of rows g and g + 8 (a:
 // g, g + 8, g, g + 8) and of column g, and sums 2 t and 2 t + 1 of both rows.

@@ -12,7 +12,6 @@ using metal::float2;
 using metal::float4;
 using metal::first_half;
 using metal::fma;
-using metal::fma_halves;
 using metal::half;
 using metal::launch_next;
 using metal::log;

@@ -388,21 +388,24 @@ SIMT_UNCHECKED float widen_half(unsigned bits) {
   return sign ? -value : value;
 }
 
+// -14 for a subnormal half, however small it is.
 SIMT_UNCHECKED int half_exponent(unsigned bits) {
   const int stored = bits >> 10 & 0x1fu;
   return (stored ? stored : 1) - 15;
 }
 
-// sum + eight products, as the matrix units have it: what they keep follows from the largest exponent, and that of a
-// product is the sum of its factors' as they stand, however many zeros a subnormal one begins with.
+constexpr int OF_ZERO = -1000;  // an exponent below all others
+
+// sum + eight products, as the matrix units add them: what is more than 25 bits below the largest exponent is cut off,
+// and the exponent of a product is the sum of its factors'.
 SIMT_UNCHECKED float add_cut(float sum, const float* products, const int* exponents) {
-  int exponent = sum == 0.0f ? -1000 : __builtin_ilogbf(sum);
+  int exponent = sum == 0.0f ? OF_ZERO : __builtin_ilogbf(sum);
   float plain = sum;
   for (int i = 0; i < 8; i++) {
     if (products[i] != 0.0f && exponents[i] > exponent) exponent = exponents[i];
     plain += products[i];
   }
-  if (exponent == -1000 || !__builtin_isfinite(plain)) return plain;
+  if (exponent == OF_ZERO || !__builtin_isfinite(plain)) return plain;
   const double scale = __builtin_ldexp(1.0, 25 - exponent);
   int64_t total = (int64_t)(sum * scale);
   for (int i = 0; i < 8; i++) total += (int64_t)(products[i] * scale);
