@@ -111,8 +111,8 @@ def bench_experts(device: CudaDevice, model: Model, bits: int, limit: float) -> 
     bank = random_bank(geometry.block_stride * model.chosen * layers)
     forms = device.upload_bytes(expert_form(Expert.from_block(geometry, bank), bank, 0))
     x = torch.randn(1, model.hidden, device="cuda")
-    calls = device.launches.calls_of_experts(model.hidden, model.width)
-    hidden = torch.randn(model.chosen, calls.hidden_width(model.width), device="cuda")
+    experts = device.expert_launches(model.hidden, model.width)
+    hidden = torch.randn(model.chosen, experts.hidden_width(model.width), device="cuda")
     weights = torch.rand(model.chosen, device="cuda")
     gate_up, down = [], []
     order = torch.randperm(model.chosen * layers, generator=torch.Generator().manual_seed(0)).tolist()
@@ -120,8 +120,8 @@ def bench_experts(device: CudaDevice, model: Model, bits: int, limit: float) -> 
         ids = order[layer * model.chosen : (layer + 1) * model.chosen]
         raw = pack_places((expert * geometry.block_stride, 0, rank) for rank, expert in enumerate(ids))
         places = device.upload_bytes(raw)
-        gate_up.append(device.bind(calls.experts_gate_up([bank] * 3, forms, places, x, hidden)))
-        down.append(device.bind(calls.experts_down([bank] * 3, forms, places, hidden, weights, x.clone())))
+        gate_up.append(device.bind(experts.experts_gate_up([bank] * 3, forms, places, x, hidden)))
+        down.append(device.bind(experts.experts_down([bank] * 3, forms, places, hidden, weights, x.clone())))
     sizes = dict(geometry.matrices)
     rows = []
     for name, steps, parts in (

@@ -65,6 +65,10 @@ class CudaDevice(Device):
         free, _ = torch.cuda.mem_get_info()
         return CONTEXT_BYTES + torch.cuda.memory_reserved(), free
 
+    def expert_launches(self, columns: int, width: int) -> Any:
+        is_own = token_launches.takes_experts(columns, width)
+        return self.launches if is_own else super().expert_launches(columns, width)
+
     def new_mailbox(self, size_bytes: int) -> Mailbox:
         return _CudaMailbox(self, size_bytes)
 

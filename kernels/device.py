@@ -37,7 +37,7 @@ class Device(ABC):
     done     work of this epoch and of all before has ended
     """
 
-    launches: Any = launches  # the module with the calls of linears: its own where a device has better ones
+    launches: Any = launches  # the module with the calls of a token's products: its own where a device has better ones
 
     name: str
     place: torch.device
@@ -74,6 +74,10 @@ class Device(ABC):
     def memory() -> tuple[int, int] | None:
         """Bytes of the device's own memory that this process has taken and may still take; None if it has none."""
         return None
+
+    def expert_launches(self, columns: int, width: int) -> Any:
+        """The module with the calls of a token's experts, for inputs of so many columns and experts of this width."""
+        return launches
 
     def zeros(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, device=self.place)

@@ -278,7 +278,7 @@ class GpuExpertStep(ExpertStep):
         rows, device = num_chosen + 1, ops.device
         self._place_bytes = struct_bytes("Place")
         self._normed = ops.scratch(f"normed {lane}", launches.spread_width(router.in_features))
-        self._experts = device.launches.calls_of_experts(router.in_features, width)
+        self._experts = device.expert_launches(router.in_features, width)
         width = self._experts.hidden_width(width)
         self._hidden = ops.scratch(f"hidden {lane}", rows * width).view(rows, width)
         # Two lists of places: in the order in which experts arrive, and in that of their ranks.

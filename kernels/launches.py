@@ -11,10 +11,8 @@ bytes.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -71,14 +69,6 @@ def rows_of_group(lanes: int, team_rows: int, simdgroups: int) -> int:
 def spread_width(columns: int) -> int:
     """Floats of a vector that lies spread over whole units, as metal/matrix.h has it."""
     return -(-columns // UNIT) * UNIT
-
-
-def calls_of_experts(columns: int, width: int) -> Any:
-    """Where the calls for a token's experts are, for inputs of so many columns and the widest expert: this module.
-
-    A device may have its own, by the same names: hidden_width, experts_gate_up, experts_down.
-    """
-    return sys.modules[__name__]
 
 
 def hidden_width(width: int) -> int:
@@ -173,7 +163,8 @@ def experts_down(
 ) -> Launch:
     """x [1, D] += the sum over places, which are in the order of their ranks, of weights[rank] * down(hidden[rank])."""
     count, rows = count_places(places), x.shape[-1]
-    check_places(places)
+    if count > MAX_PLACES:
+        raise ValueError(f"at most {MAX_PLACES} experts of a token in one dispatch, got {count}")
     check_spread(hidden)
     lanes = max(lanes_of_row(hidden.shape[-1]), LANES * MAX_CHUNKS * DOWN_ROWS // MAX_ROWS)
     in_chunk = rows_of_group(lanes, DOWN_ROWS, 1)
@@ -190,12 +181,6 @@ def experts_down(
     grid = (-(-rows // (chunks * in_chunk)), 1, 1)
     arguments: tuple[torch.Tensor | bytes, ...] = (*banks, forms, places, hidden, weights, x, shape)
     return Launch("experts", "experts_down", arguments, grid, (min(count, DOWN_SIMDGROUPS) * LANES, 1, 1))
-
-
-def check_places(places: torch.Tensor) -> None:
-    """Raises ValueError if a token has more experts than one dispatch takes."""
-    if count_places(places) > MAX_PLACES:
-        raise ValueError(f"at most {MAX_PLACES} experts of a token in one dispatch, got {count_places(places)}")
 
 
 def check_spread(*vectors: torch.Tensor) -> None:

@@ -86,8 +86,8 @@ _CUDA_GROUPS = {
     "attention_tiles": 2,
     "delta_scan": 2,
 }
-# Those that wait for the kernel before, and only then let the next one begin: so that experts_gate_up of cuda/, which
-# comes behind it, finds what was written before the router's choice (experts_vector.cu).
+# Kernels that wait for the one before and only then let the next one begin: experts_gate_up of cuda/, which follows
+# choose_experts, reads what was written before the choice without a wait of its own (experts_vector.cu).
 _WAITING_FIRST = {"choose_experts"}
 
 

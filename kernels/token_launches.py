@@ -1,19 +1,16 @@
 """The calls of a token's products on NVIDIA's GPUs: cuda/'s kernels for packed weights.
 
 Linears multiply bytes (cuda/bytes.h), experts halves (cuda/vector.h). Same names, arguments and results as in
-launches.py, within the kernels' tolerances; what cannot be taken here, or gains nothing, goes there. A device says by
-Device.launches which of the two modules it takes.
+launches.py, within the kernels' tolerances. Linears that cannot be taken here, or gain nothing, go there by themselves;
+of experts takes_experts says it, since `hidden` is not the same (Device.expert_launches).
 
-    launch = token_launches.linears(memory, forms, matrices, x, out)      # forms by token_launches.matrix_forms
-    experts = token_launches.calls_of_experts(columns, width)
-    launch = experts.experts_gate_up(banks, forms, places, x, hidden)     # hidden [ranks, experts.hidden_width(width)]
+    launch = token_launches.linears(memory, forms, matrices, x, out)          # forms by token_launches.matrix_forms
+    launch = token_launches.experts_gate_up(banks, forms, places, x, hidden)  # hidden [ranks, hidden_width(width)]
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -27,10 +24,10 @@ TILE_ROWS = 16  # cuda/bytes.h and cuda/vector.h
 STRIP, MAX_STRIPS = 512, 8  # cuda/bytes.h
 MAX_SIMDGROUPS = 8  # cuda/linears_bytes.cu
 GROUPS, WANTED = 128, 1024  # threadgroups, and simdgroups in all, that fill a large GPU
-STRIP_UNITS, HALVES_WORDS = 16, 36  # cuda/vector.h: of a unit as halves, with what is known of it
+STRIP_UNITS, HALVES_WORDS = 16, 36  # cuda/vector.h; words of a unit as halves, with what is known of it
 GATE_UP_THREADS, DOWN_SIMDGROUPS = 128, 11  # cuda/experts_vector.cu
 MAX_COLUMNS, MAX_WIDTH = 4096, 1024  # the same
-LEAST_WEIGHTS = 2**21  # of a projection of an expert: 397B's has twice as many, 35B's half and would lose a tenth
+LEAST_WEIGHTS = 2**21  # of a projection of an expert: 397B's have twice as many, 35B's half and would take 8 % longer
 
 
 def matrix_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
@@ -75,14 +72,16 @@ def _divide(matrices: Sequence[Matrix]) -> tuple[int, int]:
     return max(1, min(MAX_SIMDGROUPS // parts, -(-num_tiles // GROUPS))), parts
 
 
-def calls_of_experts(columns: int, width: int) -> Any:
-    """launches.calls_of_experts: these where they pay, up to the sizes whose vectors threadgroup memory can hold."""
-    is_fit = columns <= MAX_COLUMNS and width <= MAX_WIDTH
-    return sys.modules[__name__] if is_fit and columns * width >= LEAST_WEIGHTS else launches
+def takes_experts(columns: int, width: int) -> bool:
+    """Whether threadgroup memory can hold the vectors of such experts, and the calls here pay.
+
+    Whatever their bits: at 4 and 2 they gain 14 and 20 %, at 3 and 8 they lose 2 and 9 % (runtime/EXPERIMENTS.md).
+    """
+    return columns <= MAX_COLUMNS and width <= MAX_WIDTH and columns * width >= LEAST_WEIGHTS
 
 
 def hidden_width(width: int) -> int:
-    """launches.hidden_width: spread over whole strips, and the same as halves."""
+    """launches.hidden_width: numbers spread over whole strips, and the same as halves."""
     return -(-width // (STRIP_UNITS * UNIT)) * STRIP_UNITS * (UNIT + HALVES_WORDS)
 
 
@@ -91,8 +90,9 @@ def experts_gate_up(
 ) -> Launch:
     """launches.experts_gate_up."""
     launches.check_spread(x)
+    shape = _experts_shape(places, x, hidden)
     grid = (_hidden_units(hidden) * UNIT // TILE_ROWS, count_places(places), 1)
-    arguments: tuple[torch.Tensor | bytes, ...] = (*banks, forms, places, x, hidden, _experts_shape(places, x, hidden))
+    arguments: tuple[torch.Tensor | bytes, ...] = (*banks, forms, places, x, hidden, shape)
     return Launch("experts_vector", "experts_gate_up", arguments, grid, (GATE_UP_THREADS, 1, 1))
 
 
@@ -105,17 +105,18 @@ def experts_down(
     x: torch.Tensor,
 ) -> Launch:
     """launches.experts_down."""
-    launches.check_places(places)
+    shape = _experts_shape(places, x, hidden)
     simdgroups = min(count_places(places), DOWN_SIMDGROUPS)
-    arguments: tuple[torch.Tensor | bytes, ...]
-    arguments = (*banks, forms, places, hidden, weights, x, _experts_shape(places, x, hidden))
     grid = (-(-x.shape[-1] // TILE_ROWS), 1, 1)
+    arguments: tuple[torch.Tensor | bytes, ...] = (*banks, forms, places, hidden, weights, x, shape)
     return Launch("experts_vector", "experts_down", arguments, grid, (simdgroups * LANES, 1, 1))
 
 
 def _experts_shape(places: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor) -> bytes:
-    """Raises ValueError for sizes that calls_of_experts would have sent to launches.py."""
+    """Raises ValueError for a `hidden` that is not of hidden_width, and for more than threadgroup memory can hold."""
     columns, units = x.shape[-1], _hidden_units(hidden)
+    if hidden.shape[-1] != hidden_width(units * UNIT):
+        raise ValueError(f"hidden has rows of {hidden_width(1)} numbers, or a multiple, got {hidden.shape[-1]}")
     if columns > MAX_COLUMNS or units * UNIT > MAX_WIDTH:
         raise ValueError(f"at most {MAX_COLUMNS} columns and {MAX_WIDTH} rows, got {columns} and {units * UNIT}")
     sizes = {"places": count_places(places), "x_units": -(-columns // UNIT), "units": units}

@@ -218,41 +218,37 @@ def test_experts_of_a_token(
     expected = weights @ rows
 
     memories, forms_buffer = [*banks, resident], bytes_tensor(forms)
-    calls = chosen_launches
-    products = torch.full((len(places), calls.hidden_width(max(width, shared_width))), 1e30)
+    products = torch.full((len(places), chosen_launches.hidden_width(max(width, shared_width))), float("nan"))
     out = torch.full((1, hidden), 0.5)
     for part in (places[2:], places[:2]):  # those in memory, then those that arrive
         some = bytes_tensor(pack_places(part))
-        executor.run(calls.experts_gate_up(memories, forms_buffer, some, spread(x), products))
+        executor.run(chosen_launches.experts_gate_up(memories, forms_buffer, some, spread(x), products))
     everything = bytes_tensor(pack_places(places))
-    executor.run(calls.experts_down(memories, forms_buffer, everything, products, weights, out))
+    executor.run(chosen_launches.experts_down(memories, forms_buffer, everything, products, weights, out))
     check_experts(out[0] - 0.5, expected, EXPERT)
 
 
 def run_experts(
-    executor: Runner,
-    calls: Any,
-    geometries: list[BlockGeometry],
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    tolerance: float = EXPERT,
-) -> None:
-    """One expert of each geometry, by one of the modules that calls_of_experts may name."""
+    executor: Runner, chosen_launches: Any, geometries: list[BlockGeometry], x: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the sum over experts of random weights, one of each geometry; what it should be)."""
     bank = random_blocks(geometries, max(geometry.block_stride for geometry in geometries))
     experts = [Expert.from_block(geometry, block) for geometry, block in zip(geometries, bank)]
     forms = bytes_tensor(b"".join(expert_form(expert, block, 0) for expert, block in zip(experts, bank)))
     places = bytes_tensor(pack_places((i * bank.stride(0), i, i) for i in range(len(bank))))
-    hidden = torch.full((len(bank), calls.hidden_width(experts[0].gate_proj.out_features)), float("nan"))
+    width = chosen_launches.hidden_width(experts[0].gate_proj.out_features)
+    hidden = torch.full((len(bank), width), float("nan"))
     out = torch.zeros_like(x)
-    executor.run(calls.experts_gate_up([bank] * 3, forms, places, spread(x), hidden))
-    executor.run(calls.experts_down([bank] * 3, forms, places, hidden, weights, out))
+    executor.run(chosen_launches.experts_gate_up([bank] * 3, forms, places, spread(x), hidden))
+    executor.run(chosen_launches.experts_down([bank] * 3, forms, places, hidden, weights, out))
     rows = torch.zeros(len(bank), x.shape[1])
     reference.run_experts(x, experts, rows, range(len(bank)))
-    check_experts(out[0], weights @ rows, tolerance)
+    return out[0], weights @ rows
 
 
 def test_one_expert_of_a_token(executor: Runner, chosen_launches: Any) -> None:
-    run_experts(executor, chosen_launches, [block_geometry(96, 64, (4, 2, 3))], random_input(1, 96), torch.ones(1))
+    geometries = [block_geometry(96, 64, (4, 2, 3))]
+    check_experts(*run_experts(executor, chosen_launches, geometries, random_input(1, 96), torch.ones(1)), EXPERT)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +258,7 @@ def test_one_expert_of_a_token(executor: Runner, chosen_launches: Any) -> None:
 def test_experts_of_real_rows(chosen_launches: Any, hidden: int, width: int, group_size: int) -> None:
     """Rows of several strips, whole ones or not, whose scales come by sixteen bytes or one by one, and once more.
 
-    In metal/'s kernels the sums of a lane, of 128 terms of 4,096 columns, lose twice the tolerance.
+    metal/'s kernels add up 128 of 4,096 columns in a lane, which may lose twice the tolerance.
     """
     schemes = [dict(zip(PROJECTIONS, bits)) for bits in ((4, 4, 4), (2, 3, 8), (3, 8, 2), (8, 2, 3))]
     geometries = [
@@ -271,29 +267,42 @@ def test_experts_of_real_rows(chosen_launches: Any, hidden: int, width: int, gro
     ]
     weights = torch.rand(len(schemes), generator=torch.Generator().manual_seed(4))
     tolerance = EXPERT if chosen_launches is token_launches else 2 * EXPERT
-    run_experts(RUNNER, chosen_launches, geometries, random_input(1, hidden), weights, tolerance)
+    check_experts(*run_experts(RUNNER, chosen_launches, geometries, random_input(1, hidden), weights), tolerance)
 
 
 def test_more_experts_than_simdgroups_of_a_threadgroup(chosen_launches: Any) -> None:
     geometries = [block_geometry(64, 32, (4, 2, 3))] * 13
-    run_experts(RUNNER, chosen_launches, geometries, random_input(1, 64), torch.linspace(0.1, 1, 13))
+    weights = torch.linspace(0.1, 1, 13)
+    check_experts(*run_experts(RUNNER, chosen_launches, geometries, random_input(1, 64), weights), EXPERT)
 
 
 def test_experts_of_what_is_not_a_number(chosen_launches: Any) -> None:
-    """An input that is not one, or beyond all, gives neither zero nor anything that looks well."""
+    """NaN or infinity in the input gives nothing that could pass for a result."""
     for bad in (float("nan"), float("inf")):
         x = random_input(1, 256)
         x[0, 100] = bad
-        calls, geometry = chosen_launches, block_geometry(256, 64, (4, 2, 3))
-        bank = random_blocks([geometry], geometry.block_stride)
-        forms = bytes_tensor(expert_form(Expert.from_block(geometry, bank[0]), bank[0], 0))
-        places, hidden = bytes_tensor(pack_places([(0, 0, 0)])), torch.zeros(1, calls.hidden_width(64))
-        RUNNER.run(calls.experts_gate_up([bank] * 3, forms, places, spread(x), hidden))
-        RUNNER.run(calls.experts_down([bank] * 3, forms, places, hidden, torch.ones(1), x))
-        assert not x.isfinite().any()
+        out, _ = run_experts(RUNNER, chosen_launches, [block_geometry(256, 64, (4, 2, 3))], x, torch.ones(1))
+        assert not out.isfinite().any()
 
 
-def test_experts_that_are_too_large_or_gain_nothing_go_to_the_kernels_of_all() -> None:
-    assert token_launches.calls_of_experts(4096, 1024) is token_launches
+def test_token_launches_take_experts_that_fit_and_gain() -> None:
+    assert token_launches.takes_experts(4096, 1024)
     for columns, width in ((4128, 1024), (4096, 1056), (2048, 512)):
-        assert token_launches.calls_of_experts(columns, width) is launches
+        assert not token_launches.takes_experts(columns, width)
+
+
+@pytest.mark.parametrize(
+    ("columns", "hidden_width", "message"),
+    [
+        (4096, 1024, "hidden has rows of 1088 numbers, or a multiple, got 1024"),  # as launches.py has it
+        (4128, 2176, "at most 4096 columns and 1024 rows, got 4128 and 1024"),
+        (4096, 3264, "at most 4096 columns and 1024 rows, got 4096 and 1536"),
+    ],
+)
+def test_token_launches_refuse_sizes_of_experts(columns: int, hidden_width: int, message: str) -> None:
+    places = bytes_tensor(pack_places([(0, 0, 0)]))
+    x, hidden = torch.zeros(1, columns), torch.zeros(1, hidden_width)
+    with pytest.raises(ValueError, match=message):
+        token_launches.experts_gate_up([places] * 3, places, places, x, hidden)
+    with pytest.raises(ValueError, match=message):
+        token_launches.experts_down([places] * 3, places, places, hidden, torch.ones(1), x)
