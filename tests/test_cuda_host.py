@@ -38,7 +38,7 @@ def test_tokens_are_those_of_the_cpu_backend(
     least: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With the kernels for experts of all sizes, and with those that only large ones get."""
+    """Once with cuda/'s kernels for its experts, and once as it is: for them it is too small."""
     monkeypatch.setattr(token_launches, "LEAST_WEIGHTS", least)
     expected = greedy(Engine.open(tiny_pack, exact=True, max_context=CONTEXT), 8)
     with open_with(slots, tiny_pack, device="cuda", prefetch=prefetch) as engine:
