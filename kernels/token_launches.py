@@ -75,7 +75,8 @@ def _divide(matrices: Sequence[Matrix]) -> tuple[int, int]:
 def takes_experts(columns: int, width: int) -> bool:
     """Whether threadgroup memory can hold the vectors of such experts, and the calls here pay.
 
-    Whatever their bits: at 4 and 2 they gain 14 and 20 %, at 3 and 8 they lose 2 and 9 % (runtime/EXPERIMENTS.md).
+    Whatever their bits: 397B's gain 14 and 20 % of the time at 4 and 2 bits and lose 2 and 9 % at 3 and 8
+    (runtime/EXPERIMENTS.md); at 16 they were not timed.
     """
     return columns <= MAX_COLUMNS and width <= MAX_WIDTH and columns * width >= LEAST_WEIGHTS
 

@@ -52,8 +52,7 @@ inline Tile tile_of(thread const Weights& w, uint row, uint first, uint end, uin
   return tile;
 }
 
-// What a lane has of a span in both its rows. Where it has nothing, the words stay what they were: the vector is zero
-// there.
+// What a lane has of a span in both its rows. Where it has nothing, words keep what they had: the vector is zero there.
 template <int BITS>
 inline void load_span(thread const Tile& tile, uint ahead, uint span, thread uint* words) {
   if (span < tile.end) {
@@ -66,7 +65,7 @@ struct Lines {  // the scales of both rows, then their biases
   uint words[16];
 };
 
-// load_lines where a row's groups are not a multiple of eight, or of 128 columns.
+// load_lines for groups of 128 columns, and for rows whose number of groups is not a multiple of eight.
 MSL_NOINLINE Lines gather_lines(Tile tile, uint first) {
   Lines lines;
 #pragma unroll
