@@ -6,10 +6,10 @@ kept by its content. Two ways to run it:
     Executor().run(launch)                      # in this process, tensors in place: --device metal-emulated, tests
     WatchedExecutor("address").run(launch)      # in a process of its own, under AddressSanitizer or ThreadSanitizer
 
-What it shows: results, out-of-bounds accesses, races between lanes that no barrier orders and between threadgroups,
-barriers and simdgroup operations that not all lanes reach, threadgroup memory beyond 32 KiB. What it cannot show: that
-Apple's compiler takes the text, the order of a simdgroup's sums there, speed, and a threadgroup barrier that names the
-wrong memory (here every barrier but mem_none orders all of it).
+What it shows: results, accesses out of bounds or not aligned, races between lanes that no barrier orders and between
+threadgroups, barriers and simdgroup operations that not all lanes reach, threadgroup memory beyond 32 KiB. What it
+cannot show: that Apple's compiler takes the text, the order of a simdgroup's sums there, speed, and a threadgroup
+barrier that names the wrong memory (here every barrier but mem_none orders all of it).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from moepack.kernels.launches import Launch
 from moepack.layout.errors import UsageError
 
 SANITIZERS = {"address": "SIMT_ADDRESS", "thread": "SIMT_THREAD"}
+WATCHED = {"address": "address,alignment", "thread": "thread"}  # a GPU reads no vector that is not aligned, x86 may
 SANITIZER_OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "history_size=4"}
 FLAGS = ("-std=c++17", "-fPIC", "-g1", "-w")
 NATIVE_FLAGS = ("-O2", "-march=native", "-ffp-contract=off", "-fno-math-errno")
@@ -128,7 +129,8 @@ def _build(source: msl.Source, sanitizer: str | None = None) -> Path:
         return _kept(source.name, text, lambda name: [*NATIVE_FLAGS, "-shared", *include, f"{name}.cpp", "-o", name])
     # Not for a lane's own variables after their scope: g++ 12 crashes on large kernels when it looks for those.
     watched = [
-        f"-fsanitize={sanitizer}",
+        f"-fsanitize={WATCHED[sanitizer]}",
+        "-fno-sanitize-recover=alignment",
         "-fno-sanitize-address-use-after-scope",
         "-O1",
         "-rdynamic",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernel_memory import Host, bytes_tensor, lay_out
-from moepack.kernels import launches, msl, prompt_launches, simt
+from moepack.kernels import launches, msl, prompt_launches, simt, token_launches
 from moepack.kernels.forms import expert_form, matrix_form, pack_places
 from moepack.kernels.launches import Launch
 from moepack.kernels.matrix import Expert
@@ -57,6 +57,15 @@ def experts_launch() -> tuple[Launch, torch.Tensor]:
     out = torch.zeros(1, hidden)
     launch = launches.experts_down([base] * 3, bytes_tensor(forms), places, products, torch.ones(experts), out)
     return launch, out
+
+
+def vector_launch() -> tuple[Launch, torch.Tensor]:
+    hidden = 256
+    base, matrices = lay_out([quantized(hidden, hidden, 4, 32, seed) for seed in range(3)])
+    forms, places = bytes_tensor(expert_form(Expert(*matrices), base, 0)), bytes_tensor(pack_places([(0, 0, 0)]))
+    products = torch.zeros(1, token_launches.hidden_width(hidden))
+    x = torch.randn(1, hidden, generator=torch.Generator().manual_seed(8))
+    return token_launches.experts_gate_up([base] * 3, forms, places, x, products), products
 
 
 def embed_launch() -> tuple[Launch, torch.Tensor]:
@@ -175,6 +184,14 @@ def test_threadgroup_memory_starts_as_nan() -> None:
         # The bound of a context, of a prompt.
         (attention_launch, "address", ("attention_step", "min(s + p, end - 1)", "(s + p)"), "heap-buffer-overflow"),
         (scan_launch, "address", ("delta_scan", "token < tokens && d <", "d <"), "heap-buffer-overflow"),
+        # Vectors of the device's memory that are not aligned.
+        (
+            vector_launch,
+            "address",
+            ("experts_vector", "(BITS * 4);\n  tile.data[1]", "(BITS * 4) + 8;\n  tile.data[1]"),
+            "misaligned",
+        ),
+        (vector_launch, "address", ("experts_vector", "min(first, tile.groups - 8)", "(first + 4) % 8"), "misaligned"),
         # Barriers that order nothing, whatever the numbers say.
         (norm_launch, "thread", ("norms", BARRIER, ";"), "data race"),
         (norm_launch, "thread", ("norms", BARRIER, "threadgroup_barrier(mem_flags::mem_none);"), "data race"),
