@@ -28,12 +28,13 @@ def matrix_form(matrix: Matrix, base: torch.Tensor, first_out: int = 0, first_gr
     first_out     where its results begin in a row of results of several matrices
     first_group   its first threadgroup in a dispatch of several
 
-    Raises ValueError if its data does not start on 16 bytes from the base.
+    Raises ValueError if one of its parts does not start on 16 bytes from the base.
     """
     parts = [matrix.data if part is None else part for part in (matrix.data, matrix.scales, matrix.biases)]
     data, scales, biases = (part.data_ptr() - base.data_ptr() for part in parts)
-    if data % 16:
-        raise ValueError(f"a matrix must start on a multiple of 16 bytes, this one is at {data}")
+    if (data | scales | biases) % 16:
+        text = "a matrix, its scales and its biases must start on multiples of 16 bytes"
+        raise ValueError(f"{text}, these are at {data}, {scales} and {biases}")
     is_packed = matrix.scales is not None
     return msl.pack_struct(
         "experts",

@@ -7,6 +7,7 @@ throughout; the integer in the mantissa costs five roundings of a term instead o
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -283,6 +284,14 @@ def test_experts_of_what_is_not_a_number(chosen_launches: Any) -> None:
         x[0, 100] = bad
         out, _ = run_experts(RUNNER, chosen_launches, [block_geometry(256, 64, (4, 2, 3))], x, torch.ones(1))
         assert not out.isfinite().any()
+
+
+def test_scales_that_vectors_cannot_be_read_from_are_refused() -> None:
+    base, (matrix,) = lay_out([quantized(4, 64, 4, 32)], spare_bytes=64)
+    assert matrix.scales is not None
+    shifted = dataclasses.replace(matrix, scales=matrix.scales.reshape(-1).as_strided((4, 1), (1, 1), 4))
+    with pytest.raises(ValueError, match="multiples of 16"):
+        matrix_form(shifted, base)
 
 
 def test_token_launches_take_experts_that_fit_and_gain() -> None:
