@@ -175,7 +175,11 @@ def _check_place(device: CudaDevice, argument: torch.Tensor | bytes) -> torch.Te
 
 
 class Driver:
-    """cuda.bindings.driver. calls counts them by name."""
+    """cuda.bindings.driver.
+
+    calls   counts them by name
+    log     what the kernels' stream has done: "copy", or a file and its kernel
+    """
 
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
@@ -187,6 +191,7 @@ class Driver:
         self._streams = {0: cuda.default}
         self._load = functools.cache(lambda name: load_library(msl.load(name)))
         self.calls: Counter[str] = Counter()
+        self.log: list[str] = []
         self.graphs = 0  # that exist
 
     def cuStreamCreate(self, flags: int) -> tuple[int, Stream]:
@@ -230,7 +235,7 @@ class Driver:
 
     def _copy(self, place: int, source: int, size_bytes: int, stream: int) -> tuple[int]:
         self.calls["copy" if self._streams[stream].recording is None else "recorded"] += 1
-        self._streams[stream].add(lambda: ctypes.memmove(place, source, size_bytes))
+        self._streams[stream].add(lambda: (self.log.append("copy"), ctypes.memmove(place, source, size_bytes)))
         return (0,)
 
     def cuModuleLoadData(self, binary: bytes) -> tuple[int, msl.Source]:
@@ -253,6 +258,7 @@ class Driver:
         group = (ctypes.c_uint * 3)(config.blockDimX, config.blockDimY, config.blockDimZ)
 
         def run() -> None:
+            self.log.append(f"{source.name}/{signature.name}")
             library = self._load(source.name)
             pointers = [one if isinstance(one, int) else ctypes.addressof(one) for one in values]
             buffers = (ctypes.c_void_p * len(pointers))(*pointers)

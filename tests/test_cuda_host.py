@@ -47,6 +47,20 @@ def test_tokens_are_those_of_the_cpu_backend(
         assert driver.calls["graph"]
 
 
+def test_experts_gate_up_finds_its_inputs_before_it_waits(
+    driver: fake_cuda.Driver, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of cuda/ reads x first: what is before it has waited for whoever wrote x, in a graph or not."""
+    monkeypatch.setattr(token_launches, "LEAST_WEIGHTS", 0)
+    for slots, expected in ((24, {"choose_experts/choose_experts"}), (8, {"copy"})):
+        driver.log.clear()
+        with open_with(slots, tiny_pack, device="cuda", prefetch=True) as engine:
+            one, other = (engine.generate(IDS, SamplingParams(temperature=0, max_tokens=6)) for _ in "ab")
+            assert list(zip(one, other))
+        places = [i for i, name in enumerate(driver.log) if name == "experts_vector/experts_gate_up"]
+        assert {driver.log[i - 1] for i in places} == expected
+
+
 def test_what_the_gpu_holds_at_a_time_is_planned_for(
     driver: fake_cuda.Driver, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

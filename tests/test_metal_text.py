@@ -272,3 +272,10 @@ def test_the_choice_of_experts_waits_before_the_next_kernel_may_begin() -> None:
     orders = {"choose_experts": "wait_for_last.*launch_next", "causal_conv": "launch_next.*wait_for_last"}
     for name, order in orders.items():
         assert re.search(rf"{order}.* metal_text::{name}\(", msl.translate(msl.load(name), "cuda"))
+
+
+def test_experts_gate_up_waits_before_experts_down_may_begin() -> None:
+    """experts_down of cuda/ reads places and x before it waits: a copy, or two kernels before, has written them."""
+    text = msl.load("experts_vector").text.split("void experts_gate_up(")[1].split("[[kernel")[0]
+    waits = text.index("wait_for_last();")
+    assert waits < min(text.index("launch_next();"), text.index("places[group.y]"))
