@@ -15,6 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from moepack.runtime import recall
+
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "demo" / "recipe"
 CHECKPOINT = ROOT / "demo" / "checkpoint"
@@ -123,6 +125,19 @@ def test_the_tools_file_asks_for_calls_that_can_be_made(recipe, tool_records):
         for call in record["expected_calls"]:
             schema, arguments = schemas[call["function"]["name"]], json.loads(call["function"]["arguments"])
             assert set(schema["required"]) <= set(arguments) <= set(schema["properties"])
+
+
+def test_copies_say_a_list_again_on_other_requests_than_recall_asks_with(recipe):
+    module, template = recipe.make_copies, recall.COPY.partition("{}")[0]
+    words = module.read_words(CHECKPOINT)
+    assert len(words) >= recall.LEAST_WORDS
+    asked = set()
+    for seed in SEEDS:
+        request, answer = module.copy_chat(Random(seed), words).turns
+        assert answer.content in request.content
+        assert not request.content.startswith(template)
+        asked.add(answer.content)
+    assert len(asked) == len(SEEDS)
 
 
 def test_export_writes_the_files_of_the_bundled_checkpoint(recipe, tmp_path):
