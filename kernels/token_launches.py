@@ -76,7 +76,7 @@ def takes_experts(columns: int, width: int) -> bool:
     """Whether threadgroup memory can hold the vectors of such experts, and the calls here pay.
 
     Whatever their bits: 397B's gain 16 and 20 % of the time at 4 and 2 bits and lose 2 and 1 % at 3 and 8
-    (runtime/EXPERIMENTS.md); at 16 they were not timed.
+    (benchmarks/README.md); at 16 they were not timed.
     """
     return columns <= MAX_COLUMNS and width <= MAX_WIDTH and columns * width >= LEAST_WEIGHTS
 

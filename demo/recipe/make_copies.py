@@ -2,8 +2,8 @@
 
     python make_copies.py ../checkpoint copies.txt --count 10000 --seed 1
 
-A list has 4 to 64 words, either of the tokenizer's own, one token each, or made up. No request is the one that
-moe-run eval --recall asks with, and words are drawn anew for every chat.
+A list has 4 to 64 words, either of the tokenizer's own (one token each after a blank) or made up. No request is the one
+that moe-run eval --recall asks with, and words are drawn anew for every chat.
 """
 
 import argparse
@@ -28,12 +28,13 @@ REQUESTS = (
 SEPARATORS = (" ", ", ", "\n", "; ")
 FEWEST, MOST = 4, 64  # words of a list
 MADE_UP = 0.4  # the share of lists of words that no tokenizer knows
+AS_JSON = 0.2  # the share of lists that are written as JSON
 CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
 WORD = re.compile(r"Ġ[a-z]{4,}")  # as a byte-level tokenizer spells a word with the blank before it
 
 
 def read_words(checkpoint: Path) -> list[str]:
-    """Words of small letters that are one token of the checkpoint's tokenizer."""
+    """Words of small letters that, with a blank before them, are one token of the checkpoint's tokenizer."""
     vocabulary = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).get_vocab()
     return sorted(token[1:] for token in vocabulary if WORD.fullmatch(token))
 
@@ -48,7 +49,7 @@ def copy_chat(rng: Random, words: list[str]) -> Conversation:
     count = round(FEWEST * (MOST / FEWEST) ** rng.random())  # as many short lists as long ones, by their logarithm
     is_made_up = rng.random() < MADE_UP
     chosen = [make_up(rng) if is_made_up else rng.choice(words) for _ in range(count)]
-    passage = json.dumps(chosen) if rng.random() < 0.2 else rng.choice(SEPARATORS).join(chosen)
+    passage = json.dumps(chosen) if rng.random() < AS_JSON else rng.choice(SEPARATORS).join(chosen)
     chat = Conversation(thinking=False)
     chat.ask(rng.choice(REQUESTS).format(passage))
     chat.reply("", passage)
