@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from moepack.runtime import recall
+from moepack.runtime.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "demo" / "recipe"
@@ -129,7 +130,7 @@ def test_the_tools_file_asks_for_calls_that_can_be_made(recipe, tool_records):
 
 def test_copies_say_a_list_again_on_other_requests_than_recall_asks_with(recipe):
     module, template = recipe.make_copies, recall.COPY.partition("{}")[0]
-    words = module.read_words(CHECKPOINT)
+    words = recall.list_words(Tokenizer.load(CHECKPOINT))
     assert len(words) >= recall.LEAST_WORDS
     assert not any(request.startswith(template) for request in module.REQUESTS)
     asked = set()

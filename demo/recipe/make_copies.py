@@ -8,13 +8,12 @@ that moe-run eval --recall asks with, and words are drawn anew for every chat.
 
 import argparse
 import json
-import re
 from pathlib import Path
 from random import Random
 
-from tokenizers import Tokenizer
-
 from chat_format import Conversation, join_text
+from moepack.runtime.recall import list_words
+from moepack.runtime.tokenizer import Tokenizer
 
 REQUESTS = (
     "Say these words again: {}",
@@ -30,17 +29,10 @@ FEWEST, MOST = 4, 64  # words of a list
 MADE_UP = 0.4  # the share of lists of words that no tokenizer knows
 AS_JSON = 0.2  # the share of lists that are written as JSON
 CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
-WORD = re.compile(r"Ġ[a-z]{4,}")  # as a byte-level tokenizer spells a word with the blank before it
-
-
-def read_words(checkpoint: Path) -> list[str]:
-    """Words of small letters that, with a blank before them, are one token of the checkpoint's tokenizer."""
-    vocabulary = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).get_vocab()
-    return sorted(token[1:] for token in vocabulary if WORD.fullmatch(token))
 
 
 def make_up(rng: Random) -> str:
-    """A word of two to four syllables."""
+    """A word of two to four syllables: not vocabulary.made_up_word, which makes words of the prompts that are scored."""
     return "".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(rng.randint(2, 4)))
 
 
@@ -64,7 +56,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10_000, help="chats")
     parser.add_argument("--seed", type=int, default=1, help="the same seed writes the same file")
     args = parser.parse_args()
-    rng, words = Random(args.seed), read_words(args.checkpoint)
+    rng, words = Random(args.seed), sorted(list_words(Tokenizer.load(args.checkpoint)))
     chats = (join_text(copy_chat(rng, words).segments()) for _ in range(args.count))
     args.out.write_text("".join(chats), encoding="utf-8")
 
