@@ -32,7 +32,7 @@ CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
 
 
 def make_up(rng: Random) -> str:
-    """A word of two to four syllables: not vocabulary.made_up_word, which makes words of the prompts that are scored."""
+    """A word of two to four syllables. vocabulary.made_up_word is not for this: it makes words of scored prompts."""
     return "".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(rng.randint(2, 4)))
 
 
