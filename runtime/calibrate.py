@@ -15,6 +15,7 @@ import json
 import lzma
 import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ DEFAULT_TEXT = Path(__file__).with_name("calibration_text.txt.xz")
 END_OF_TEXT = "<|endoftext|>"  # what the family's texts are told apart by
 SAMPLED_SUFFIX = ".sampled.json"  # beside a pack: what it wrote itself
 ANSWERED_SUFFIX = ".answered.json"  # and what it answered
+KEEP_SECONDS = 10  # after which windows are kept: the file of all of them is written anew each time
 FIRST_SEED = 100_000  # of text sampled here: the bundled one's is sampled with small ones
 LEAST_BITS = 8  # of the experts of a pack that statistics are taken from
 TOKENS_AT_ONCE = 16384  # given to a layer's experts together
@@ -103,10 +105,18 @@ def _keep_beside(
     kept = json.loads(path.read_text()) if path.exists() else {}
     windows = kept["windows"] if {key: kept.get(key) for key in origin} == origin else []
     on_windows(min(len(windows), wanted))
-    for place in range(len(windows), wanted):
-        windows.append(make(place))
-        write_json(path, {**origin, "windows": windows})
-        on_windows(1)
+    kept_at, is_kept = time.monotonic(), True
+    try:
+        for place in range(len(windows), wanted):
+            windows.append(make(place))
+            is_kept = False
+            on_windows(1)
+            if time.monotonic() - kept_at >= KEEP_SECONDS:
+                write_json(path, {**origin, "windows": windows})
+                kept_at, is_kept = time.monotonic(), True
+    finally:
+        if not is_kept:
+            write_json(path, {**origin, "windows": windows})
     return windows[:wanted]
 
 

@@ -100,9 +100,7 @@ class Tuning:
         self.schemes = [file.as_json() for file in start.manifest.expert_files]
         self.kept = [list(window) for window in windows[KEPT_APART - 1 :: KEPT_APART]]
         learned = [list(window) for place, window in enumerate(windows) if (place + 1) % KEPT_APART]
-        self.pieces = [
-            window[first : first + PIECE_TOKENS] for window in learned for first in range(0, len(window), PIECE_TOKENS)
-        ]
+        self.pieces = [piece for window in learned for piece in cut_window(window)]
         if not self.kept:
             raise UsageError(f"--tune: {len(windows)} windows of text, expected at least {KEPT_APART}: give more")
         self.facts = {
@@ -283,6 +281,13 @@ def check_memory(pack: Pack, budget_bytes: int, step_tokens: int, device: torch.
             f"budget is {format_size(budget)}: tune a smaller model, or calibrate without --tune"
         )
     return needed if own is None else 0
+
+
+def cut_window(window: list[int]) -> list[list[int]]:
+    """A window's pieces, the first of them the short one: what ends a conversation, its answer, is to be learned with
+    the most that stood before it."""
+    lacking = -len(window) % PIECE_TOKENS
+    return [window[max(0, first) : first + PIECE_TOKENS] for first in range(-lacking, len(window), PIECE_TOKENS)]
 
 
 def _stack(pieces: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

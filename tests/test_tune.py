@@ -29,7 +29,7 @@ from moepack.runtime.cli import main
 from moepack.runtime.engine import Engine
 from moepack.runtime.evaluate import ToolPrompt, answer_prompt, render_prompt
 from moepack.runtime.learner import Learner
-from moepack.runtime.tune import KEPT_APART, Tuning, TuningPlan, check_memory
+from moepack.runtime.tune import KEPT_APART, PIECE_TOKENS, Tuning, TuningPlan, check_memory, cut_window
 from tiny_checkpoint import TinyModel, write_checkpoint
 
 MODEL = TinyModel(layers=2, full_attention_interval=2, experts=5, max_positions=128)
@@ -364,6 +364,39 @@ def test_text_of_a_pack_that_is_named_by_a_dot(engine: Engine, monkeypatch: pyte
     with Engine.open(Path(), exact=True, threads=1) as here:
         sample_windows(here, 10, 10)
     path.unlink()
+
+
+@pytest.mark.parametrize(("seconds", "writes"), [(0, [1, 2, 3, 4]), (1e9, [4])])
+def test_text_of_its_own_is_kept_when_it_is_stopped(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, seconds: float, writes: list[int]
+) -> None:
+    path = engine.pack.directory.with_name(engine.pack.directory.name + SAMPLED_SUFFIX)
+    path.unlink(missing_ok=True)
+    windows, written, counted = sample_windows(engine, 60, 10), [], []
+    path.unlink()
+    write = "moepack.runtime.calibrate.write_json"
+    monkeypatch.setattr(write, lambda path, value: written.append(list(value["windows"])))
+    monkeypatch.setattr("moepack.runtime.calibrate.KEEP_SECONDS", seconds)
+
+    def stop(tokens: int) -> None:
+        counted.append(tokens)
+        if counted == [0, 10, 10, 10, 10]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample_windows(engine, 60, 10, stop)
+    assert written == [windows[:count] for count in writes]
+
+
+def test_the_end_of_a_window_is_learned_with_what_stood_before_it() -> None:
+    assert cut_window([]) == []
+    assert cut_window([7]) == [[7]]
+    for tokens in (PIECE_TOKENS - 1, PIECE_TOKENS, PIECE_TOKENS + 1, 2 * PIECE_TOKENS, 2 * PIECE_TOKENS + 3):
+        window = list(range(tokens))
+        pieces = cut_window(window)
+        assert [token for piece in pieces for token in piece] == window
+        assert all(len(piece) == PIECE_TOKENS for piece in pieces[1:])
+        assert len(pieces[-1]) == min(tokens, PIECE_TOKENS)
 
 
 def test_answers_of_its_own_are_kept_beside_the_pack(engine: Engine) -> None:
