@@ -3,7 +3,9 @@
 Each kernel runs inside a CUDA graph over so many different weights that the L2 cannot hold them, all chosen experts of
 a layer in one dispatch, as in a decode step. The limit is what a copy of 4 GiB within the GPU moves, bytes read plus
 bytes written. Sizes are those of one layer of Qwen3.5-397B-A17B and 35B-A3B. What lies between the matrices is timed
-the same way; a kernel that is not bound by bytes has a small share.
+the same way; a kernel that is not bound by bytes has a small share. Few bytes do not reach that limit however they are
+moved: beside a layer's experts stands what as many bytes take a copy, which reads half of them, and cuBLAS's product of
+a bf16 matrix with a vector.
 
     python benchmarks/gpu.py                 # a table
     python benchmarks/gpu.py --json gpu.json
@@ -18,6 +20,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -78,6 +81,17 @@ def time_graph(device: CudaDevice, work: Sequence[Callable[[], object]]) -> floa
     return median_seconds(device.capture(lambda: [step() for step in work])) / len(work)
 
 
+def time_torch(work: Sequence[Callable[[], object]]) -> float:
+    """time_graph for torch's own kernels."""
+    for step in work[:2]:
+        step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for step in work:
+            step()
+    return median_seconds(graph.replay) / len(work)
+
+
 def median_seconds(work: Callable[[], object]) -> float:
     """Seconds that work takes the GPU, after a few times that do not count."""
     times = []
@@ -135,6 +149,27 @@ def bench_experts(device: CudaDevice, model: Model, bits: int, limit: float) -> 
     moved = model.chosen * geometry.payload_bytes
     seconds = 2 * time_graph(device, both)
     rows.append(Row("both", model.name, bits, moved / 1e6, seconds * 1e6, moved / seconds / limit))
+    return rows
+
+
+def bench_peers(model: Model, bits: int, limit: float) -> list[Row]:
+    """A copy and cuBLAS's product with a vector that move as many bytes as experts_gate_up and experts_down."""
+    sizes = dict(BlockGeometry.of(model.hidden, model.width, uniform_schemes(bits, 64)).matrices)
+    rows = []
+    for name, parts in (("gate_up", ("gate_proj", "up_proj")), ("down", ("down_proj",))):
+        wanted = model.chosen * sum(sizes[part].payload_bytes for part in parts)
+        half = wanted // (4 * model.hidden)  # rows of bf16
+        layers = -(-WORKING_SET // wanted)
+        banks = random_bank(layers * 4 * half * model.hidden).view(torch.bfloat16).view(layers, 2 * half, model.hidden)
+        x, out = torch.randn(model.hidden, device="cuda").bfloat16(), banks.new_empty(2 * half)
+        moved = banks[0].nbytes
+        for peer, steps in (
+            ("copy", [partial(bank[half:].copy_, bank[:half]) for bank in banks]),
+            ("cuBLAS", [partial(torch.mv, bank, x, out=out) for bank in banks]),
+        ):
+            seconds = time_torch(steps)
+            share = moved / seconds / limit
+            rows.append(Row(f"{peer}, as {name}", model.name, bits, moved / 1e6, seconds * 1e6, share))
     return rows
 
 
@@ -282,7 +317,7 @@ def main() -> None:
     for model in MODELS:
         if arguments.only != "between":
             for bits in (4, 2, 3, 8):
-                rows += bench_experts(device, model, bits, limit)
+                rows += bench_experts(device, model, bits, limit) + bench_peers(model, bits, limit)
             for bits in (8, 4, 16):
                 rows += bench_linears(device, model, bits, limit)
         if arguments.only != "matrices":

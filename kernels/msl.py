@@ -82,6 +82,7 @@ _CUDA_BUILTINS = {
 _CUDA_GROUPS = {
     "experts_vector/experts_gate_up": 5,
     "experts_down": 2,
+    "experts_down_few": 2,
     "linears": 2,
     "attention_tiles": 2,
     "delta_scan": 2,

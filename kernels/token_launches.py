@@ -1,6 +1,6 @@
 """The calls of a token's products on NVIDIA's GPUs: cuda/'s kernels for packed weights.
 
-Linears multiply bytes (cuda/bytes.h), experts halves (cuda/vector.h). Same names, arguments and results as in
+They multiply bytes (cuda/bytes.h, cuda/vector.h). Same names, arguments and results as in
 launches.py, within the kernels' tolerances. Linears that cannot be taken here, or gain nothing, go there by themselves;
 of experts takes_experts says it, since `hidden` is not the same (Device.expert_launches).
 
@@ -24,10 +24,10 @@ TILE_ROWS = 16  # cuda/bytes.h and cuda/vector.h
 STRIP, MAX_STRIPS = 512, 8  # cuda/bytes.h
 MAX_SIMDGROUPS = 8  # cuda/linears_bytes.cu
 GROUPS, WANTED = 128, 1024  # threadgroups, and simdgroups in all, that fill a large GPU
-STRIP_UNITS, HALVES_WORDS = 16, 36  # cuda/vector.h; words of a unit as halves, with what is known of it
-GATE_UP_THREADS, DOWN_SIMDGROUPS = 128, 11  # cuda/experts_vector.cu
+STRIP_UNITS, DIGITS_WORDS = 16, 30  # cuda/vector.h; words of a unit's digits, with what is known of them
+GATE_UP_THREADS, DOWN_SIMDGROUPS, FEW_SIMDGROUPS = 128, 11, 10  # cuda/experts_vector.cu
 MAX_COLUMNS, MAX_WIDTH = 4096, 1024  # the same
-LEAST_WEIGHTS = 2**21  # of a projection of an expert: 397B's have twice as many, 35B's half and would take 8 % longer
+LEAST_WEIGHTS = 2**21  # of a projection of an expert: 397B's have twice as many, 35B's half (EXPERIMENTS.md)
 
 
 def matrix_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
@@ -82,8 +82,8 @@ def takes_experts(columns: int, width: int) -> bool:
 
 
 def hidden_width(width: int) -> int:
-    """launches.hidden_width: numbers spread over whole strips, and the same as halves."""
-    return -(-width // (STRIP_UNITS * UNIT)) * STRIP_UNITS * (UNIT + HALVES_WORDS)
+    """launches.hidden_width: numbers spread over whole strips, and the same as digits."""
+    return -(-width // (STRIP_UNITS * UNIT)) * STRIP_UNITS * (UNIT + DIGITS_WORDS)
 
 
 def experts_gate_up(
@@ -108,9 +108,10 @@ def experts_down(
     """launches.experts_down."""
     shape = _experts_shape(places, x, hidden)
     simdgroups = min(count_places(places), DOWN_SIMDGROUPS)
+    kernel = "experts_down_few" if simdgroups <= FEW_SIMDGROUPS else "experts_down"
     grid = (-(-x.shape[-1] // TILE_ROWS), 1, 1)
     arguments: tuple[torch.Tensor | bytes, ...] = (*banks, forms, places, hidden, weights, x, shape)
-    return Launch("experts_vector", "experts_down", arguments, grid, (simdgroups * LANES, 1, 1))
+    return Launch("experts_vector", kernel, arguments, grid, (simdgroups * LANES, 1, 1))
 
 
 def _experts_shape(places: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor) -> bytes:
@@ -126,4 +127,4 @@ def _experts_shape(places: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor) 
 
 def _hidden_units(hidden: torch.Tensor) -> int:
     """Over how many units the rows of hidden are spread."""
-    return hidden.shape[-1] // (UNIT + HALVES_WORDS)
+    return hidden.shape[-1] // (UNIT + DIGITS_WORDS)

@@ -303,9 +303,9 @@ def test_token_launches_take_experts_that_fit_and_gain() -> None:
 @pytest.mark.parametrize(
     ("columns", "hidden_width", "message"),
     [
-        (4096, 1024, "hidden has rows of 1088 numbers, or a multiple, got 1024"),  # as launches.py has it
-        (4128, 2176, "at most 4096 columns and 1024 rows, got 4128 and 1024"),
-        (4096, 3264, "at most 4096 columns and 1024 rows, got 4096 and 1536"),
+        (4096, 1024, "hidden has rows of 992 numbers, or a multiple, got 1024"),  # as launches.py has it
+        (4128, 1984, "at most 4096 columns and 1024 rows, got 4128 and 1024"),
+        (4096, 2976, "at most 4096 columns and 1024 rows, got 4096 and 1536"),
     ],
 )
 def test_token_launches_refuse_sizes_of_experts(columns: int, hidden_width: int, message: str) -> None:

@@ -138,15 +138,22 @@ def test_geometry_is_that_of_the_text() -> None:
     assert values["linears_bytes", "ALL_LINE_QUADS"] == lines
     assert values["experts_vector", "TILE_ROWS"] == token_launches.TILE_ROWS
     assert values["experts_vector", "STRIP_UNITS"] == token_launches.STRIP_UNITS
-    assert (values["experts_vector", "UNIT_QUADS"] + 1) * 4 == token_launches.HALVES_WORDS
-    assert values["experts_vector", "GATE_UP_THREADS"] == token_launches.GATE_UP_THREADS
-    assert values["experts_vector", "DOWN_SIMDGROUPS"] == token_launches.DOWN_SIMDGROUPS
-    quads, zeros = values["experts_vector", "UNIT_QUADS"], values["experts_vector", "ZERO_QUADS"]
-    assert values["experts_vector", "X_UNITS"] * launches.UNIT == token_launches.MAX_COLUMNS
-    assert values["experts_vector", "X_QUADS"] == values["experts_vector", "X_UNITS"] * quads + zeros
-    hidden = token_launches.MAX_WIDTH // launches.UNIT * quads + zeros
-    assert values["experts_vector", "HIDDEN_QUADS"] == hidden
-    assert values["experts_vector", "ALL_HIDDEN_QUADS"] == hidden * token_launches.DOWN_SIMDGROUPS
+    vector = {name: value for (file, name), value in values.items() if file == "experts_vector"}
+    assert vector["UNIT_QUADS"] * 4 + 12 // 2 == token_launches.DIGITS_WORDS  # three quads more for two units
+    assert vector["GATE_UP_THREADS"] == token_launches.GATE_UP_THREADS
+    assert vector["X_UNITS"] * launches.UNIT == token_launches.MAX_COLUMNS
+    assert vector["X_QUADS"] == vector["X_UNITS"] * vector["UNIT_QUADS"] + vector["ZERO_QUADS"]
+    assert vector["X_KNOWN"] == vector["X_UNITS"] // 2
+    assert vector["GATE_UP_LINES"] == 4 * 16 * vector["LINE_QUADS"]
+    units = token_launches.MAX_WIDTH // launches.UNIT
+    assert vector["HIDDEN_QUADS"] == units * vector["UNIT_QUADS"]
+    assert vector["HIDDEN_KNOWN"] == units // 2
+    assert vector["HIDDEN_LINES"] == units // vector["SPAN_UNITS"] * vector["LINE_QUADS"]
+    for prefix, simdgroups in (("DOWN", token_launches.DOWN_SIMDGROUPS), ("FEW", token_launches.FEW_SIMDGROUPS)):
+        assert vector[f"{prefix}_SIMDGROUPS"] == simdgroups
+        assert vector[f"{prefix}_QUADS"] == simdgroups * vector["HIDDEN_QUADS"] + vector["ZERO_QUADS"]
+        assert vector[f"{prefix}_KNOWN"] == simdgroups * vector["HIDDEN_KNOWN"]
+        assert vector[f"{prefix}_LINES"] == simdgroups * vector["HIDDEN_LINES"]
     for name in ("split_rows", "matmul_halves", "experts_halves"):
         assert values[name, "SUMMED"] == prompt_launches.SUMMED
         assert values[name, "SUMS"] == prompt_launches.SUMS

@@ -1,4 +1,5 @@
-// Products of rows with a vector on NVIDIA's matrix units for bytes. Put into kernel files by text, after normed.h.
+// Products of rows with a vector on NVIDIA's matrix units for bytes. Put into kernel files by text, after normed.h and
+// byte_numbers.h.
 //
 // matrix.h spends three instructions on a weight: a shift, a mask, a product. Here one mask serves four weights, which
 // stay integers, and one product 512 of them: [16 rows, 32 columns] times [32, 8], unsigned by signed bytes. For that
@@ -26,7 +27,6 @@ constant constexpr uint SPAN_UNITS = 4;
 constant constexpr uint STRIP_SPANS = 4;
 constant constexpr uint STRIP_UNITS = 16;
 constant constexpr uint STRIP = 512;
-constant constexpr uint DIGITS = 3;
 constant constexpr uint DIGIT_WORDS = 28;   // of a unit: 32 bytes a digit, and 16 so that units lie in other banks
 constant constexpr uint STRIP_QUADS = 118;  // of four words: the digits, factors and totals of a strip
 constant constexpr uint ZERO_QUADS = 2;     // after the strips
@@ -123,32 +123,22 @@ inline void put_digits(thread const float* x, thread const Scratch& scratch, uin
   total += simd_shuffle_xor(total, 1);
   largest = max(largest, simd_shuffle_xor(largest, 1));
   largest = max(largest, simd_shuffle_xor(largest, 2));
-  // largest * factor < 2^22 - 2^15 - 2^7: a mantissa near 2 counts as the next power of two.
-  const uint exponent = min(max((as_type<uint>(largest) + 0x20400u) >> 23, 24u), 254u);  // of 2, from -127 on
-  const float factor = as_type<float>((127u + 127u + 21u - exponent) << 23);
+  const Scaling scaling = scaling_of(largest);
   threadgroup uint* to = scratch.digits + half_index / 2 * DIGIT_WORDS + half_index % 2 * 4;
 #pragma unroll
   for (int first = 0; first < 4; first += 2) {
-    uint bytes[DIGITS][2];
+    uint bytes[2][DIGITS];
 #pragma unroll
     for (int w = 0; w < 2; w++) {
-      uint number[4];
+      uint numbers[4];
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
-        // Into the mantissa beside 1.5 * 2^23, with half of what a digit can hold added to the lower two: so that what
-        // becomes negative below has been carried into the next one.
-        number[k] = as_type<uint>(fma(x[column_of<BITS>(first + w, k)], factor, 12582912.0f + 32896.0f));
-      }
-      const uint low[2] = {permute_bytes(number[0], number[1], 0x5140u), permute_bytes(number[2], number[3], 0x5140u)};
-      const uint high[2] = {permute_bytes(number[0], number[1], 0x0062u), permute_bytes(number[2], number[3], 0x0062u)};
-      bytes[2][w] = permute_bytes(low[0], low[1], 0x5410u) ^ 0x80808080u;
-      bytes[1][w] = permute_bytes(low[0], low[1], 0x7632u) ^ 0x80808080u;
-      bytes[0][w] = (permute_bytes(high[0], high[1], 0x5410u) + 0x40404040u) ^ 0x80808080u;
+      for (int k = 0; k < 4; k++) numbers[k] = number_of(x[column_of<BITS>(first + w, k)], scaling.factor);
+      pack_digits(numbers, bytes[w]);
     }
 #pragma unroll
-    for (uint d = 0; d < DIGITS; d++) *(threadgroup uint2*)(to + 8 * d + first) = uint2(bytes[d][0], bytes[d][1]);
+    for (uint d = 0; d < DIGITS; d++) *(threadgroup uint2*)(to + 8 * d + first) = uint2(bytes[0][d], bytes[1][d]);
   }
-  if (half_index % 4 == 0) scratch.factors[half_index / 4] = as_type<float>((exponent - 21u + 16u) << 23);
+  if (half_index % 4 == 0) scratch.factors[half_index / 4] = scaling.worth;
   if (half_index % 2 == 0) scratch.totals[half_index / 2] = total;
 }
 

@@ -2,25 +2,38 @@
 using namespace metal;
 #include "matrix.h"
 #include "sums.h"
-#include "half_numbers.h"
+#include "byte_numbers.h"
 #include "vector.h"
 
-// metal/experts.metal on NVIDIA's matrix units for halves: the same formulas and arguments, but for
+// metal/experts.metal on NVIDIA's matrix units for bytes: the same formulas and arguments, but for
 //
-// hidden     float [ranks, hidden_stride]: of each rank the products, spread over `units` units, then the same as
-//            halves, then four words for each unit (`known` in vector.h)
+// hidden     float [ranks, hidden_stride]: of each rank the products, spread over `units` units, whole strips; then their
+//            digits; then three quads for each 64 of them (fetch_vector): worths of a first digit, as bfloat16, for the 16
+//            that are scaled together, and their sums in either unit
 //
 // Threads, gate_up: grid (units * 2, places); of a threadgroup's four simdgroups two multiply a tile of gate, two one of
-// up, each half of the columns. down: grid (rows / TILE_ROWS), a simdgroup for each place, up to DOWN_SIMDGROUPS, beyond
-// which they take turns. Tiles as in vector.h. Bound by the bytes of the weights, and the more by products and by a
-// kernel's start and end the fewer bits they have. Reference: run_experts, add_rows. Test: test_metal_matrices.py.
+// up, each half of the columns. A tile's products are those that one product of down takes of two units. down: grid
+// (rows / TILE_ROWS), a simdgroup for each place, up to DOWN_SIMDGROUPS, beyond which they take turns; experts_down_few has
+// fewer simdgroups, and more registers for each. Tiles as in vector.h. Bound by the bytes of the weights, and the more by
+// products and by a kernel's start and end the fewer bits they have. Reference: run_experts, add_rows. Test:
+// test_metal_matrices.py.
 
 constant constexpr uint GATE_UP_THREADS = 128;
-constant constexpr uint X_UNITS = 128;      // at most
-constant constexpr uint X_QUADS = 1030;     // for their halves, and zeros
+constant constexpr uint X_UNITS = 128;        // at most
+constant constexpr uint X_QUADS = 771;        // for their digits, and zeros
+constant constexpr uint X_KNOWN = 64;
+constant constexpr uint GATE_UP_LINES = 512;  // for 16 words of each simdgroup
 constant constexpr uint DOWN_SIMDGROUPS = 11;
-constant constexpr uint HIDDEN_QUADS = 262;  // of a simdgroup: for the halves of 32 units, at most, and zeros
-constant constexpr uint ALL_HIDDEN_QUADS = 2882;
+constant constexpr uint FEW_SIMDGROUPS = 10;
+constant constexpr uint HIDDEN_QUADS = 192;   // of a simdgroup: for the digits of 32 units, at most
+constant constexpr uint HIDDEN_KNOWN = 16;
+constant constexpr uint HIDDEN_LINES = 64;    // for 8 words
+constant constexpr uint DOWN_QUADS = 2115;    // for all simdgroups, and zeros
+constant constexpr uint DOWN_KNOWN = 176;
+constant constexpr uint DOWN_LINES = 704;
+constant constexpr uint FEW_QUADS = 1923;
+constant constexpr uint FEW_KNOWN = 160;
+constant constexpr uint FEW_LINES = 640;
 
 struct ExpertsShape {
   uint places;
@@ -30,24 +43,24 @@ struct ExpertsShape {
   uint rows;
 };
 
-// Tile `tile` of a rank's products to both its forms. value: a row's in lanes 0 to 15, zero in the others.
-inline void put_hidden(float value, uint tile, uint units, uint lane, device float* hidden) {
-  if (lane < TILE_ROWS) hidden[spread_place(tile * TILE_ROWS + lane, units)] = value;
+// The `tile`-th tile of a rank's products to both their forms. value: a row's in lanes 0 to 15, zero in the others.
+inline void put_hidden(float value, TileRows rows, uint tile, uint units, uint lane, device float* hidden) {
+  const uint row = row_at(rows, lane % TILE_ROWS), at = row % HALF_UNIT;
   const Scaling scaling = scaling_of(simd_max(max_magnitude(0.0f, value)));
-  const float total = simd_sum(value), other = simd_shuffle_xor(value, 4);
-  uint high, low;
-  split_pair(value * scaling.factor, other * scaling.factor, high, low);
-  device uint* unit = (device uint*)(hidden + units * UNIT) + tile / 2 * (UNIT_QUADS * 4);
-  if (lane < TILE_ROWS && lane % 8 < 4) {
-    const uint at = tile % 2 * 8 + lane / 8 * 4 + lane % 4;
-    unit[at] = high;
-    unit[at + 16] = low;
-  }
-  device float* known = hidden + units * (UNIT + UNIT_QUADS * 4) + tile / 2 * 4 + tile % 2;
-  if (lane == 0) {
-    known[0] = scaling.worth;
-    known[2] = total;
-  }
+  const uint number = number_of(value, scaling.factor);
+  float total = value;
+#pragma unroll
+  for (uint i = 4; i > 0; i /= 2) total += simd_shuffle_xor(total, i);
+  if (lane >= TILE_ROWS) return;
+  hidden[spread_place(row, units)] = value;
+  device uchar* digits = (device uchar*)(hidden + units * UNIT) + row / UNIT * (UNIT_QUADS * 16);
+  digits += row % UNIT / HALF_UNIT * 16 + at % 4 * 4 + at / 4;
+  digits[digit_place(0) * 4] = uchar(first_digit(number));
+  digits[digit_place(1) * 4] = uchar(second_digit(number));
+  digits[digit_place(2) * 4] = uchar(third_digit(number));
+  device float* known = hidden + units * (UNIT + UNIT_QUADS * 4) + tile / 4 * 12;
+  if (lane == 0) ((device ushort*)known)[tile % 4] = ushort(as_type<uint>(scaling.worth) >> 16);
+  if (lane % 8 == 0) known[4 + lane / 8 * 4 + tile % 4] = total;
 }
 
 [[kernel, max_total_threads_per_threadgroup(128)]] void experts_gate_up(device const uchar* bank0 [[buffer(0)]],
@@ -56,28 +69,19 @@ inline void put_hidden(float value, uint tile, uint units, uint lane, device flo
     device float* hidden [[buffer(6)]], constant ExpertsShape& shape [[buffer(7)]],
     uint3 group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup uint4 halves[X_QUADS];
-  threadgroup uint4 known[X_UNITS];
+  threadgroup uint4 digits[X_QUADS];
+  threadgroup uint4 known[X_KNOWN];
+  threadgroup uint4 lines[GATE_UP_LINES];
   threadgroup float results[4][TILE_ROWS];
+  const Vector vector = {digits, known, digits + (X_QUADS - 2), lines + simdgroup * (16 * LINE_QUADS)};
   // The kernel before may still be choosing the places, but x was there before it let this one begin.
   const uint x_units = shape.x_units, half_units = (x_units + STRIP_UNITS - 1) / STRIP_UNITS * STRIP_UNITS * 2;
-  float4 fours[2][4];
-#pragma unroll
-  for (uint k = 0; k < 2; k++) {
-    const uint half_unit = index + k * GATE_UP_THREADS, unit = half_unit / 2;
-#pragma unroll
-    for (uint i = 0; i < 4; i++) {
-      fours[k][i] = 0.0f;
-      if (unit < x_units) fours[k][i] = ((device const float4*)x)[(half_unit % 2 * 4 + i) * x_units + unit];
-    }
-  }
 #pragma unroll
   for (uint k = 0; k < 2; k++) {
     const uint half_unit = index + k * GATE_UP_THREADS;
-    if (half_unit < half_units) put_half_unit(fours[k], half_unit, halves, known);
+    if (half_unit < half_units) put_half_unit((device const float4*)x, x_units, half_unit, vector);
   }
-  threadgroup uint4* zeros = halves + (X_QUADS - ZERO_QUADS + ZERO_PLACE);
-  if (index < 4) zeros[index] = 0;
+  if (index < 2) digits[X_QUADS - 2 + index] = 0;
   threadgroup_barrier(mem_flags::mem_threadgroup);
   wait_for_last();
   launch_next();  // experts_down, which reads places, weights and x before it waits
@@ -85,9 +89,10 @@ inline void put_hidden(float value, uint tile, uint units, uint lane, device flo
   constant ExpertForm& form = forms[place.form];
   device const uchar* expert = expert_at(bank0, bank1, bank2, form.bank, place.offset);
   device float* own = hidden + place.rank * shape.hidden_stride;
-  const uint row = group.x * TILE_ROWS, rows = form.gate.rows;
-  if (row >= rows) {  // of a smaller expert, all lanes alike
-    if (simdgroup == 0) put_hidden(0.0f, group.x, shape.units, lane, own);
+  const uint count = form.gate.rows;
+  const TileRows rows = rows_of(group.x / 4, group.x % 4, form.down.storage == 2);
+  if (rows.first >= count) {  // of a smaller expert, all lanes alike
+    if (simdgroup == 0) put_hidden(0.0f, rows, group.x, shape.units, lane, own);
     return;
   }
   const Weights w = weights_at(expert, simdgroup % 2 ? form.up : form.gate);
@@ -96,34 +101,36 @@ inline void put_hidden(float value, uint tile, uint units, uint lane, device flo
   const uint first = simdgroup / 2 * each;
   const Share share = {min(first, spans), min(first + each, spans)};
   if (w.storage >= BF16) {
-    multiply_plain(w, row, share, x, x_units, lane, results[simdgroup]);
+    multiply_plain(w, rows, share, x, x_units, lane, results[simdgroup]);
   } else {
-    const Vector<threadgroup const uint4*> vector = {halves, zeros, known, nullptr};
-    put_sums(multiply_tile<4, false>(w, row, share, vector, lane), lane, results[simdgroup]);
+    put_sums(multiply_tile<4, 16, false>(w, rows, share, nullptr, 0, vector, lane), lane, results[simdgroup]);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (simdgroup == 0) {
     const uint i = lane % TILE_ROWS;
     const float gate = results[0][i] + results[2][i], up = results[1][i] + results[3][i];
-    const bool is_row = lane < TILE_ROWS && row + lane < rows;
-    put_hidden(is_row ? silu(gate) * up : 0.0f, group.x, shape.units, lane, own);
+    const bool is_row = lane < TILE_ROWS && row_at(rows, i) < count;
+    put_hidden(is_row ? silu(gate) * up : 0.0f, rows, group.x, shape.units, lane, own);
   }
 }
 
-[[kernel, max_total_threads_per_threadgroup(352)]] void experts_down(device const uchar* bank0 [[buffer(0)]],
-    device const uchar* bank1 [[buffer(1)]], device const uchar* bank2 [[buffer(2)]],
-    constant ExpertForm* forms [[buffer(3)]], constant Place* places [[buffer(4)]],
-    device const float* hidden [[buffer(5)]], device const float* weights [[buffer(6)]], device float* x [[buffer(7)]],
-    constant ExpertsShape& shape [[buffer(8)]], uint3 group [[threadgroup_position_in_grid]],
-    uint index [[thread_index_in_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup uint4 halves[ALL_HIDDEN_QUADS];
-  threadgroup float results[DOWN_SIMDGROUPS][TILE_ROWS];
+struct DownMemory {  // of a threadgroup, for `most` simdgroups
+  threadgroup uint4* digits;
+  threadgroup uint4* known;
+  threadgroup uint4* lines;
+  threadgroup float* results;
+  uint most;
+};
+
+inline void add_experts(device const uchar* bank0, device const uchar* bank1, device const uchar* bank2, constant ExpertForm* forms, constant Place* places, device const float* hidden, device const float* weights, device float* x, constant ExpertsShape& shape, uint3 group, uint index, uint simdgroup, uint simdgroups, uint lane, DownMemory memory) {
   launch_next();
   const uint row = group.x * TILE_ROWS;
-  threadgroup uint4* own = halves + simdgroup * HIDDEN_QUADS;
-  threadgroup uint4* zeros = own + (HIDDEN_QUADS - ZERO_QUADS + ZERO_PLACE);
-  if (lane < 4) zeros[lane] = 0;
+  threadgroup uint4* zeros = memory.digits + (memory.most * HIDDEN_QUADS + ZERO_PLACE);
+  if (index < ZERO_QUADS - ZERO_PLACE) zeros[index] = 0;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  const Vector vector = {memory.digits + simdgroup * HIDDEN_QUADS, memory.known + simdgroup * HIDDEN_KNOWN, zeros,
+      memory.lines + simdgroup * HIDDEN_LINES};
+  threadgroup float* own = memory.results + simdgroup * TILE_ROWS;
   // Places, weights and x were there before experts_gate_up let this kernel begin.
   const float before = index < TILE_ROWS && row + index < shape.rows ? x[row + index] : 0.0f;
   float sum = 0.0f;
@@ -136,22 +143,52 @@ inline void put_hidden(float value, uint tile, uint units, uint lane, device flo
     device const float* inputs = hidden + place.rank * shape.hidden_stride;
     if (w.storage >= BF16) {
       wait_for_last();
-      multiply_plain(w, row, share, inputs, shape.units, lane, results[simdgroup]);
+      multiply_plain(w, TileRows{row, TOGETHER}, share, inputs, shape.units, lane, own);
     } else {
       device const uint4* source = (device const uint4*)(inputs + shape.units * UNIT);
-      const Vector<device const uint4*> vector = {own, zeros, source + shape.units * UNIT_QUADS, source};
-      const float2 sums = multiply_tile<2, true>(w, row, share, vector, lane);
-      put_sums(sums, lane, results[simdgroup]);
+      const float2 sums =
+          multiply_tile<2, 8, true>(w, TileRows{row, TOGETHER}, share, source, shape.units, vector, lane);
+      put_sums(sums, lane, own);
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    sum = fma(weight, results[simdgroup][lane % TILE_ROWS], sum);
+    sum = fma(weight, own[lane % TILE_ROWS], sum);
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
-  if (lane < TILE_ROWS) results[simdgroup][lane] = sum;
+  if (lane < TILE_ROWS) own[lane] = sum;
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (index < TILE_ROWS && row + index < shape.rows) {
     float total = 0.0f;
-    for (uint i = 0; i < simdgroups; i++) total += results[i][index];
+    for (uint i = 0; i < simdgroups; i++) total += memory.results[i * TILE_ROWS + index];
     x[row + index] = before + total;
   }
+}
+
+[[kernel, max_total_threads_per_threadgroup(352)]] void experts_down(device const uchar* bank0 [[buffer(0)]],
+    device const uchar* bank1 [[buffer(1)]], device const uchar* bank2 [[buffer(2)]],
+    constant ExpertForm* forms [[buffer(3)]], constant Place* places [[buffer(4)]],
+    device const float* hidden [[buffer(5)]], device const float* weights [[buffer(6)]], device float* x [[buffer(7)]],
+    constant ExpertsShape& shape [[buffer(8)]], uint3 group [[threadgroup_position_in_grid]],
+    uint index [[thread_index_in_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup uint4 digits[DOWN_QUADS];
+  threadgroup uint4 known[DOWN_KNOWN];
+  threadgroup uint4 lines[DOWN_LINES];
+  threadgroup float results[DOWN_SIMDGROUPS][TILE_ROWS];
+  const DownMemory memory = {digits, known, lines, results[0], DOWN_SIMDGROUPS};
+  add_experts(bank0, bank1, bank2, forms, places, hidden, weights, x, shape, group, index, simdgroup, simdgroups, lane, memory);
+}
+
+[[kernel, max_total_threads_per_threadgroup(320)]] void experts_down_few(device const uchar* bank0 [[buffer(0)]],
+    device const uchar* bank1 [[buffer(1)]], device const uchar* bank2 [[buffer(2)]],
+    constant ExpertForm* forms [[buffer(3)]], constant Place* places [[buffer(4)]],
+    device const float* hidden [[buffer(5)]], device const float* weights [[buffer(6)]], device float* x [[buffer(7)]],
+    constant ExpertsShape& shape [[buffer(8)]], uint3 group [[threadgroup_position_in_grid]],
+    uint index [[thread_index_in_threadgroup]], uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup uint4 digits[FEW_QUADS];
+  threadgroup uint4 known[FEW_KNOWN];
+  threadgroup uint4 lines[FEW_LINES];
+  threadgroup float results[FEW_SIMDGROUPS][TILE_ROWS];
+  const DownMemory memory = {digits, known, lines, results[0], FEW_SIMDGROUPS};
+  add_experts(bank0, bank1, bank2, forms, places, hidden, weights, x, shape, group, index, simdgroup, simdgroups, lane, memory);
 }

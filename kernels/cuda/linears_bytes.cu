@@ -3,6 +3,7 @@ using namespace metal;
 #include "matrix.h"
 #include "normed.h"
 #include "sums.h"
+#include "byte_numbers.h"
 #include "bytes.h"
 
 // metal/linears.metal on NVIDIA's matrix units for bytes: the same formula and arguments.

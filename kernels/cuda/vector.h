@@ -1,30 +1,56 @@
-// Products of quantized rows with a vector on NVIDIA's matrix units for halves. Put into kernel files by text, after
-// half_numbers.h.
+// Products of quantized rows with a vector on NVIDIA's matrix units for bytes. Put into kernel files by text, after
+// matrix.h and byte_numbers.h.
 //
-// matrix.h spends four instructions on a weight. Here two of four bits become halves by one mask, and 256 are multiplied
-// at once: [16 rows, 16 columns] times [16, 8]. The eight columns of the right factor are four units of the vector (32
-// numbers, as in matrix.h), each in a column of high halves and one of low ones. Every half unit is scaled by a power
-// of two of its own, which `worth` undoes:
-//
-//   w x = sum over half units of scale * worth * (sum q high(x) + sum q low(x)) + bias * (sum x)
+// As in bytes.h weights stay integers, and 512 are multiplied at once: [16 rows, 32 columns] times [32, 8], unsigned by
+// signed bytes. Each 64 columns of the vector become digits together, or as many as one product takes of them; their sums
+// are exact. Nobody knows the weights' bits when digits are made, so they have one order, that which costs two bits
+// nothing; for others eight permutations turn those of a span.
 //
 // Four units that follow each other are a span. Lane 4 g + t has rows g and g + 8 of a tile, and the t-th unit of each
-// span: weights that lie together in a row. The right factor is zero where a lane's unit is not the column's, so that
-// each lane is left with the sums of its own rows and unit, to be scaled and added up in float32. Three quarters of the
-// products are with zero, but they take no instruction of their own. In what order the columns of a unit are taken is
-// free, as long as weights and vector have the same one: it is that of unpack_eight.
+// span: weights that lie together in a row. Columns 0 to 3 of the right factor are the digits of the span's first two
+// units, 4 to 7 those of its last two; it is zero where a lane's unit is none of the column's. Even lanes are left with
+// the sums of the higher two digits, odd ones with that of the lowest. Groups of 32 take two passes, each with one of the
+// two units that share columns.
 //
 // A simdgroup has a tile of 16 rows, or a share of its columns, for itself. It requests as many spans of weights as
-// registers hold, and the scales of 16 spans (of 8, if groups are of 32); when a span has been used, one further on is
-// requested into its registers. Four spans, for which the loop is unrolled, are a strip.
+// registers hold, and the scales of up to 16; when a span has been used, one further on is requested into its registers.
+// Four spans, for which the loop is unrolled, are a strip. A lane loads scales that others need: they go by way of the
+// threadgroup's memory.
 
 constant constexpr uint TILE_ROWS = 16;
 constant constexpr uint SPAN_UNITS = 4;
 constant constexpr uint STRIP_SPANS = 4;
 constant constexpr uint STRIP_UNITS = 16;
-constant constexpr uint UNIT_QUADS = 8;  // of four words: a unit's high halves, then its low ones
-constant constexpr uint ZERO_PLACE = 2;  // of zeros behind a vector, in quads: in other banks than what is read beside
-constant constexpr uint ZERO_QUADS = 6;  // ZERO_PLACE and four of zeros
+constant constexpr uint DIGIT_WORDS = 8;        // of a unit
+constant constexpr uint UNIT_QUADS = 6;         // of four words: a unit's digits
+constant constexpr uint ZERO_PLACE = 1;         // of zeros behind vectors, in quads: in other banks than what is read beside
+constant constexpr uint ZERO_QUADS = 3;         // ZERO_PLACE, and zeros as long as a digit
+constant constexpr uint LINE_QUADS = 8;         // of two groups' scales and biases: a quad for rows g and g + 8
+constant constexpr uint FIRST_HALF = 0x1044u;   // permute_bytes: the lower half of a word as the upper one of a float
+constant constexpr uint SECOND_HALF = 0x3244u;  // the upper half
+
+// Which rows of a matrix are a tile: neighbours, or those whose products are the columns that product j takes (unpack_eight)
+// of two units of a vector: eight neighbours in each, or of two bits four pairs.
+constant constexpr uint TOGETHER = 0;
+constant constexpr uint EIGHTS = 1;
+constant constexpr uint PAIRS = 2;
+
+struct TileRows {
+  uint first;
+  uint order;
+};
+
+// The tile of this kind that product j takes the products of, of the `pair`-th two units.
+inline TileRows rows_of(uint pair, uint j, bool is_two_bits) {
+  const uint first = pair * (2 * UNIT);
+  if (is_two_bits) return {first + j / 2 * HALF_UNIT + j % 2 * 2, PAIRS};
+  return {first + j * 8, EIGHTS};
+}
+
+inline uint row_at(TileRows rows, uint i) {
+  if (rows.order == TOGETHER) return rows.first + i;
+  return rows.first + i / 8 * UNIT + (rows.order == EIGHTS ? i % 8 : i / 2 % 4 * 4 + i % 2);
+}
 
 struct Tile {  // of a quantized matrix, as a lane sees it
   device const uchar* data[2];  // of its unit in the first span, in rows g and g + 8
@@ -37,9 +63,10 @@ struct Tile {  // of a quantized matrix, as a lane sees it
 };
 
 template <int BITS>
-inline Tile tile_of(thread const Weights& w, uint row, uint first, uint end, uint lane) {
+inline Tile tile_of(thread const Weights& w, TileRows rows, uint first, uint end, uint lane) {
   Tile tile;
-  const uint last = w.rows - 1, at = min(row + lane / 4, last), other = min(row + lane / 4 + 8, last);
+  const uint last = w.rows - 1, at = min(row_at(rows, lane / 4), last);
+  const uint other = min(row_at(rows, lane / 4 + 8), last);
   const uint units = w.columns / UNIT, unit = first * SPAN_UNITS + lane % 4;
   tile.groups = w.columns >> w.shift;
   tile.shift = w.shift - 5;
@@ -100,116 +127,184 @@ inline void load_lines(thread const Tile& tile, uint span, uint lane, thread Lin
   }
 }
 
-// What unpack_eight takes, of the i-th eight of a lane's unit.
-template <int BITS>
-inline void pick_eight(thread const uint* words, uint i, thread uint& low, thread uint& high) {
-  high = 0;
-  if (BITS == 8) {
-    low = words[2 * i];
-    high = words[2 * i + 1];
-  } else if (BITS == 4) {
-    low = words[i];
-  } else if (BITS == 2) {
-    low = words[i / 2];
-    high = i % 2;
-  } else {
-    low = words[i == 3 ? 2 : i == 0 ? 0 : i - 1];
-    if (i == 1) low = low >> 24 | words[1] << 8;
-    if (i == 2) low = low >> 16 | words[2] << 16;
-    if (i == 3) low >>= 8;
+// What load_lines has, to where add_span finds it. WORDS: of a line that are wanted, 16 at most.
+template <uint WORDS>
+inline void put_lines(thread const Lines& from, uint lane, threadgroup uint4* lines) {
+  threadgroup uint4* own = lines + lane % 4 * 4 * LINE_QUADS + lane / 4;
+  if (WORDS == 16 || lane % 4 * 4 < WORDS) {
+#pragma unroll
+    for (uint k = 0; k < 4; k++) {
+      own[k * LINE_QUADS] = uint4(from.words[k], from.words[4 + k], from.words[8 + k], from.words[12 + k]);
+    }
   }
 }
 
-// sums[i] += row g + 8 i of span s of a strip times the lane's unit of the vector, but for half_steps and the biases,
-// whose part goes to sums[i + 2].
-// lines    as load_lines has them: this span's are in lane `from`, this lane's own are the bytes `chosen` of a word
-// halves   the lane's part of the right factor, four quads
-// known    of its unit: the worth of each half, then the sum of each half's numbers
-template <int BITS, bool IS_SMALL>
-inline void add_span(thread const uint* words, thread const Lines& lines, uint s, uint lane, uint from, uint chosen,
-    threadgroup const uint4* halves, uint4 known, thread float* sums) {
-  float products[2][4] = {{0.0f, 0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f, 0.0f}};
+// Where the words of a digit are in a unit, the highest digit first: apart, so that lanes read from different banks.
+inline constexpr uint digit_place(uint digit) { return digit * 2 % DIGITS * DIGIT_WORDS; }
+
+// Sixteen inputs to their digits: byte k of word w is that of input 4 k + w.
+inline void put_digits(thread const float4* fours, float factor, threadgroup uint* to) {
+  uint words[4][DIGITS];
+#pragma unroll
+  for (uint w = 0; w < 4; w++) {
+    uint numbers[4];
+#pragma unroll
+    for (uint k = 0; k < 4; k++) {
+      numbers[k] = number_of(w == 0 ? fours[k].x : w == 1 ? fours[k].y : w == 2 ? fours[k].z : fours[k].w, factor);
+    }
+    pack_digits(numbers, words[w]);
+  }
+#pragma unroll
+  for (uint d = 0; d < DIGITS; d++) {
+    *(threadgroup uint4*)(to + digit_place(d)) = uint4(words[0][d], words[1][d], words[2][d], words[3][d]);
+  }
+}
+
+// The first, third, fifth and seventh weight of three bits as bytes.
+inline uint spread_threes(uint bits) {
+  return (bits & 7u) | (bits << 2 & 0x700u) | (bits << 4 & 0x70000u) | (bits << 6 & 0x7000000u);
+}
+
+// The eight weights of a unit that product j takes, as bytes: of two bits columns s, s + 4, s + 8 and s + 12 of a half,
+// for s = 2 j and then 2 j + 1; else the even ones of eight, then the odd ones.
+template <int BITS>
+inline void unpack_eight(thread const uint* words, uint j, thread uint& first, thread uint& second) {
+  if (BITS == 8) {
+    first = permute_bytes(words[2 * j], words[2 * j + 1], 0x6420u);
+    second = permute_bytes(words[2 * j], words[2 * j + 1], 0x7531u);
+  } else if (BITS == 4) {
+    first = words[j] & 0x0f0f0f0fu;
+    second = words[j] >> 4 & 0x0f0f0f0fu;
+  } else if (BITS == 2) {
+    first = words[j / 2] >> 4 * (j % 2) & 0x03030303u;
+    second = words[j / 2] >> (4 * (j % 2) + 2) & 0x03030303u;
+  } else {
+    uint threes = words[0];
+    if (j == 1) threes = words[0] >> 24 | words[1] << 8;
+    if (j == 2) threes = words[1] >> 16 | words[2] << 16;
+    if (j == 3) threes = words[2] >> 8;
+    first = spread_threes(threes);
+    second = spread_threes(threes >> 3);
+  }
+}
+
+// A digit of a lane's unit, in the order of unpack_eight.
+template <int BITS>
+inline void load_digits(threadgroup const uint* digits, thread uint* words) {
+#pragma unroll
+  for (uint h = 0; h < 2; h++) {
+    const uint4 four = ((threadgroup const uint4*)digits)[h];
+    words[4 * h] = BITS == 2 ? four.x : permute_bytes(four.x, four.z, 0x5140u);
+    words[4 * h + 1] = BITS == 2 ? four.y : permute_bytes(four.y, four.w, 0x5140u);
+    words[4 * h + 2] = BITS == 2 ? four.z : permute_bytes(four.x, four.z, 0x7362u);
+    words[4 * h + 3] = BITS == 2 ? four.w : permute_bytes(four.y, four.w, 0x7362u);
+  }
+}
+
+// sums[i] += rows g + 8 i of a span times the digits that this lane has sums of, but for their place among the digits;
+// sums[i + 2] += the biases times the sum of the inputs.
+// line     both rows' scales, then their biases, of two groups each: this lane's are the bytes `chosen` of a word
+// digits   the lane's part of the right factor
+// known    of 64 columns: the worths of one in the first digit of the inputs of each product, as bfloat16, or if IS_ONE
+//          one float for all of them; in the last two words the sums of each unit's inputs
+template <int BITS, bool IS_SMALL, bool IS_ONE>
+inline void add_span(thread const uint* words, uint4 line, uint chosen, uint lane, threadgroup const uint* digits,
+    uint4 known, thread float* sums) {
+  uint right[8];
+  load_digits<BITS>(digits, right);
+  const uint scales[2] = {line.x, line.y}, biases[2] = {line.z, line.w};
+#pragma unroll
+  for (uint pass = 0; pass < (IS_SMALL ? 2u : 1u); pass++) {
+    const uint mask = lane % 2 == pass ? 0xffffffffu : 0u;
+    if (IS_SMALL) chosen = pass ? SECOND_HALF : FIRST_HALF;
+    const float first = as_type<float>(known.z), second = as_type<float>(known.w);
+    const float total = !IS_SMALL ? first + second : pass ? second : first;
+    int products[IS_ONE ? 1 : 4][4];
+#pragma unroll
+    for (uint j = 0; j < 4; j++) {
+      thread int* own = products[IS_ONE ? 0 : j];
+      if (j == 0 || !IS_ONE) own[0] = own[1] = own[2] = own[3] = 0;
+      uint a[4], b[2] = {right[2 * j], right[2 * j + 1]};
+      unpack_eight<BITS>(words, j, a[0], a[2]);
+      unpack_eight<BITS>(words + BITS, j, a[1], a[3]);
+      if (IS_SMALL) b[0] &= mask, b[1] &= mask;
+      simdgroup_multiply_bytes(own, a, b);
+    }
+#pragma unroll
+    for (uint i = 0; i < 2; i++) {
+      float product = 0.0f;
+#pragma unroll
+      for (uint j = 0; j < (IS_ONE ? 1u : 4u); j++) {
+        const uint two = j < 2 ? known.x : known.y;
+        const float worth = as_type<float>(IS_ONE ? two : permute_bytes(two, 0, j % 2 ? SECOND_HALF : FIRST_HALF));
+        const float sum = float(products[j][2 * i] * 256 + products[j][2 * i + 1]);
+        product = j == 0 ? sum * worth : fma(sum, worth, product);
+      }
+      sums[i] = fma(product, as_type<float>(permute_bytes(scales[i], 0, chosen)), sums[i]);
+      sums[i + 2] = fma(as_type<float>(permute_bytes(biases[i], 0, chosen)), total, sums[i + 2]);
+    }
+  }
+}
+
+struct Share {  // of a simdgroup in a tile: at most LINE_WORDS spans (multiply_packed), the first of which begins a strip
+  uint first;
+  uint end;
+};
+
+// A vector as digits, in whole strips, and what a simdgroup needs beside it.
+struct Vector {
+  threadgroup uint4* digits;
+  threadgroup uint4* known;       // of each 64 columns, as in add_span
+  threadgroup const uint4* zeros;  // two, as long as a digit
+  threadgroup uint4* lines;       // LINE_QUADS for each of its words
+};
+
+// Half a unit of a vector that lies spread over `units` units to its place. Four lanes in turn have 64 columns.
+inline void put_half_unit(device const float4* x, uint units, uint half_unit, thread const Vector& vector) {
+  float4 fours[4];
+  float largest = 0.0f, total = 0.0f;
 #pragma unroll
   for (uint i = 0; i < 4; i++) {
-    const uint eight = i % 2 * 2 + i / 2;  // the halves of the unit in turn: one does not wait for the other's sums
-    uint low, high, first[4], second[4];
-    pick_eight<BITS>(words, eight, low, high);
-    unpack_eight<BITS>(low, high, first);
-    pick_eight<BITS>(words + BITS, eight, low, high);
-    unpack_eight<BITS>(low, high, second);
-    const uint4 four = halves[eight];
-    const uint a[8] = {first[0], second[0], first[1], second[1], first[2], second[2], first[3], second[3]};
-    const uint b[4] = {four.x, four.y, four.z, four.w};
-    simdgroup_multiply_halves(products[eight / 2], a, b);
-    simdgroup_multiply_halves(products[eight / 2], a + 4, b + 2);
+    fours[i] = 0.0f;
+    if (half_unit / 2 < units) fours[i] = x[(half_unit % 2 * 4 + i) * units + half_unit / 2];
   }
-  const float total = as_type<float>(known.z) + as_type<float>(known.w);
-#pragma unroll
-  for (uint i = 0; i < 2; i++) {
-    float line[2];
-#pragma unroll
-    for (uint k = 0; k < 2; k++) {
-      thread const uint* shown = lines.words + (2 * k + i) * 4 + (IS_SMALL ? s % 2 * 2 : s);
-      uint pair = simd_shuffle(shown[0], from);
-      if (IS_SMALL) {
-        const uint second = simd_shuffle(shown[1], from);
-        pair = lane % 4 < 2 ? pair : second;
-      }
-      line[k] = as_type<float>(permute_bytes(pair, 0, chosen));
-    }
-    const float first = products[0][2 * i + 1] + products[0][2 * i], second = products[1][2 * i + 1] + products[1][2 * i];
-    const float product = fma(first, as_type<float>(known.x), second * as_type<float>(known.y));
-    sums[i] = fma(product, line[0], sums[i]);
-    sums[i + 2] = fma(line[1], total, sums[i + 2]);
-  }
-}
-
-// Half a unit of float32, four by four, to its place in a vector of halves.
-inline void put_half_unit(
-    thread const float4* fours, uint half_unit, threadgroup uint4* halves, threadgroup uint4* known) {
-  float largest = 0.0f, total = 0.0f;
 #pragma unroll
   for (uint i = 0; i < 4; i++) {
     largest = max_magnitude(max_magnitude(largest, fours[i].x), fours[i].y);
     largest = max_magnitude(max_magnitude(largest, fours[i].z), fours[i].w);
     total += (fours[i].x + fours[i].y) + (fours[i].z + fours[i].w);
   }
+  largest = max(largest, simd_shuffle_xor(largest, 1));
+  largest = max(largest, simd_shuffle_xor(largest, 2));
   const Scaling scaling = scaling_of(largest);
-  threadgroup uint4* unit = halves + half_unit / 2 * UNIT_QUADS + half_unit % 2 * 2;
-#pragma unroll
-  for (uint i = 0; i < 2; i++) {
-    uint high[4], low[4];
-    split_eight(fours[2 * i], fours[2 * i + 1], scaling.factor, high, low);
-    unit[i] = uint4(high[0], high[1], high[2], high[3]);
-    unit[i + 4] = uint4(low[0], low[1], low[2], low[3]);
-  }
-  threadgroup float* own = (threadgroup float*)(known + half_unit / 2) + half_unit % 2;
-  own[0] = scaling.worth;
-  own[2] = total;
+  put_digits(fours, scaling.factor, (threadgroup uint*)(vector.digits + half_unit / 2 * UNIT_QUADS) + half_unit % 2 * 4);
+  const float unit = total + simd_shuffle_xor(total, 1), other = simd_shuffle_xor(unit, 2);
+  if (half_unit % 4 == 0) vector.known[half_unit / 4] = uint4(as_type<uint>(scaling.worth), 0, as_type<uint>(unit), as_type<uint>(other));
 }
 
-struct Share {  // of a simdgroup in a tile: at most 16 spans (load_lines), the first of which begins a strip
-  uint first;
-  uint end;
-};
+// Of `units` units the first `wanted`, whole strips, from where put_hidden puts them, to their places.
+inline void fetch_vector(
+    device const uint4* source, uint units, uint wanted, uint lane, thread const Vector& vector) {
+#pragma unroll 1
+  for (uint i = lane; i < wanted * UNIT_QUADS; i += 32) copy_sixteen(vector.digits + i, source + i);
+  device const uint4* about = source + units * UNIT_QUADS;
+  for (uint i = lane; i < wanted / 2; i += 32) {
+    const uint4 worths = about[3 * i];
+    const float4 first = ((device const float4*)about)[3 * i + 1], second = ((device const float4*)about)[3 * i + 2];
+    const float sums[2] = {(first.x + first.y) + (first.z + first.w), (second.x + second.y) + (second.z + second.w)};
+    vector.known[i] = uint4(worths.x, worths.y, as_type<uint>(sums[0]), as_type<uint>(sums[1]));
+  }
+}
 
-// A vector as halves, in whole strips.
-template <typename Quads>
-struct Vector {
-  threadgroup uint4* halves;
-  threadgroup const uint4* zeros;
-  Quads known;  // of each unit, as in add_span
-  device const uint4* source;  // of the halves, if each simdgroup fetches its own
-};
-
-// In lanes 4 g the sums of rows `row` + g and + 8 of a quantized matrix times a vector, in the spans of a share.
-// IS_SMALL: groups of 32. IS_OWN: the kernel before wrote the vector, and this simdgroup copies it for itself once the
-// weights are requested; else it is there already, for the whole threadgroup.
-template <int BITS, bool IS_SMALL, int AHEAD, bool IS_OWN, typename Quads>
-inline float2 multiply_packed(
-    thread const Weights& w, uint row, thread const Share& share, thread const Vector<Quads>& vector, uint lane) {
-  constexpr uint LINE_SPANS = IS_SMALL ? 8 : 16;  // of one load_lines
-  Tile tile = tile_of<BITS>(w, row, share.first, share.end, lane);
+// In lanes 4 g the sums of rows g and g + 8 of a tile of a quantized matrix times a vector, in the spans of a share.
+// IS_OWN: the kernel before wrote the vector, to `source`, spread over `units` units; this simdgroup copies it for itself
+// once the weights are requested. Else it is there already, for the whole threadgroup, each 64 columns as one.
+// IS_SMALL: groups of 32. AHEAD: spans under way. LINE_WORDS: of a line at a time, of two groups each.
+template <int BITS, bool IS_SMALL, int AHEAD, uint LINE_WORDS, bool IS_OWN>
+inline float2 multiply_packed(thread const Weights& w, TileRows rows, thread const Share& share,
+    device const uint4* source, uint units, thread const Vector& vector, uint lane) {
+  constexpr uint WORDS = IS_SMALL ? 2 : 1;  // of a span's scales
+  Tile tile = tile_of<BITS>(w, rows, share.first, share.end, lane);
   const uint g = lane / 4, t = lane % 4;
   uint words[AHEAD * 2 * BITS];
   Lines lines;
@@ -218,76 +313,83 @@ inline float2 multiply_packed(
   load_lines(tile, share.first, lane, lines);
   if (IS_OWN) {
     wait_for_last();
-#pragma unroll 1
-    for (uint i = lane; i < (share.end + STRIP_SPANS - 1) / STRIP_SPANS * (STRIP_UNITS * UNIT_QUADS); i += 32) {
-      copy_sixteen(vector.halves + i, vector.source + i);
-    }
-    wait_for_copies();
-    simdgroup_barrier(mem_flags::mem_threadgroup);
+    fetch_vector(source, units, (share.end + STRIP_SPANS - 1) / STRIP_SPANS * STRIP_UNITS, lane, vector);
   }
-  const bool is_column = g / 2 == t;  // whether the lane's unit is that of its column of the right factor
-  const uint unit = share.first * SPAN_UNITS + t;
-  threadgroup const uint4* halves = is_column ? vector.halves + unit * UNIT_QUADS + g % 2 * 4 : vector.zeros;
-  const uint step = is_column ? SPAN_UNITS * UNIT_QUADS : 0;
-  Quads known = vector.known + unit;
-  const bool is_second = IS_SMALL ? t % 2 : t / 2;
-  const uint chosen = is_second ? 0x3244u : 0x1044u;  // as the upper half of a float
+  put_lines<LINE_WORDS>(lines, lane, vector.lines);
+  if (IS_OWN) wait_for_copies();
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  const bool has_digits = t / 2 == g / 4 && g % 4 < DIGITS;
+  threadgroup const uint* digits = (threadgroup const uint*)vector.zeros;
+  if (has_digits) {
+    digits = (threadgroup const uint*)(vector.digits + (share.first * SPAN_UNITS + t) * UNIT_QUADS) + digit_place(g % 4);
+  }
+  const uint step = has_digits ? SPAN_UNITS * UNIT_QUADS * 4 : 0;
+  threadgroup const uint4* known = vector.known + share.first * 2 + t / 2;
+  threadgroup const uint4* first_line = vector.lines + (IS_SMALL ? t / 2 * LINE_QUADS : 0) + g;
+  threadgroup const uint4* line = first_line;
+  const uint chosen = t / 2 ? SECOND_HALF : FIRST_HALF;
   float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 1
   for (uint span = share.first; span < share.end; span += STRIP_SPANS) {
-    const uint done = span - share.first;
-    if (IS_SMALL && done > 0 && done % LINE_SPANS == 0) load_lines(tile, span, lane, lines);
-    const uint strip = lane - t + done % LINE_SPANS / STRIP_SPANS * (IS_SMALL ? 2 : 1);  // the lane with its lines
+    if (IS_SMALL && line == first_line + LINE_WORDS * LINE_QUADS) {  // done with all that were loaded
+      line = first_line;
+      load_lines(tile, span, lane, lines);
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+      put_lines<LINE_WORDS>(lines, lane, vector.lines);
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+    }
 #pragma unroll
     for (uint s = 0; s < STRIP_SPANS; s++) {
       thread uint* slot = words + s % AHEAD * 2 * BITS;
-      const uint from = IS_SMALL ? strip + s / 2 : strip;
-      add_span<BITS, IS_SMALL>(slot, lines, s, lane, from, chosen, halves, known[s * SPAN_UNITS], sums);
+      const uint4 own = line[s * WORDS * LINE_QUADS];
+      add_span<BITS, IS_SMALL, !IS_OWN>(slot, own, chosen, lane, digits, known[2 * s], sums);
       load_span<BITS>(tile, s + AHEAD, span + s + AHEAD, slot);
-      halves += step;
+      digits += step;
     }
-    known += STRIP_UNITS;
+    known += 2 * STRIP_SPANS;
+    line += STRIP_SPANS * WORDS * LINE_QUADS;
     tile.data[0] += STRIP_UNITS * BITS * 4;
     tile.data[1] += STRIP_UNITS * BITS * 4;
   }
-  for (uint i = 0; i < 2; i++) sums[i] = fma(sums[i], half_steps<BITS>(), sums[i + 2]);
+  const bool is_odd = lane % 2 != 0;
+  for (uint i = 0; i < 2; i++) sums[i] = fma(sums[i], is_odd ? 1.0f / 16777216 : 1.0f / 256, is_odd ? 0.0f : sums[i + 2]);
   team_sums<2>(sums, 2);
   return float2(sums[0], sums[1]);
 }
 
-template <int BITS, int AHEAD, bool IS_OWN, typename Quads>
-inline float2 multiply_bits(
-    thread const Weights& w, uint row, thread const Share& share, thread const Vector<Quads>& vector, uint lane) {
-  if (w.shift == 5) return multiply_packed<BITS, true, AHEAD, IS_OWN>(w, row, share, vector, lane);
-  return multiply_packed<BITS, false, AHEAD, IS_OWN>(w, row, share, vector, lane);
+template <int BITS, int AHEAD, uint LINE_WORDS, bool IS_OWN>
+inline float2 multiply_bits(thread const Weights& w, TileRows rows, thread const Share& share,
+    device const uint4* source, uint units, thread const Vector& vector, uint lane) {
+  if (w.shift == 5) return multiply_packed<BITS, true, AHEAD, LINE_WORDS, IS_OWN>(w, rows, share, source, units, vector, lane);
+  return multiply_packed<BITS, false, AHEAD, LINE_WORDS, IS_OWN>(w, rows, share, source, units, vector, lane);
 }
 
 // The same for any bits. AHEAD: spans of four bits under way.
-template <int AHEAD, bool IS_OWN, typename Quads>
-inline float2 multiply_tile(
-    thread const Weights& w, uint row, thread const Share& share, thread const Vector<Quads>& vector, uint lane) {
+template <int AHEAD, uint LINE_WORDS, bool IS_OWN>
+inline float2 multiply_tile(thread const Weights& w, TileRows rows, thread const Share& share,
+    device const uint4* source, uint units, thread const Vector& vector, uint lane) {
   switch (w.storage) {
-    case 2: return multiply_bits<2, 4, IS_OWN>(w, row, share, vector, lane);
-    case 3: return multiply_bits<3, AHEAD, IS_OWN>(w, row, share, vector, lane);
-    case 4: return multiply_bits<4, AHEAD, IS_OWN>(w, row, share, vector, lane);
-    default: return multiply_bits<8, AHEAD / 2, IS_OWN>(w, row, share, vector, lane);
+    case 2: return multiply_bits<2, 4, LINE_WORDS, IS_OWN>(w, rows, share, source, units, vector, lane);
+    case 3: return multiply_bits<3, AHEAD, LINE_WORDS, IS_OWN>(w, rows, share, source, units, vector, lane);
+    case 4: return multiply_bits<4, AHEAD, LINE_WORDS, IS_OWN>(w, rows, share, source, units, vector, lane);
+    default: return multiply_bits<8, AHEAD / 2, LINE_WORDS, IS_OWN>(w, rows, share, source, units, vector, lane);
   }
 }
 
-// results[r] = row + r of a plain matrix times a vector that lies spread over `units` units, r < TILE_ROWS.
-inline void multiply_plain(thread const Weights& w, uint row, thread const Share& share, device const float* x, uint units,
-    uint lane, threadgroup float* results) {
+// results[i] = the i-th row of a tile of a plain matrix times a vector that lies spread over `units` units.
+inline void multiply_plain(thread const Weights& w, TileRows rows, thread const Share& share, device const float* x,
+    uint units, uint lane, threadgroup float* results) {
   const Walk walk = {share.first * SPAN_UNITS + lane, min(share.end * SPAN_UNITS, count_units(w.columns)), 32, 0, units};
 #pragma unroll 1
-  for (uint r = 0; r < TILE_ROWS; r += 4) {
-    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  for (uint i = 0; i < TILE_ROWS; i += 2) {  // two are neighbours in every order
+    float sums[2] = {0.0f, 0.0f};
     if (w.storage == BF16 && w.columns % UNIT == 0) {
-      bf16_products<4>(w, row + r, walk, (device const float4*)x, sums);
+      bf16_products<2>(w, row_at(rows, i), walk, (device const float4*)x, sums);
     } else {
-      plain_products<4>(w, row + r, walk, (device const float4*)x, sums);
+      plain_products<2>(w, row_at(rows, i), walk, (device const float4*)x, sums);
     }
-    team_sums<4>(sums, 5);
-    if (lane < 4) results[r + lane] = lane == 0 ? sums[0] : lane == 1 ? sums[1] : lane == 2 ? sums[2] : sums[3];
+    team_sums<2>(sums, 5);
+    if (lane < 2) results[i + lane] = lane == 0 ? sums[0] : sums[1];
   }
 }
 
