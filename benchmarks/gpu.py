@@ -3,9 +3,9 @@
 Each kernel runs inside a CUDA graph over so many different weights that the L2 cannot hold them, all chosen experts of
 a layer in one dispatch, as in a decode step. The limit is what a copy of 4 GiB within the GPU moves, bytes read plus
 bytes written. Sizes are those of one layer of Qwen3.5-397B-A17B and 35B-A3B. What lies between the matrices is timed
-the same way; a kernel that is not bound by bytes has a small share. Few bytes do not reach that limit however they are
-moved: beside a layer's experts stands what as many bytes take a copy, which reads half of them, and cuBLAS's product of
-a bf16 matrix with a vector.
+the same way; a kernel that is not bound by bytes has a small share. Few bytes may not reach that limit even by a copy:
+beside a layer's experts stands what as many bytes take a copy, which reads half of them, and cuBLAS's product of a bf16
+matrix with a vector.
 
     python benchmarks/gpu.py                 # a table
     python benchmarks/gpu.py --json gpu.json
