@@ -74,22 +74,23 @@ class Row:
     share: float
 
 
-def time_graph(device: CudaDevice, work: Sequence[Callable[[], object]]) -> float:
-    """Seconds of one piece of work, all of them in one CUDA graph; the median of several replays."""
+def time_graph(
+    capture: Callable[[Callable[[], object]], Callable[[], object]], work: Sequence[Callable[[], object]]
+) -> float:
+    """Seconds of one piece of work, all of them in one CUDA graph; the median of several replays.
+
+    capture   Device.capture, or capture_torch for torch's own kernels
+    """
     for step in work[:2]:
         step()
-    return median_seconds(device.capture(lambda: [step() for step in work])) / len(work)
+    return median_seconds(capture(lambda: [step() for step in work])) / len(work)
 
 
-def time_torch(work: Sequence[Callable[[], object]]) -> float:
-    """time_graph for torch's own kernels."""
-    for step in work[:2]:
-        step()
+def capture_torch(work: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for step in work:
-            step()
-    return median_seconds(graph.replay) / len(work)
+        work()
+    return graph.replay
 
 
 def median_seconds(work: Callable[[], object]) -> float:
@@ -143,11 +144,11 @@ def bench_experts(device: CudaDevice, model: Model, bits: int, limit: float) -> 
         ("experts_down", down, ("down_proj",)),
     ):
         moved = model.chosen * sum(sizes[part].payload_bytes for part in parts)
-        seconds = time_graph(device, steps)
+        seconds = time_graph(device.capture, steps)
         rows.append(Row(name, model.name, bits, moved / 1e6, seconds * 1e6, moved / seconds / limit))
     both = [step for pair in zip(gate_up, down) for step in pair]
     moved = model.chosen * geometry.payload_bytes
-    seconds = 2 * time_graph(device, both)
+    seconds = 2 * time_graph(device.capture, both)
     rows.append(Row("both", model.name, bits, moved / 1e6, seconds * 1e6, moved / seconds / limit))
     return rows
 
@@ -167,7 +168,7 @@ def bench_peers(model: Model, bits: int, limit: float) -> list[Row]:
             ("copy", [partial(bank[half:].copy_, bank[:half]) for bank in banks]),
             ("cuBLAS", [partial(torch.mv, bank, x, out=out) for bank in banks]),
         ):
-            seconds = time_torch(steps)
+            seconds = time_graph(capture_torch, steps)
             share = moved / seconds / limit
             rows.append(Row(f"{peer}, as {name}", model.name, bits, moved / 1e6, seconds * 1e6, share))
     return rows
@@ -207,7 +208,7 @@ def bench_matrices(
         memory = memory_of(bank)
         forms = device.upload_bytes(device.launches.matrix_forms(matrices, memory))
         steps.append(device.bind(device.launches.linears(memory, forms, matrices, x, out, norm=norm, eps=1e-6)))
-    seconds = time_graph(device, steps)
+    seconds = time_graph(device.capture, steps)
     return Row(name, model.name, bits, payload / 1e6, seconds * 1e6, payload / seconds / limit)
 
 
@@ -298,7 +299,7 @@ def time_launches(
     device: CudaDevice, name: str, model: Model, calls: Sequence[launches.Launch], moved: int, limit: float
 ) -> Row:
     """One of these calls, each of which moves so many bytes."""
-    seconds = time_graph(device, [device.bind(call) for call in calls])
+    seconds = time_graph(device.capture, [device.bind(call) for call in calls])
     return Row(name, model.name, 32, moved / 1e6, seconds * 1e6, moved / seconds / limit)
 
 

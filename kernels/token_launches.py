@@ -1,8 +1,8 @@
 """The calls of a token's products on NVIDIA's GPUs: cuda/'s kernels for packed weights.
 
-They multiply bytes (cuda/bytes.h, cuda/vector.h). Same names, arguments and results as in
-launches.py, within the kernels' tolerances. Linears that cannot be taken here, or gain nothing, go there by themselves;
-of experts takes_experts says it, since `hidden` is not the same (Device.expert_launches).
+They multiply bytes (cuda/bytes.h, cuda/vector.h). Same names, arguments and results as in launches.py, within the
+kernels' tolerances. Linears that cannot be taken here, or gain nothing, go there by themselves; of experts
+takes_experts says it, since `hidden` is not the same (Device.expert_launches).
 
     launch = token_launches.linears(memory, forms, matrices, x, out)          # forms by token_launches.matrix_forms
     launch = token_launches.experts_gate_up(banks, forms, places, x, hidden)  # hidden [ranks, hidden_width(width)]
@@ -75,7 +75,7 @@ def _divide(matrices: Sequence[Matrix]) -> tuple[int, int]:
 def takes_experts(columns: int, width: int) -> bool:
     """Whether threadgroup memory can hold the vectors of such experts, and the calls here pay.
 
-    Whatever their bits: 397B's gain 16 and 20 % of the time at 4 and 2 bits and lose 2 and 1 % at 3 and 8
+    Whatever their bits: 397B's gain 20, 32 and 11 % of the time at 4, 2 and 8 bits, and 1 % at 3
     (benchmarks/README.md); at 16 they were not timed.
     """
     return columns <= MAX_COLUMNS and width <= MAX_WIDTH and columns * width >= LEAST_WEIGHTS

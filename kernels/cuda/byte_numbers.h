@@ -1,7 +1,7 @@
 // Inputs as bytes, as NVIDIA's matrix units take them. Put into kernel files by text, after matrix.h.
 //
-// Inputs are scaled together by a power of two, so that the largest has 22 bits, rounded, and cut into three signed bytes,
-// digits to the base 256, the highest one first. What is lost of an input is 2^-22 of the largest among them.
+// Inputs are scaled together by a power of two, so that the largest has 22 bits, rounded, and cut into three signed
+// bytes, digits to the base 256, the highest one first. What is lost of an input is 2^-22 of the largest among them.
 
 constant constexpr uint DIGITS = 3;
 
@@ -17,10 +17,12 @@ inline Scaling scaling_of(float largest) {
   return {as_type<float>((127u + 127u + 21u - exponent) << 23), as_type<float>((exponent - 21u + 16u) << 23)};
 }
 
-// An input's integer, in the mantissa beside 1.5 * 2^23, with half of what a digit can hold added to the lower two: so that
-// what becomes negative below has been carried into the next one. Its bytes are digits then, but for their signs.
+// An input's integer, in the mantissa beside 1.5 * 2^23, with half of what a digit can hold added to the lower two:
+// so that what becomes negative below has been carried into the next one. Its bytes are digits then, but for their
+// signs.
 inline uint number_of(float value, float factor) { return as_type<uint>(fma(value, factor, 12582912.0f + 32896.0f)); }
 
+// Its digits, each in the lowest byte; the bytes above are anything.
 inline uint first_digit(uint number) { return ((number >> 16) + 0x40u) ^ 0x80u; }
 inline uint second_digit(uint number) { return number >> 8 ^ 0x80u; }
 inline uint third_digit(uint number) { return number ^ 0x80u; }

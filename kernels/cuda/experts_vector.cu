@@ -7,15 +7,15 @@ using namespace metal;
 
 // metal/experts.metal on NVIDIA's matrix units for bytes: the same formulas and arguments, but for
 //
-// hidden     float [ranks, hidden_stride]: of each rank the products, spread over `units` units, whole strips; then their
-//            digits; then three quads for each 64 of them (fetch_vector): worths of a first digit, as bfloat16, for the 16
-//            that are scaled together, and their sums in either unit
+// hidden     float [ranks, hidden_stride]: of each rank the products, spread over `units` units, whole strips; then
+//            their digits; then KNOWN_QUADS for each 64 of them (fetch_vector): four worths of a first digit, as
+//            bfloat16, each for the 16 products of one tile; the four tiles' sums in the first unit, and in the second
 //
-// Threads, gate_up: grid (units * 2, places); of a threadgroup's four simdgroups two multiply a tile of gate, two one of
-// up, each half of the columns. A tile's products are those that one product of down takes of two units. down: grid
-// (rows / TILE_ROWS), a simdgroup for each place, up to DOWN_SIMDGROUPS, beyond which they take turns; experts_down_few has
-// fewer simdgroups, and more registers for each. Tiles as in vector.h. Bound by the bytes of the weights, and the more by
-// products and by a kernel's start and end the fewer bits they have. Reference: run_experts, add_rows. Test:
+// Threads, gate_up: grid (units * 2, places); of a threadgroup's four simdgroups two multiply a tile of gate, two one
+// of up, each half of the columns. A tile's products are those that one product of down takes of two units. down: grid
+// (rows / TILE_ROWS), a simdgroup for each place, up to DOWN_SIMDGROUPS, beyond which they take turns; experts_down_few
+// has fewer simdgroups, and more registers for each. Tiles as in vector.h. Bound by the bytes of the weights, and the
+// more by products and by a kernel's start and end the fewer bits they have. Reference: run_experts, add_rows. Test:
 // test_metal_matrices.py.
 
 constant constexpr uint GATE_UP_THREADS = 128;
@@ -58,7 +58,7 @@ inline void put_hidden(float value, TileRows rows, uint tile, uint units, uint l
   digits[digit_place(0) * 4] = uchar(first_digit(number));
   digits[digit_place(1) * 4] = uchar(second_digit(number));
   digits[digit_place(2) * 4] = uchar(third_digit(number));
-  device float* known = hidden + units * (UNIT + UNIT_QUADS * 4) + tile / 4 * 12;
+  device float* known = hidden + units * (UNIT + UNIT_QUADS * 4) + tile / 4 * (KNOWN_QUADS * 4);
   if (lane == 0) ((device ushort*)known)[tile % 4] = ushort(as_type<uint>(scaling.worth) >> 16);
   if (lane % 8 == 0) known[4 + lane / 8 * 4 + tile % 4] = total;
 }
@@ -73,7 +73,8 @@ inline void put_hidden(float value, TileRows rows, uint tile, uint units, uint l
   threadgroup uint4 known[X_KNOWN];
   threadgroup uint4 lines[GATE_UP_LINES];
   threadgroup float results[4][TILE_ROWS];
-  const Vector vector = {digits, known, digits + (X_QUADS - 2), lines + simdgroup * (16 * LINE_QUADS)};
+  threadgroup uint4* zeros = digits + (X_UNITS * UNIT_QUADS + ZERO_PLACE);
+  const Vector vector = {digits, known, zeros, lines + simdgroup * (16 * LINE_QUADS)};
   // The kernel before may still be choosing the places, but x was there before it let this one begin.
   const uint x_units = shape.x_units, half_units = (x_units + STRIP_UNITS - 1) / STRIP_UNITS * STRIP_UNITS * 2;
 #pragma unroll
@@ -81,7 +82,7 @@ inline void put_hidden(float value, TileRows rows, uint tile, uint units, uint l
     const uint half_unit = index + k * GATE_UP_THREADS;
     if (half_unit < half_units) put_half_unit((device const float4*)x, x_units, half_unit, vector);
   }
-  if (index < 2) digits[X_QUADS - 2 + index] = 0;
+  if (index < ZERO_QUADS - ZERO_PLACE) zeros[index] = 0;
   threadgroup_barrier(mem_flags::mem_threadgroup);
   wait_for_last();
   launch_next();  // experts_down, which reads places, weights and x before it waits
@@ -114,22 +115,25 @@ inline void put_hidden(float value, TileRows rows, uint tile, uint units, uint l
   }
 }
 
-struct DownMemory {  // of a threadgroup, for `most` simdgroups
+struct DownMemory {  // of a threadgroup
   threadgroup uint4* digits;
   threadgroup uint4* known;
   threadgroup uint4* lines;
+  threadgroup uint4* zeros;
   threadgroup float* results;
-  uint most;
 };
 
-inline void add_experts(device const uchar* bank0, device const uchar* bank1, device const uchar* bank2, constant ExpertForm* forms, constant Place* places, device const float* hidden, device const float* weights, device float* x, constant ExpertsShape& shape, uint3 group, uint index, uint simdgroup, uint simdgroups, uint lane, DownMemory memory) {
+// What experts_down does.
+inline void add_experts(device const uchar* bank0, device const uchar* bank1, device const uchar* bank2,
+    constant ExpertForm* forms, constant Place* places, device const float* hidden, device const float* weights,
+    device float* x, constant ExpertsShape& shape, uint3 group, uint index, uint simdgroup, uint simdgroups, uint lane,
+    thread const DownMemory& memory) {
   launch_next();
   const uint row = group.x * TILE_ROWS;
-  threadgroup uint4* zeros = memory.digits + (memory.most * HIDDEN_QUADS + ZERO_PLACE);
-  if (index < ZERO_QUADS - ZERO_PLACE) zeros[index] = 0;
+  if (index < ZERO_QUADS - ZERO_PLACE) memory.zeros[index] = 0;
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  const Vector vector = {memory.digits + simdgroup * HIDDEN_QUADS, memory.known + simdgroup * HIDDEN_KNOWN, zeros,
-      memory.lines + simdgroup * HIDDEN_LINES};
+  const Vector vector = {memory.digits + simdgroup * HIDDEN_QUADS, memory.known + simdgroup * HIDDEN_KNOWN,
+      memory.zeros, memory.lines + simdgroup * HIDDEN_LINES};
   threadgroup float* own = memory.results + simdgroup * TILE_ROWS;
   // Places, weights and x were there before experts_gate_up let this kernel begin.
   const float before = index < TILE_ROWS && row + index < shape.rows ? x[row + index] : 0.0f;
@@ -174,8 +178,9 @@ inline void add_experts(device const uchar* bank0, device const uchar* bank1, de
   threadgroup uint4 known[DOWN_KNOWN];
   threadgroup uint4 lines[DOWN_LINES];
   threadgroup float results[DOWN_SIMDGROUPS][TILE_ROWS];
-  const DownMemory memory = {digits, known, lines, results[0], DOWN_SIMDGROUPS};
-  add_experts(bank0, bank1, bank2, forms, places, hidden, weights, x, shape, group, index, simdgroup, simdgroups, lane, memory);
+  const DownMemory memory = {digits, known, lines, digits + (DOWN_SIMDGROUPS * HIDDEN_QUADS + ZERO_PLACE), results[0]};
+  add_experts(bank0, bank1, bank2, forms, places, hidden, weights, x, shape, group, index, simdgroup, simdgroups, lane,
+      memory);
 }
 
 [[kernel, max_total_threads_per_threadgroup(320)]] void experts_down_few(device const uchar* bank0 [[buffer(0)]],
@@ -189,6 +194,7 @@ inline void add_experts(device const uchar* bank0, device const uchar* bank1, de
   threadgroup uint4 known[FEW_KNOWN];
   threadgroup uint4 lines[FEW_LINES];
   threadgroup float results[FEW_SIMDGROUPS][TILE_ROWS];
-  const DownMemory memory = {digits, known, lines, results[0], FEW_SIMDGROUPS};
-  add_experts(bank0, bank1, bank2, forms, places, hidden, weights, x, shape, group, index, simdgroup, simdgroups, lane, memory);
+  const DownMemory memory = {digits, known, lines, digits + (FEW_SIMDGROUPS * HIDDEN_QUADS + ZERO_PLACE), results[0]};
+  add_experts(bank0, bank1, bank2, forms, places, hidden, weights, x, shape, group, index, simdgroup, simdgroups, lane,
+      memory);
 }

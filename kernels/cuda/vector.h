@@ -1,21 +1,21 @@
 // Products of quantized rows with a vector on NVIDIA's matrix units for bytes. Put into kernel files by text, after
 // matrix.h and byte_numbers.h.
 //
-// As in bytes.h weights stay integers, and 512 are multiplied at once: [16 rows, 32 columns] times [32, 8], unsigned by
-// signed bytes. Each 64 columns of the vector become digits together, or as many as one product takes of them; their sums
-// are exact. Nobody knows the weights' bits when digits are made, so they have one order, that which costs two bits
-// nothing; for others eight permutations turn those of a span.
+// As in bytes.h weights stay integers, and 512 are multiplied at once: [16 rows, 32 columns] times [32, 8], unsigned
+// by signed bytes. Each 64 columns of the vector are scaled together, or the 16 that one product takes of them; their
+// sums are exact. Experts differ in bits, so digits have one order for all, that which costs two bits nothing; for
+// others eight permutations turn those of a span.
 //
-// Four units that follow each other are a span. Lane 4 g + t has rows g and g + 8 of a tile, and the t-th unit of each
-// span: weights that lie together in a row. Columns 0 to 3 of the right factor are the digits of the span's first two
-// units, 4 to 7 those of its last two; it is zero where a lane's unit is none of the column's. Even lanes are left with
-// the sums of the higher two digits, odd ones with that of the lowest. Groups of 32 take two passes, each with one of the
-// two units that share columns.
+// Four units that follow each other are a span. Lane 4 g + t has rows g and g + 8 of a tile, and the t-th unit of
+// each span: weights that lie together in a row. Columns 0 to 3 of the right factor are the digits of the span's
+// first two units, 4 to 7 those of its last two; it is zero where a lane's unit is none of the column's. Even lanes
+// are left with the sums of the higher two digits, odd ones with that of the lowest. Groups of 32 take two passes,
+// each with one of the two units that share columns.
 //
 // A simdgroup has a tile of 16 rows, or a share of its columns, for itself. It requests as many spans of weights as
-// registers hold, and the scales of up to 16; when a span has been used, one further on is requested into its registers.
-// Four spans, for which the loop is unrolled, are a strip. A lane loads scales that others need: they go by way of the
-// threadgroup's memory.
+// registers hold, and the scales of 16 in gate_up, 8 in down (half as many if groups are of 32); when a span has been
+// used, one further on is requested into its registers. Four spans, for which the loop is unrolled, are a strip. A lane
+// loads scales that others need: they go by way of the threadgroup's memory.
 
 constant constexpr uint TILE_ROWS = 16;
 constant constexpr uint SPAN_UNITS = 4;
@@ -23,14 +23,15 @@ constant constexpr uint STRIP_SPANS = 4;
 constant constexpr uint STRIP_UNITS = 16;
 constant constexpr uint DIGIT_WORDS = 8;        // of a unit
 constant constexpr uint UNIT_QUADS = 6;         // of four words: a unit's digits
-constant constexpr uint ZERO_PLACE = 1;         // of zeros behind vectors, in quads: in other banks than what is read beside
+constant constexpr uint ZERO_PLACE = 1;         // of zeros behind vectors, in quads: in other banks than what is read
 constant constexpr uint ZERO_QUADS = 3;         // ZERO_PLACE, and zeros as long as a digit
+constant constexpr uint KNOWN_QUADS = 3;        // of 64 columns, as put_hidden leaves them: worths, sums of either unit
 constant constexpr uint LINE_QUADS = 8;         // of two groups' scales and biases: a quad for rows g and g + 8
 constant constexpr uint FIRST_HALF = 0x1044u;   // permute_bytes: the lower half of a word as the upper one of a float
 constant constexpr uint SECOND_HALF = 0x3244u;  // the upper half
 
-// Which rows of a matrix are a tile: neighbours, or those whose products are the columns that product j takes (unpack_eight)
-// of two units of a vector: eight neighbours in each, or of two bits four pairs.
+// Which rows of a matrix are a tile: neighbours, or those whose products are the columns that product j takes
+// (unpack_eight) of two units of a vector: eight neighbours in each, or of two bits four pairs.
 constant constexpr uint TOGETHER = 0;
 constant constexpr uint EIGHTS = 1;
 constant constexpr uint PAIRS = 2;
@@ -139,7 +140,7 @@ inline void put_lines(thread const Lines& from, uint lane, threadgroup uint4* li
   }
 }
 
-// Where the words of a digit are in a unit, the highest digit first: apart, so that lanes read from different banks.
+// Where a unit has the words of a digit (0 is the highest): in such an order that lanes read from different banks.
 inline constexpr uint digit_place(uint digit) { return digit * 2 % DIGITS * DIGIT_WORDS; }
 
 // Sixteen inputs to their digits: byte k of word w is that of input 4 k + w.
@@ -203,7 +204,8 @@ inline void load_digits(threadgroup const uint* digits, thread uint* words) {
 
 // sums[i] += rows g + 8 i of a span times the digits that this lane has sums of, but for their place among the digits;
 // sums[i + 2] += the biases times the sum of the inputs.
-// line     both rows' scales, then their biases, of two groups each: this lane's are the bytes `chosen` of a word
+// line     both rows' scales, then their biases, of two groups each: this lane's are the bytes `chosen` of a word;
+//          groups of 32 take one half after the other, whatever is chosen
 // digits   the lane's part of the right factor
 // known    of 64 columns: the worths of one in the first digit of the inputs of each product, as bfloat16, or if IS_ONE
 //          one float for all of them; in the last two words the sums of each unit's inputs
@@ -246,7 +248,9 @@ inline void add_span(thread const uint* words, uint4 line, uint chosen, uint lan
   }
 }
 
-struct Share {  // of a simdgroup in a tile: at most LINE_WORDS spans (multiply_packed), the first of which begins a strip
+// Of a simdgroup in a tile: the first span begins a strip. At most LINE_WORDS spans (multiply_packed), but for groups
+// of 32, whose lines are loaded anew.
+struct Share {
   uint first;
   uint end;
 };
@@ -254,9 +258,9 @@ struct Share {  // of a simdgroup in a tile: at most LINE_WORDS spans (multiply_
 // A vector as digits, in whole strips, and what a simdgroup needs beside it.
 struct Vector {
   threadgroup uint4* digits;
-  threadgroup uint4* known;       // of each 64 columns, as in add_span
+  threadgroup uint4* known;        // of each 64 columns, as in add_span
   threadgroup const uint4* zeros;  // two, as long as a digit
-  threadgroup uint4* lines;       // LINE_QUADS for each of its words
+  threadgroup uint4* lines;        // scales under way: LINE_QUADS for each two groups
 };
 
 // Half a unit of a vector that lies spread over `units` units to its place. Four lanes in turn have 64 columns.
@@ -277,9 +281,13 @@ inline void put_half_unit(device const float4* x, uint units, uint half_unit, th
   largest = max(largest, simd_shuffle_xor(largest, 1));
   largest = max(largest, simd_shuffle_xor(largest, 2));
   const Scaling scaling = scaling_of(largest);
-  put_digits(fours, scaling.factor, (threadgroup uint*)(vector.digits + half_unit / 2 * UNIT_QUADS) + half_unit % 2 * 4);
+  threadgroup uint* digits = (threadgroup uint*)(vector.digits + half_unit / 2 * UNIT_QUADS);
+  put_digits(fours, scaling.factor, digits + half_unit % 2 * 4);
   const float unit = total + simd_shuffle_xor(total, 1), other = simd_shuffle_xor(unit, 2);
-  if (half_unit % 4 == 0) vector.known[half_unit / 4] = uint4(as_type<uint>(scaling.worth), 0, as_type<uint>(unit), as_type<uint>(other));
+  if (half_unit % 4 == 0) {
+    vector.known[half_unit / 4] =
+        uint4(as_type<uint>(scaling.worth), 0, as_type<uint>(unit), as_type<uint>(other));
+  }
 }
 
 // Of `units` units the first `wanted`, whole strips, from where put_hidden puts them, to their places.
@@ -289,16 +297,17 @@ inline void fetch_vector(
   for (uint i = lane; i < wanted * UNIT_QUADS; i += 32) copy_sixteen(vector.digits + i, source + i);
   device const uint4* about = source + units * UNIT_QUADS;
   for (uint i = lane; i < wanted / 2; i += 32) {
-    const uint4 worths = about[3 * i];
-    const float4 first = ((device const float4*)about)[3 * i + 1], second = ((device const float4*)about)[3 * i + 2];
+    const uint4 worths = about[KNOWN_QUADS * i];
+    device const float4* totals = (device const float4*)(about + KNOWN_QUADS * i);
+    const float4 first = totals[1], second = totals[2];
     const float sums[2] = {(first.x + first.y) + (first.z + first.w), (second.x + second.y) + (second.z + second.w)};
     vector.known[i] = uint4(worths.x, worths.y, as_type<uint>(sums[0]), as_type<uint>(sums[1]));
   }
 }
 
 // In lanes 4 g the sums of rows g and g + 8 of a tile of a quantized matrix times a vector, in the spans of a share.
-// IS_OWN: the kernel before wrote the vector, to `source`, spread over `units` units; this simdgroup copies it for itself
-// once the weights are requested. Else it is there already, for the whole threadgroup, each 64 columns as one.
+// IS_OWN: the kernel before wrote the vector, to `source`, spread over `units` units; this simdgroup copies it for
+// itself once the weights are requested. Else it is there already, for the whole threadgroup, each 64 columns as one.
 // IS_SMALL: groups of 32. AHEAD: spans under way. LINE_WORDS: of a line at a time, of two groups each.
 template <int BITS, bool IS_SMALL, int AHEAD, uint LINE_WORDS, bool IS_OWN>
 inline float2 multiply_packed(thread const Weights& w, TileRows rows, thread const Share& share,
@@ -321,7 +330,8 @@ inline float2 multiply_packed(thread const Weights& w, TileRows rows, thread con
   const bool has_digits = t / 2 == g / 4 && g % 4 < DIGITS;
   threadgroup const uint* digits = (threadgroup const uint*)vector.zeros;
   if (has_digits) {
-    digits = (threadgroup const uint*)(vector.digits + (share.first * SPAN_UNITS + t) * UNIT_QUADS) + digit_place(g % 4);
+    threadgroup const uint4* unit = vector.digits + (share.first * SPAN_UNITS + t) * UNIT_QUADS;
+    digits = (threadgroup const uint*)unit + digit_place(g % 4);
   }
   const uint step = has_digits ? SPAN_UNITS * UNIT_QUADS * 4 : 0;
   threadgroup const uint4* known = vector.known + share.first * 2 + t / 2;
@@ -352,7 +362,8 @@ inline float2 multiply_packed(thread const Weights& w, TileRows rows, thread con
     tile.data[1] += STRIP_UNITS * BITS * 4;
   }
   const bool is_odd = lane % 2 != 0;
-  for (uint i = 0; i < 2; i++) sums[i] = fma(sums[i], is_odd ? 1.0f / 16777216 : 1.0f / 256, is_odd ? 0.0f : sums[i + 2]);
+  const float place = is_odd ? 1.0f / 16777216 : 1.0f / 256;  // of this lane's digits, before the first one's
+  for (uint i = 0; i < 2; i++) sums[i] = fma(sums[i], place, is_odd ? 0.0f : sums[i + 2]);
   team_sums<2>(sums, 2);
   return float2(sums[0], sums[1]);
 }
@@ -360,7 +371,9 @@ inline float2 multiply_packed(thread const Weights& w, TileRows rows, thread con
 template <int BITS, int AHEAD, uint LINE_WORDS, bool IS_OWN>
 inline float2 multiply_bits(thread const Weights& w, TileRows rows, thread const Share& share,
     device const uint4* source, uint units, thread const Vector& vector, uint lane) {
-  if (w.shift == 5) return multiply_packed<BITS, true, AHEAD, LINE_WORDS, IS_OWN>(w, rows, share, source, units, vector, lane);
+  if (w.shift == 5) {
+    return multiply_packed<BITS, true, AHEAD, LINE_WORDS, IS_OWN>(w, rows, share, source, units, vector, lane);
+  }
   return multiply_packed<BITS, false, AHEAD, LINE_WORDS, IS_OWN>(w, rows, share, source, units, vector, lane);
 }
 
@@ -379,7 +392,8 @@ inline float2 multiply_tile(thread const Weights& w, TileRows rows, thread const
 // results[i] = the i-th row of a tile of a plain matrix times a vector that lies spread over `units` units.
 inline void multiply_plain(thread const Weights& w, TileRows rows, thread const Share& share, device const float* x,
     uint units, uint lane, threadgroup float* results) {
-  const Walk walk = {share.first * SPAN_UNITS + lane, min(share.end * SPAN_UNITS, count_units(w.columns)), 32, 0, units};
+  const Walk walk = {
+      share.first * SPAN_UNITS + lane, min(share.end * SPAN_UNITS, count_units(w.columns)), 32, 0, units};
 #pragma unroll 1
   for (uint i = 0; i < TILE_ROWS; i += 2) {  // two are neighbours in every order
     float sums[2] = {0.0f, 0.0f};
