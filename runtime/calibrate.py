@@ -66,8 +66,8 @@ def sample_windows(
         sampling = SamplingParams(temperature=1, seed=FIRST_SEED + place, max_tokens=size - 1, ignore_eos=True)
         return [first, *engine.generate([first], sampling)]
 
-    origin, wanted = {"window": size}, -(-tokens // size)
-    return _keep_beside(engine, SAMPLED_SUFFIX, origin, wanted, write, lambda count: on_tokens(size * count))
+    keys = [f"{size} tokens, {place}" for place in range(-(-tokens // size))]
+    return _keep_beside(engine, SAMPLED_SUFFIX, keys, write, lambda count: on_tokens(size * count))
 
 
 def answer_windows(
@@ -75,49 +75,51 @@ def answer_windows(
 ) -> list[list[int]]:
     """Tool prompts in the pack's chat template, each a window with the model's own greedy answer behind it.
 
-    What is answered is kept beside the pack, for later calls. Raises UsageError if the pack has no chat template or a
-    prompt does not fit the context.
+    What is answered is kept beside the pack, for later calls with some of these prompts. Raises UsageError if the pack
+    has no chat template or a prompt does not fit the context.
     """
 
     def answer(place: int) -> list[int]:
         return [*render_prompt(engine, prompts[place]), *answer_prompt(engine, prompts[place])]
 
-    digest = hashlib.sha256(json.dumps([vars(prompt) for prompt in prompts]).encode()).hexdigest()
-    return _keep_beside(engine, ANSWERED_SUFFIX, {"prompts": digest}, len(prompts), answer, on_prompt)
+    keys = [hashlib.sha256(json.dumps([prompt.messages, prompt.tools]).encode()).hexdigest() for prompt in prompts]
+    return _keep_beside(engine, ANSWERED_SUFFIX, keys, answer, on_prompt)
 
 
 def _keep_beside(
     engine: Engine,
     suffix: str,
-    origin: dict[str, Any],
-    wanted: int,
+    keys: Sequence[str],
     make: Callable[[int], list[int]],
     on_windows: Callable[[int], object],
 ) -> list[list[int]]:
-    """The first windows of a file beside the pack, those that are missing made and added.
+    """The windows of these keys: those of a file beside the pack, and for others what `make` makes of their places.
 
-    origin       what they depend on beside the pack; a file of another one is begun anew
     on_windows   called with how many are there, those of the file at once
+
+    The file has what was made for other calls too. One of another pack is begun anew.
     """
     directory = engine.pack.directory.resolve()  # "." has no name of its own
-    path = directory.with_name(directory.name + suffix)
-    origin = {"manifest": hash_manifest(engine.pack), **origin}
+    path, manifest = directory.with_name(directory.name + suffix), hash_manifest(engine.pack)
     kept = json.loads(path.read_text()) if path.exists() else {}
-    windows = kept["windows"] if {key: kept.get(key) for key in origin} == origin else []
-    on_windows(min(len(windows), wanted))
+    is_fit = kept.get("manifest") == manifest and isinstance(kept["windows"], dict)  # versions before had a list
+    windows = kept["windows"] if is_fit else {}
+    missing = [place for place, key in enumerate(keys) if key not in windows]
+    on_windows(len(keys) - len(missing))
     kept_at, is_kept = time.monotonic(), True
     try:
-        for place in range(len(windows), wanted):
-            windows.append(make(place))
-            is_kept = False
+        for place in missing:
+            if keys[place] not in windows:  # as it is when the same was asked for before in this call
+                windows[keys[place]] = make(place)
+                is_kept = False
             on_windows(1)
-            if time.monotonic() - kept_at >= KEEP_SECONDS:
-                write_json(path, {**origin, "windows": windows})
+            if not is_kept and time.monotonic() - kept_at >= KEEP_SECONDS:
+                write_json(path, {"manifest": manifest, "windows": windows})
                 kept_at, is_kept = time.monotonic(), True
     finally:
         if not is_kept:
-            write_json(path, {**origin, "windows": windows})
-    return windows[:wanted]
+            write_json(path, {"manifest": manifest, "windows": windows})
+    return [windows[key] for key in keys]
 
 
 def calibrate(

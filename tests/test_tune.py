@@ -352,9 +352,13 @@ def test_text_of_its_own_is_kept_beside_the_pack(engine: Engine) -> None:
     kept = json.loads(path.read_text())
     counted: list[int] = []
     assert sample_windows(engine, 60, 40, counted.append) == windows[:2]
-    assert (counted, kept["windows"]) == ([80], windows)
-    path.write_text(json.dumps({**kept, "manifest": "of another"}))
-    assert sample_windows(engine, 100, 40) == windows
+    assert (counted, list(kept["windows"].values())) == ([80], windows)
+    assert sample_windows(engine, 60, 30) != windows[:2]  # windows of another size: beside those
+    assert sample_windows(engine, 60, 40, counted.append) == windows[:2]
+    assert counted == [80, 80]
+    for other in ({"manifest": "of another"}, {"windows": [[1, 2]]}):
+        path.write_text(json.dumps({**kept, **other}))
+        assert sample_windows(engine, 100, 40) == windows
 
 
 def test_text_of_a_pack_that_is_named_by_a_dot(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,7 +379,7 @@ def test_text_of_its_own_is_kept_when_it_is_stopped(
     windows, written, counted = sample_windows(engine, 60, 10), [], []
     path.unlink()
     write = "moepack.runtime.calibrate.write_json"
-    monkeypatch.setattr(write, lambda path, value: written.append(list(value["windows"])))
+    monkeypatch.setattr(write, lambda path, value: written.append(list(value["windows"].values())))
     monkeypatch.setattr("moepack.runtime.calibrate.KEEP_SECONDS", seconds)
 
     def stop(tokens: int) -> None:
@@ -409,7 +413,10 @@ def test_answers_of_its_own_are_kept_beside_the_pack(engine: Engine) -> None:
     counted: list[int] = []
     assert answer_windows(engine, prompts, counted.append) == windows
     assert (counted, path.read_bytes()) == ([2], kept)
-    assert answer_windows(engine, prompts[1:]) == windows[1:]  # other prompts: another file
+    again = [prompts[1], prompts[1], ToolPrompt([{"role": "user", "content": "in the"}], [], []), prompts[0]]
+    answers = answer_windows(engine, again, counted.append)  # those that are new are made, and no other is lost
+    assert (answers[:2], answers[3], counted[1:]) == ([windows[1]] * 2, windows[0], [3, 1])
+    assert len(json.loads(path.read_text())["windows"]) == 3
     path.unlink()
 
 
