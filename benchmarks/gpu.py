@@ -87,6 +87,7 @@ def time_graph(
 
 
 def capture_torch(work: Callable[[], object]) -> Callable[[], object]:
+    """What replays the kernels that work starts through torch."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()

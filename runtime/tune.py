@@ -284,8 +284,10 @@ def check_memory(pack: Pack, budget_bytes: int, step_tokens: int, device: torch.
 
 
 def cut_window(window: list[int]) -> list[list[int]]:
-    """A window's pieces, the first of them the short one: what ends a conversation, its answer, is to be learned with
-    the most that stood before it."""
+    """A window in pieces that follow each other, of PIECE_TOKENS but for the first, which has what is left over.
+
+    A conversation ends with its answer, which is to be learned with as much before it as a piece holds.
+    """
     lacking = -len(window) % PIECE_TOKENS
     return [window[max(0, first) : first + PIECE_TOKENS] for first in range(-lacking, len(window), PIECE_TOKENS)]
 

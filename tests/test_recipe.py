@@ -137,6 +137,7 @@ def test_copies_say_a_list_again_on_other_requests_than_recall_asks_with(recipe)
     for seed in SEEDS:
         request, answer = module.copy_chat(Random(seed), words).turns
         assert answer.content in request.content
+        assert not request.content.startswith(template)
         asked.add(answer.content)
     assert len(asked) == len(SEEDS)
 

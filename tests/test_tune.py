@@ -413,6 +413,7 @@ def test_answers_of_its_own_are_kept_beside_the_pack(engine: Engine) -> None:
     counted: list[int] = []
     assert answer_windows(engine, prompts, counted.append) == windows
     assert (counted, path.read_bytes()) == ([2], kept)
+    assert answer_windows(engine, prompts[1:]) == windows[1:]
     again = [prompts[1], prompts[1], ToolPrompt([{"role": "user", "content": "in the"}], [], []), prompts[0]]
     answers = answer_windows(engine, again, counted.append)  # those that are new are made, and no other is lost
     assert (answers[:2], answers[3], counted[1:]) == ([windows[1]] * 2, windows[0], [3, 1])

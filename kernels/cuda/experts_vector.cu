@@ -74,7 +74,7 @@ inline void put_hidden(float value, TileRows rows, uint tile, uint units, uint l
   threadgroup uint4 lines[GATE_UP_LINES];
   threadgroup float results[4][TILE_ROWS];
   threadgroup uint4* zeros = digits + (X_UNITS * UNIT_QUADS + ZERO_PLACE);
-  const Vector vector = {digits, known, zeros, lines + simdgroup * (16 * LINE_QUADS)};
+  const Vector vector = {digits, known, zeros, lines + simdgroup * (16 * LINE_QUADS), nullptr, 0};
   // The kernel before may still be choosing the places, but x was there before it let this one begin.
   const uint x_units = shape.x_units, half_units = (x_units + STRIP_UNITS - 1) / STRIP_UNITS * STRIP_UNITS * 2;
 #pragma unroll
@@ -104,7 +104,7 @@ inline void put_hidden(float value, TileRows rows, uint tile, uint units, uint l
   if (w.storage >= BF16) {
     multiply_plain(w, rows, share, x, x_units, lane, results[simdgroup]);
   } else {
-    put_sums(multiply_tile<4, 16, false>(w, rows, share, nullptr, 0, vector, lane), lane, results[simdgroup]);
+    put_sums(multiply_tile<false>(w, rows, share, vector, lane), lane, results[simdgroup]);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (simdgroup == 0) {
@@ -132,8 +132,6 @@ inline void add_experts(device const uchar* bank0, device const uchar* bank1, de
   const uint row = group.x * TILE_ROWS;
   if (index < ZERO_QUADS - ZERO_PLACE) memory.zeros[index] = 0;
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  const Vector vector = {memory.digits + simdgroup * HIDDEN_QUADS, memory.known + simdgroup * HIDDEN_KNOWN,
-      memory.zeros, memory.lines + simdgroup * HIDDEN_LINES};
   threadgroup float* own = memory.results + simdgroup * TILE_ROWS;
   // Places, weights and x were there before experts_gate_up let this kernel begin.
   const float before = index < TILE_ROWS && row + index < shape.rows ? x[row + index] : 0.0f;
@@ -149,10 +147,10 @@ inline void add_experts(device const uchar* bank0, device const uchar* bank1, de
       wait_for_last();
       multiply_plain(w, TileRows{row, TOGETHER}, share, inputs, shape.units, lane, own);
     } else {
-      device const uint4* source = (device const uint4*)(inputs + shape.units * UNIT);
-      const float2 sums =
-          multiply_tile<2, 8, true>(w, TileRows{row, TOGETHER}, share, source, shape.units, vector, lane);
-      put_sums(sums, lane, own);
+      const Vector vector = {memory.digits + simdgroup * HIDDEN_QUADS, memory.known + simdgroup * HIDDEN_KNOWN,
+          memory.zeros, memory.lines + simdgroup * HIDDEN_LINES,
+          (device const uint4*)(inputs + shape.units * UNIT), shape.units};
+      put_sums(multiply_tile<true>(w, {row, TOGETHER}, share, vector, lane), lane, own);
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     sum = fma(weight, own[lane % TILE_ROWS], sum);

@@ -41,7 +41,7 @@ struct TileRows {
   uint order;
 };
 
-// The tile of this kind that product j takes the products of, of the `pair`-th two units.
+// The tile whose products are the columns that product j takes of the `pair`-th two units of a vector.
 inline TileRows rows_of(uint pair, uint j, bool is_two_bits) {
   const uint first = pair * (2 * UNIT);
   if (is_two_bits) return {first + j / 2 * HALF_UNIT + j % 2 * 2, PAIRS};
@@ -248,8 +248,14 @@ inline void add_span(thread const uint* words, uint4 line, uint chosen, uint lan
   }
 }
 
-// Of a simdgroup in a tile: the first span begins a strip. At most LINE_WORDS spans (multiply_packed), but for groups
-// of 32, whose lines are loaded anew.
+// Words of a line, of two groups each, that a simdgroup has at a time.
+template <bool IS_OWN>
+inline constexpr uint line_words() {
+  return IS_OWN ? 8 : 16;
+}
+
+// Of a simdgroup in a tile: the first span begins a strip. At most line_words spans, but for groups of 32, whose lines
+// are loaded anew.
 struct Share {
   uint first;
   uint end;
@@ -261,6 +267,8 @@ struct Vector {
   threadgroup uint4* known;        // of each 64 columns, as in add_span
   threadgroup const uint4* zeros;  // two, as long as a digit
   threadgroup uint4* lines;        // scales under way: LINE_QUADS for each two groups
+  device const uint4* source;      // where its digits are if the kernel before wrote it, for so many units
+  uint units;
 };
 
 // Half a unit of a vector that lies spread over `units` units to its place. Four lanes in turn have 64 columns.
@@ -290,12 +298,11 @@ inline void put_half_unit(device const float4* x, uint units, uint half_unit, th
   }
 }
 
-// Of `units` units the first `wanted`, whole strips, from where put_hidden puts them, to their places.
-inline void fetch_vector(
-    device const uint4* source, uint units, uint wanted, uint lane, thread const Vector& vector) {
+// The first `wanted` units of a vector, whole strips, from its source to their places.
+inline void fetch_vector(uint wanted, uint lane, thread const Vector& vector) {
 #pragma unroll 1
-  for (uint i = lane; i < wanted * UNIT_QUADS; i += 32) copy_sixteen(vector.digits + i, source + i);
-  device const uint4* about = source + units * UNIT_QUADS;
+  for (uint i = lane; i < wanted * UNIT_QUADS; i += 32) copy_sixteen(vector.digits + i, vector.source + i);
+  device const uint4* about = vector.source + vector.units * UNIT_QUADS;
   for (uint i = lane; i < wanted / 2; i += 32) {
     const uint4 worths = about[KNOWN_QUADS * i];
     device const float4* totals = (device const float4*)(about + KNOWN_QUADS * i);
@@ -306,12 +313,13 @@ inline void fetch_vector(
 }
 
 // In lanes 4 g the sums of rows g and g + 8 of a tile of a quantized matrix times a vector, in the spans of a share.
-// IS_OWN: the kernel before wrote the vector, to `source`, spread over `units` units; this simdgroup copies it for
-// itself once the weights are requested. Else it is there already, for the whole threadgroup, each 64 columns as one.
-// IS_SMALL: groups of 32. AHEAD: spans under way. LINE_WORDS: of a line at a time, of two groups each.
-template <int BITS, bool IS_SMALL, int AHEAD, uint LINE_WORDS, bool IS_OWN>
-inline float2 multiply_packed(thread const Weights& w, TileRows rows, thread const Share& share,
-    device const uint4* source, uint units, thread const Vector& vector, uint lane) {
+// IS_OWN: the vector has a source, from which this simdgroup copies it for itself once the weights are requested. Else
+// it is there already, for the whole threadgroup, each 64 columns scaled as one.
+// IS_SMALL: groups of 32. AHEAD: spans under way.
+template <int BITS, bool IS_SMALL, int AHEAD, bool IS_OWN>
+inline float2 multiply_packed(
+    thread const Weights& w, TileRows rows, thread const Share& share, thread const Vector& vector, uint lane) {
+  constexpr uint LINE_WORDS = line_words<IS_OWN>();
   constexpr uint WORDS = IS_SMALL ? 2 : 1;  // of a span's scales
   Tile tile = tile_of<BITS>(w, rows, share.first, share.end, lane);
   const uint g = lane / 4, t = lane % 4;
@@ -322,7 +330,7 @@ inline float2 multiply_packed(thread const Weights& w, TileRows rows, thread con
   load_lines(tile, share.first, lane, lines);
   if (IS_OWN) {
     wait_for_last();
-    fetch_vector(source, units, (share.end + STRIP_SPANS - 1) / STRIP_SPANS * STRIP_UNITS, lane, vector);
+    fetch_vector((share.end + STRIP_SPANS - 1) / STRIP_SPANS * STRIP_UNITS, lane, vector);
   }
   put_lines<LINE_WORDS>(lines, lane, vector.lines);
   if (IS_OWN) wait_for_copies();
@@ -368,24 +376,23 @@ inline float2 multiply_packed(thread const Weights& w, TileRows rows, thread con
   return float2(sums[0], sums[1]);
 }
 
-template <int BITS, int AHEAD, uint LINE_WORDS, bool IS_OWN>
-inline float2 multiply_bits(thread const Weights& w, TileRows rows, thread const Share& share,
-    device const uint4* source, uint units, thread const Vector& vector, uint lane) {
-  if (w.shift == 5) {
-    return multiply_packed<BITS, true, AHEAD, LINE_WORDS, IS_OWN>(w, rows, share, source, units, vector, lane);
-  }
-  return multiply_packed<BITS, false, AHEAD, LINE_WORDS, IS_OWN>(w, rows, share, source, units, vector, lane);
+template <int BITS, int AHEAD, bool IS_OWN>
+inline float2 multiply_bits(
+    thread const Weights& w, TileRows rows, thread const Share& share, thread const Vector& vector, uint lane) {
+  if (w.shift == 5) return multiply_packed<BITS, true, AHEAD, IS_OWN>(w, rows, share, vector, lane);
+  return multiply_packed<BITS, false, AHEAD, IS_OWN>(w, rows, share, vector, lane);
 }
 
-// The same for any bits. AHEAD: spans of four bits under way.
-template <int AHEAD, uint LINE_WORDS, bool IS_OWN>
-inline float2 multiply_tile(thread const Weights& w, TileRows rows, thread const Share& share,
-    device const uint4* source, uint units, thread const Vector& vector, uint lane) {
+// The same for any bits.
+template <bool IS_OWN>
+inline float2 multiply_tile(
+    thread const Weights& w, TileRows rows, thread const Share& share, thread const Vector& vector, uint lane) {
+  constexpr int AHEAD = IS_OWN ? 2 : 4;  // spans of four bits: down has fewer registers
   switch (w.storage) {
-    case 2: return multiply_bits<2, 4, LINE_WORDS, IS_OWN>(w, rows, share, source, units, vector, lane);
-    case 3: return multiply_bits<3, AHEAD, LINE_WORDS, IS_OWN>(w, rows, share, source, units, vector, lane);
-    case 4: return multiply_bits<4, AHEAD, LINE_WORDS, IS_OWN>(w, rows, share, source, units, vector, lane);
-    default: return multiply_bits<8, AHEAD / 2, LINE_WORDS, IS_OWN>(w, rows, share, source, units, vector, lane);
+    case 2: return multiply_bits<2, 4, IS_OWN>(w, rows, share, vector, lane);
+    case 3: return multiply_bits<3, AHEAD, IS_OWN>(w, rows, share, vector, lane);
+    case 4: return multiply_bits<4, AHEAD, IS_OWN>(w, rows, share, vector, lane);
+    default: return multiply_bits<8, AHEAD / 2, IS_OWN>(w, rows, share, vector, lane);
   }
 }
 
