@@ -129,6 +129,20 @@ def test_a_missing_barrier_changes_the_numbers(make: Make, fault: tuple, order: 
     assert not torch.equal(out, right)
 
 
+def test_a_copy_to_what_is_still_read_changes_the_numbers() -> None:
+    """The next block's inputs in place of this one's: copies that come late would be just in time."""
+    launch, out = halves_launch()
+    Executor().run(launch)
+    right, (launch, out) = out.clone(), halves_launch()
+    text = msl.load("matmul_halves").text
+    assert text.count("block % 2 * INPUT_QUADS") == 2
+    replaced = {"matmul_halves": msl.parse("matmul_halves", text.replace("block % 2 * INPUT_QUADS", "0"))}
+    Executor(1, replaced=replaced).run(launch)
+    assert torch.equal(out, right)
+    Executor(7, replaced=replaced).run(launch)
+    assert not torch.equal(out, right)
+
+
 @pytest.mark.parametrize(
     ("fault", "complaint"),
     [
@@ -184,6 +198,12 @@ def test_threadgroup_memory_starts_as_nan() -> None:
         # The bound of a context, of a prompt.
         (attention_launch, "address", ("attention_step", "min(s + p, end - 1)", "(s + p)"), "heap-buffer-overflow"),
         (scan_launch, "address", ("delta_scan", "token < tokens && d <", "d <"), "heap-buffer-overflow"),
+        (
+            halves_launch,  # of an asynchronous copy
+            "address",
+            ("matmul_halves", "min(place.row, tile.w.rows - 1) * (blocks", "place.row * (blocks"),
+            "heap-buffer-overflow",
+        ),
         # Vectors of the device's memory that are not aligned.
         (
             vector_launch,
@@ -202,6 +222,12 @@ def test_threadgroup_memory_starts_as_nan() -> None:
         (scan_launch, "thread", ("delta_scan", BARRIER, ";", 0), "data race"),  # the next tokens replace the last
         (scan_launch, "thread", ("delta_scan", BARRIER, ";", 1), "data race"),  # they are read
         (argmax_launch, "thread", ("argmax", BARRIER, ";"), "data race"),
+        (
+            halves_launch,
+            "thread",
+            ("matmul_halves", f"wait_for_copies();\n    {BARRIER}", "wait_for_copies();"),
+            "data race",
+        ),
         # Two threadgroups that write the same place.
         (
             norm_launch,

@@ -69,14 +69,22 @@ inline void simdgroup_barrier(mem_flags flags) { simt_wait(SIMT_SIMD_BARRIER, fl
 // What shim/cuda.h has for the kernels of cuda/: one launch follows the other here.
 inline void launch_next() {}
 inline void wait_for_last() {}
+inline void perform(const simt_copy& copy) {
+  for (uint word = 0; word < copy.words; word++) ((uint*)copy.to)[word] = ((const uint*)copy.from)[word];
+}
 MSL_FUNCTION void begin_copy(void* to, const void* from, uint size_bytes) {
   if ((size_t(to) | size_t(from)) % size_bytes) __builtin_trap();  // the instruction wants them so
-  simt_begin_copy(to, from, size_bytes / 4);
+  const simt_copy copy = {to, from, size_bytes / 4};
+  if (simt_begin_copy(copy)) perform(copy);
 }
 MSL_FUNCTION void copy_four(void* to, const void* from) { begin_copy(to, from, 4); }
 MSL_FUNCTION void copy_eight(void* to, const void* from) { begin_copy(to, from, 8); }
 MSL_FUNCTION void copy_sixteen(void* to, const void* from) { begin_copy(to, from, 16); }
-inline void wait_for_copies() { simt_finish_copies(); }
+inline void wait_for_copies() {
+  const simt_copy* copies;
+  const uint count = simt_take_copies(&copies);
+  for (uint i = 0; i < count; i++) perform(copies[i]);
+}
 inline float max_magnitude(float a, float b) { return fmaxf(a, fabsf(b)); }
 inline uint permute_bytes(uint a, uint b, uint selector) {
   const uint64_t bytes = uint64_t(b) << 32 | a;

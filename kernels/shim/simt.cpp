@@ -72,13 +72,8 @@ const bool FRESH_STACKS = false;
 const char* const OPERATIONS[] = {"running", "a shuffle", "simd_sum", "simd_max", "simd_min",
     "a simdgroup matrix operation", "simdgroup_barrier", "threadgroup_barrier", "finished"};
 
-struct Copy {
-  void* to;
-  const void* from;
-  unsigned words;
-};
 const unsigned MAX_COPIES = 256;
-Copy copies[SIMT_MAX_THREADS][MAX_COPIES];  // of each lane: begun, and not waited for
+simt_copy copies[SIMT_MAX_THREADS][MAX_COPIES];  // of each lane: begun, and not waited for
 
 struct Fiber {
   simt_place place;
@@ -147,6 +142,7 @@ struct Machine {
   simt_kernel kernel;
   void** buffers;
   size_t threadgroup_bytes;
+  uint64_t chance;  // of copies to be early; 0 if all are late
   char error[256];
 #ifdef SIMT_SWITCH
   void* stack_pointer;
@@ -319,6 +315,13 @@ SIMT_UNCHECKED void finish_threadgroup() {
   machine.threadgroup_bytes = std::max(machine.threadgroup_bytes, size_bytes);
 }
 
+SIMT_UNCHECKED uint64_t advance(uint64_t& state) {
+  state ^= state << 13;
+  state ^= state >> 7;
+  state ^= state << 17;
+  return state;
+}
+
 struct Order {
   unsigned kind;
   uint64_t state;
@@ -329,10 +332,7 @@ struct Order {
     const unsigned count = numbers.size();
     for (unsigned i = 0; i < count; i++) numbers[i] = kind == 1 ? count - 1 - i : i;
     for (unsigned i = count; kind > 1 && i > 1; i--) {
-      state ^= state << 13;
-      state ^= state >> 7;
-      state ^= state << 17;
-      std::swap(numbers[i - 1], numbers[state % i]);
+      std::swap(numbers[i - 1], numbers[advance(state) % i]);
     }
   }
 };
@@ -418,19 +418,20 @@ SIMT_UNCHECKED float add_cut(float sum, const float* products, const int* expone
 
 SIMT_UNCHECKED const simt_place& simt_here() { return machine.current->place; }
 
-SIMT_UNCHECKED void simt_begin_copy(void* to, const void* from, unsigned words) {
+SIMT_UNCHECKED bool simt_begin_copy(const simt_copy& copy) {
   Fiber* fiber = machine.current;
+  if (machine.chance && advance(machine.chance) >> 32 & 1) return true;
   if (fiber->num_copies == MAX_COPIES) abort();
-  copies[fiber->place.index][fiber->num_copies++] = {to, from, words};
+  copies[fiber->place.index][fiber->num_copies++] = copy;
+  return false;
 }
 
-void simt_finish_copies() {  // checked: these are the lane's own reads and writes
+SIMT_UNCHECKED unsigned simt_take_copies(const simt_copy** taken) {
   Fiber* fiber = machine.current;
-  for (unsigned i = 0; i < fiber->num_copies; i++) {
-    const Copy& copy = copies[fiber->place.index][i];
-    for (unsigned word = 0; word < copy.words; word++) ((uint32_t*)copy.to)[word] = ((const uint32_t*)copy.from)[word];
-  }
+  const unsigned count = fiber->num_copies;
+  *taken = copies[fiber->place.index];
   fiber->num_copies = 0;
+  return count;
 }
 
 SIMT_UNCHECKED const uint64_t* simt_exchange(uint64_t value, simt_operation operation) {
@@ -545,6 +546,7 @@ SIMT_UNCHECKED int simt_launch(
   machine.thread_fiber = __tsan_get_current_fiber();
 #endif
   Order order(order_kind);
+  machine.chance = order_kind > 1 ? order.state : 0;
   std::vector<unsigned> numbers(threadgroups), lanes(threads);
   order.arrange(numbers);
   machine.arena.open(threadgroups);

@@ -33,9 +33,15 @@ typedef void (*simt_kernel)(void** buffers);
 
 const simt_place& simt_here();
 
-// A copy of 4-byte words, which is done when this lane finishes its copies, and not before.
-void simt_begin_copy(void* to, const void* from, unsigned words);
-void simt_finish_copies();
+// A copy of 4-byte words. The lane does it itself, so that a sanitizer watches it: when it waits for its copies and takes
+// them, and not before; but at once if simt_begin_copy says so, by chance, in a random order of lanes.
+struct simt_copy {
+  void* to;
+  const void* from;
+  unsigned words;
+};
+bool simt_begin_copy(const simt_copy& copy);
+unsigned simt_take_copies(const simt_copy** copies);
 
 // This lane's value to its simdgroup; returns what all 32 lanes gave. Valid until the lane's next operation.
 const uint64_t* simt_exchange(uint64_t value, simt_operation operation);
