@@ -121,44 +121,67 @@ def random_bank(size_bytes: int) -> torch.Tensor:
 
 
 def bench_experts(device: CudaDevice, model: Model, bits: int, limit: float) -> list[Row]:
-    """experts_gate_up and experts_down for the chosen experts of a layer."""
-    geometry = BlockGeometry.of(model.hidden, model.width, uniform_schemes(bits, 64))
-    layers = -(-WORKING_SET // (geometry.block_stride * model.chosen))
-    bank = random_bank(geometry.block_stride * model.chosen * layers)
+    """experts_gate_up and experts_down for the chosen experts of a layer, and with the shared one beside them."""
+    gate_up, down = bind_experts(device, model, bits, model.chosen)
+    sizes = {name: matrix.payload_bytes for name, matrix in expert_geometry(model, bits).matrices}
+    moved_up, moved_down = sizes["gate_proj"] + sizes["up_proj"], sizes["down_proj"]
+    rows = []
+    for name, count, moved, seconds in (
+        ("experts_gate_up", model.chosen, moved_up, time_graph(device.capture, gate_up)),
+        ("experts_down", model.chosen, moved_down, time_graph(device.capture, down)),
+        ("both", model.chosen, moved_up + moved_down, time_in_turn(device, gate_up, down)),
+        (
+            "both, one more",
+            model.chosen + 1,
+            moved_up + moved_down,
+            time_in_turn(device, *bind_experts(device, model, bits, model.chosen + 1)),
+        ),
+    ):
+        share = count * moved / seconds / limit
+        rows.append(Row(name, model.name, bits, count * moved / 1e6, seconds * 1e6, share))
+    return rows
+
+
+def expert_geometry(model: Model, bits: int) -> BlockGeometry:
+    return BlockGeometry.of(model.hidden, model.width, uniform_schemes(bits, 64))
+
+
+def bind_experts(device: CudaDevice, model: Model, bits: int, count: int) -> list[list[Callable[[], object]]]:
+    """experts_gate_up and experts_down of many layers, of so many experts each."""
+    geometry = expert_geometry(model, bits)
+    layers = -(-WORKING_SET // (geometry.block_stride * count))
+    bank = random_bank(geometry.block_stride * count * layers)
     forms = device.upload_bytes(expert_form(Expert.from_block(geometry, bank), bank, 0))
     x = torch.randn(1, model.hidden, device="cuda")
     experts = device.expert_launches(model.hidden, model.width)
-    hidden = torch.randn(model.chosen, experts.hidden_width(model.width), device="cuda")
-    weights = torch.rand(model.chosen, device="cuda")
+    hidden = torch.randn(count, experts.hidden_width(model.width), device="cuda")
+    weights = torch.rand(count, device="cuda")
     gate_up, down = [], []
-    order = torch.randperm(model.chosen * layers, generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(count * layers, generator=torch.Generator().manual_seed(0)).tolist()
     for layer in range(layers):
-        ids = order[layer * model.chosen : (layer + 1) * model.chosen]
+        ids = order[layer * count : (layer + 1) * count]
         raw = pack_places((expert * geometry.block_stride, 0, rank) for rank, expert in enumerate(ids))
         places = device.upload_bytes(raw)
         gate_up.append(device.bind(experts.experts_gate_up([bank] * 3, forms, places, x, hidden)))
         down.append(device.bind(experts.experts_down([bank] * 3, forms, places, hidden, weights, x.clone())))
-    sizes = dict(geometry.matrices)
-    rows = []
-    for name, steps, parts in (
-        ("experts_gate_up", gate_up, ("gate_proj", "up_proj")),
-        ("experts_down", down, ("down_proj",)),
-    ):
-        moved = model.chosen * sum(sizes[part].payload_bytes for part in parts)
-        seconds = time_graph(device.capture, steps)
-        rows.append(Row(name, model.name, bits, moved / 1e6, seconds * 1e6, moved / seconds / limit))
-    both = [step for pair in zip(gate_up, down) for step in pair]
-    moved = model.chosen * geometry.payload_bytes
-    seconds = 2 * time_graph(device.capture, both)
-    rows.append(Row("both", model.name, bits, moved / 1e6, seconds * 1e6, moved / seconds / limit))
-    return rows
+    return [gate_up, down]
+
+
+def time_in_turn(
+    device: CudaDevice, first: Sequence[Callable[[], object]], second: Sequence[Callable[[], object]]
+) -> float:
+    """Seconds of a pair of them."""
+    return 2 * time_graph(device.capture, [step for pair in zip(first, second) for step in pair])
 
 
 def bench_peers(model: Model, bits: int, limit: float) -> list[Row]:
-    """A copy and cuBLAS's product with a vector that move as many bytes as experts_gate_up and experts_down."""
-    sizes = dict(BlockGeometry.of(model.hidden, model.width, uniform_schemes(bits, 64)).matrices)
-    rows = []
-    for name, parts in (("gate_up", ("gate_proj", "up_proj")), ("down", ("down_proj",))):
+    """A copy and cuBLAS's product with a vector that move as many bytes as either, and as both."""
+    sizes, rows = dict(expert_geometry(model, bits).matrices), []
+    for name, parts in (
+        ("gate_up", ("gate_proj", "up_proj")),
+        ("down", ("down_proj",)),
+        ("both", ("gate_proj", "up_proj", "down_proj")),
+    ):
         wanted = model.chosen * sum(sizes[part].payload_bytes for part in parts)
         half = wanted // (4 * model.hidden)  # rows of bf16
         layers = -(-WORKING_SET // wanted)
