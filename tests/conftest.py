@@ -87,6 +87,7 @@ RUNNERS = [
     pytest.param((Executor, 7), id="shuffled"),
     pytest.param((WatchedExecutor, "address"), id="address", marks=pytest.mark.slow),
     pytest.param((WatchedExecutor, "thread"), id="thread", marks=pytest.mark.slow),
+    pytest.param((WatchedExecutor, "thread", 7), id="thread-shuffled", marks=pytest.mark.slow),  # some copies early
 ]
 
 
@@ -95,8 +96,8 @@ def executor(request: pytest.FixtureRequest) -> Runner:
     """What runs a Metal kernel: lanes in three orders, and two sanitizers; or the GPU that was chosen."""
     if request.param is None:
         return default_runner()
-    kind, argument = request.param
-    return kind(argument)
+    kind, *arguments = request.param
+    return kind(*arguments)
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)

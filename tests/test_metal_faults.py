@@ -244,6 +244,21 @@ def test_sanitizers_report_seeded_faults(make: Make, sanitizer: str, fault: tupl
     WatchedExecutor(sanitizer).run(make()[0])  # and have nothing against the right text
 
 
+@pytest.mark.slow
+def test_an_early_copy_to_what_others_still_read_is_a_race() -> None:
+    """One requested before a barrier, not behind it: its numbers are right, and late ones are no race."""
+    request = "    if (block + 1 < blocks) copy_inputs(parts, at, block + 1, count, index);\n"
+    text = msl.load("matmul_halves").text
+    before, barrier, behind = text.partition(f"    wait_for_copies();\n    {BARRIER}\n")
+    assert request in behind
+    wait, _, rest = barrier.partition("\n")
+    moved = f"{before}{wait}\n{request}{rest}{behind.replace(request, '')}"
+    launch, _ = halves_launch()
+    with pytest.raises(KernelError, match="data race"):
+        WatchedExecutor("thread", 7, replaced={"matmul_halves": msl.parse("matmul_halves", moved)}).run(launch)
+    WatchedExecutor("thread", 7).run(halves_launch()[0])
+
+
 def test_fibers_where_the_switch_has_not_been_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processors other than x86-64 switch lanes through the C library: the same numbers."""
     launch, out = delta_launch()

@@ -142,7 +142,7 @@ struct Machine {
   simt_kernel kernel;
   void** buffers;
   size_t threadgroup_bytes;
-  uint64_t chance;  // of copies to be early; 0 if all are late
+  uint64_t chance;  // state of the random numbers by which copies are early; 0: all are late
   char error[256];
 #ifdef SIMT_SWITCH
   void* stack_pointer;
@@ -546,7 +546,7 @@ SIMT_UNCHECKED int simt_launch(
   machine.thread_fiber = __tsan_get_current_fiber();
 #endif
   Order order(order_kind);
-  machine.chance = order_kind > 1 ? order.state : 0;
+  machine.chance = order_kind > 1 ? ~order.state : 0;
   std::vector<unsigned> numbers(threadgroups), lanes(threads);
   order.arrange(numbers);
   machine.arena.open(threadgroups);

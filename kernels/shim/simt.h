@@ -33,8 +33,8 @@ typedef void (*simt_kernel)(void** buffers);
 
 const simt_place& simt_here();
 
-// A copy of 4-byte words. The lane does it itself, so that a sanitizer watches it: when it waits for its copies and takes
-// them, and not before; but at once if simt_begin_copy says so, by chance, in a random order of lanes.
+// A copy of 4-byte words. The lane does it itself, so that a sanitizer watches it: when it waits for its copies and
+// takes them, and not before; but at once if simt_begin_copy says so, by chance, in a random order of lanes.
 struct simt_copy {
   void* to;
   const void* from;
