@@ -4,8 +4,8 @@ Each kernel runs inside a CUDA graph over so many different weights that the L2 
 a layer in one dispatch, as in a decode step. The limit is what a copy of 4 GiB within the GPU moves, bytes read plus
 bytes written. Sizes are those of one layer of Qwen3.5-397B-A17B and 35B-A3B. What lies between the matrices is timed
 the same way; a kernel that is not bound by bytes has a small share. Few bytes may not reach that limit even by a copy:
-beside a layer's experts stands what as many bytes take a copy, which reads half of them, and cuBLAS's product of a bf16
-matrix with a vector.
+beside a layer's chosen experts stands what as many bytes take a copy, which reads half of them, and cuBLAS's product of
+a bf16 matrix with a vector. The shared expert, which a token has beside them, is one more of the same bits there.
 
     python benchmarks/gpu.py                 # a table
     python benchmarks/gpu.py --json gpu.json
@@ -131,7 +131,7 @@ def bench_experts(device: CudaDevice, model: Model, bits: int, limit: float) -> 
         ("experts_down", model.chosen, moved_down, time_graph(device.capture, down)),
         ("both", model.chosen, moved_up + moved_down, time_in_turn(device, gate_up, down)),
         (
-            "both, one more",
+            "both, with the shared expert",
             model.chosen + 1,
             moved_up + moved_down,
             time_in_turn(device, *bind_experts(device, model, bits, model.chosen + 1)),
@@ -348,10 +348,10 @@ def main() -> None:
         if arguments.only != "matrices":
             for bench in (bench_between, bench_attention, bench_prompt):
                 rows += bench(device, model, limit)
-    print(f"{'kernel':24} {'model':5} {'bits':>4} {'MB':>8} {'us':>8} {'share':>6}")
+    print(f"{'kernel':28} {'model':5} {'bits':>4} {'MB':>8} {'us':>8} {'share':>6}")
     for row in rows:
         print(
-            f"{row.kernel:24} {row.model:5} {row.bits:4} {row.megabytes:8.1f} {row.microseconds:8.1f} {row.share:6.0%}"
+            f"{row.kernel:28} {row.model:5} {row.bits:4} {row.megabytes:8.1f} {row.microseconds:8.1f} {row.share:6.0%}"
         )
     if arguments.json:
         with open(arguments.json, "w") as file:

@@ -75,7 +75,7 @@ def _divide(matrices: Sequence[Matrix]) -> tuple[int, int]:
 def takes_experts(columns: int, width: int) -> bool:
     """Whether threadgroup memory can hold the vectors of such experts, and the calls here pay.
 
-    Whatever their bits: 397B's gain 20, 32 and 11 % of the time at 4, 2 and 8 bits, and 1 % at 3
+    Whatever their bits: ten of 397B's gain 20, 32 and 11 % of the time at 4, 2 and 8 bits, and 1 % at 3
     (benchmarks/README.md); at 16 they were not timed.
     """
     return columns <= MAX_COLUMNS and width <= MAX_WIDTH and columns * width >= LEAST_WEIGHTS

@@ -246,7 +246,7 @@ def test_sanitizers_report_seeded_faults(make: Make, sanitizer: str, fault: tupl
 
 @pytest.mark.slow
 def test_an_early_copy_to_what_others_still_read_is_a_race() -> None:
-    """One requested before a barrier, not behind it: its numbers are right, and late ones are no race."""
+    """One requested before the barrier that ends the reading, not behind it: late copies would hide that."""
     request = "    if (block + 1 < blocks) copy_inputs(parts, at, block + 1, count, index);\n"
     text = msl.load("matmul_halves").text
     before, barrier, behind = text.partition(f"    wait_for_copies();\n    {BARRIER}\n")
