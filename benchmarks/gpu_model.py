@@ -1,13 +1,18 @@
-"""The one-fifth 35B model on an NVIDIA GPU: decode and prefill, beside transformers with the same weights in bf16.
+"""Part of a model on an NVIDIA GPU: decode and prefill, beside transformers with the same weights in bf16.
 
-Writes the random checkpoint of make_checkpoint.py and a 4-bit pack of it, unless they are there. Each run is a process
-of its own. Decode is the median step of the last half, prefill the median of eleven prompts after three. With random
-weights the router's choices are nearly uniform: under a cap on the experts a token misses nearly as many as do not fit.
-What a token of the last half costs the processor is its time less what it waits for the GPU and for the disk.
+It is a fifth of 35B, or a fifteenth of 397B with an eighth of its experts, in every cost of a token. Writes the random
+checkpoint of make_checkpoint.py and a pack of it, unless they are there. Each run is a process of its own. Decode is
+the median step of the last half, prefill the median of eleven prompts after three. With random weights the router's
+choices are nearly uniform: under a cap on the experts a token misses nearly as many as do not fit.
+
+What a token of the last half costs the processor is its time less what it waits for the GPU and for the disk. It may
+double from one process to the next on a machine that others use; what all layers of a token take the GPU, by events
+around them, does not. Under a cap they are not handed over together, and there is no such number.
 
     python benchmarks/gpu_model.py WORK                     # all runs, a table
     python benchmarks/gpu_model.py WORK --only resident     # or capped, transformers
     python benchmarks/gpu_model.py WORK --only capped --cap 0.99    # hardly a miss: what streaming costs by itself
+    python benchmarks/gpu_model.py WORK397 --model 397B --bits 2    # of another model and other bits
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ WARM_UP, PROMPTS = 3, 11  # prompts that do not count, and those whose median do
 RUNS = ("resident", "capped", "transformers")
 CAP = 0.4  # of the experts, unless said otherwise
 VOCABULARY = 4096  # ids that every tokenizer involved has
+PARTS = {"35B": (), "397B": ("--model", "397B", "--layers", "4", "--vocab", "16640", "--experts", "64")}
 
 
 def prompt(length: int, seed: int = SEED) -> list[int]:
@@ -62,11 +68,13 @@ def run_moepack(pack: Path, device: str, share: float) -> dict[str, Any]:
             started = time.perf_counter()
             list(engine.generate(prompt(PROMPT, seed), one))
             seconds.append(time.perf_counter() - started)
-        stats = generation.stats()
+        stats, times = generation.stats(), watch_graphs(engine)
+        list(engine.generate(prompt(CONTEXT_PROMPT), greedy))
         return {
             "slots": engine.store.num_slots,
             "decode_tok_s": 1 / statistics.median(steps[DECODE // 2 :]),
             "processor_ms": 1e3 * statistics.median(busy[DECODE // 2 :]),
+            "gpu_ms": statistics.median(times()[-DECODE // 2 :]) if share == 1 else None,
             "prefill_tok_s": PROMPT / statistics.median(seconds[WARM_UP:]),
             "bytes_per_token": stats.bytes_per_token,
             "gpu_bytes": gpu_bytes(device),
@@ -90,6 +98,29 @@ def watch_waits(engine: Any) -> Callable[[], float]:
 
     device.wait = timed_wait
     return take
+
+
+def watch_graphs(engine: Any) -> Callable[[], list[float]]:
+    """A function that lists the milliseconds that the GPU took for each replay of recorded work until then."""
+    import torch
+
+    device, events = engine.model.ops.device, []
+    capture = device.capture
+
+    def timed_capture(work: Callable[[], object]) -> Callable[[], None]:
+        replay = capture(work)
+
+        def timed_replay() -> None:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            replay()
+            end.record()
+            events.append((start, end))
+
+        return timed_replay
+
+    device.capture = timed_capture
+    return lambda: [start.elapsed_time(end) for start, end in events]
 
 
 def run_transformers(checkpoint: Path, device: str) -> dict[str, Any]:
@@ -127,15 +158,16 @@ def gpu_bytes(device: str) -> int:
     return torch.cuda.max_memory_reserved() if device == "cuda" else 0
 
 
-def prepare(work: Path) -> tuple[Path, Path]:
+def prepare(work: Path, model: str, bits: str) -> tuple[Path, Path]:
     """The checkpoint and its pack."""
-    checkpoint, pack = work / "checkpoint", work / "experts4.moepack"
+    checkpoint, pack = work / "checkpoint", work / f"experts{bits}.moepack"
     if not (checkpoint / "model.safetensors.index.json").exists():
-        subprocess.run([sys.executable, Path(__file__).with_name("make_checkpoint.py"), checkpoint], check=True)
+        make = Path(__file__).with_name("make_checkpoint.py")
+        subprocess.run([sys.executable, make, checkpoint, *PARTS[model]], check=True)
     if not pack.exists():
         convert = "from moepack.convert.cli import main; main()"
         subprocess.run(
-            [sys.executable, "-c", convert, checkpoint, pack, "--bits", "4", "--quantizer", "minmax"], check=True
+            [sys.executable, "-c", convert, checkpoint, pack, "--bits", bits, "--quantizer", "minmax"], check=True
         )
     return checkpoint, pack
 
@@ -144,22 +176,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--only", choices=RUNS, help="this run alone, its measurements as JSON")
+    parser.add_argument("--model", choices=PARTS, default="35B", help="of which WORK has a part, or gets one")
+    parser.add_argument("--bits", default="4", help="of the experts")
     parser.add_argument("--cap", type=float, default=CAP, help="share of the experts in memory when capped")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
-    checkpoint, pack = prepare(arguments.work)
+    checkpoint, pack = prepare(arguments.work, arguments.model, arguments.bits)
     if arguments.only == "transformers":
         print(json.dumps(run_transformers(checkpoint, arguments.device)))
     elif arguments.only:
         print(json.dumps(run_moepack(pack, arguments.device, arguments.cap if arguments.only == "capped" else 1.0)))
     else:
         titles = (
-            f"{'decode tok/s':>12} {'processor ms':>13} {'prefill tok/s':>14} {'GPU GB':>8} {'experts in memory':>18}"
+            f"{'decode tok/s':>12} {'processor ms':>13} {'layers GPU ms':>14} {'prefill tok/s':>14} {'GPU GB':>8} "
+            f"{'experts in memory':>18}"
         )
         print(f"{'':14} {titles}", flush=True)
         for name in RUNS:
             command = [sys.executable, __file__, arguments.work, "--only", name, "--device", arguments.device]
-            command += ["--cap", str(arguments.cap)]
+            command += ["--cap", str(arguments.cap), "--model", arguments.model, "--bits", arguments.bits]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 print(f"{name:14} failed: {done.stderr.strip().splitlines()[-1]}")
@@ -167,8 +202,9 @@ def main() -> None:
             r = json.loads(done.stdout.splitlines()[-1])
             decode, prefill, gigabytes = r["decode_tok_s"], r["prefill_tok_s"], r["gpu_bytes"] / 1e9
             processor = f"{r['processor_ms']:13.2f}" if "processor_ms" in r else f"{'':13}"
-            slots = r.get("slots", "")
-            print(f"{name:14} {decode:12.1f} {processor} {prefill:14.0f} {gigabytes:8.1f} {slots:>18}", flush=True)
+            layers = f"{r['gpu_ms']:14.3f}" if r.get("gpu_ms") else f"{'':14}"
+            rest = f"{prefill:14.0f} {gigabytes:8.1f} {r.get('slots', ''):>18}"
+            print(f"{name:14} {decode:12.1f} {processor} {layers} {rest}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A random checkpoint of the 35B-A3B release's true widths with few layers: what speed is measured on.
+"""A random checkpoint of a release's true widths with few layers: what speed is measured on.
 
 The speed of a token depends on the shapes and on which experts the router picks, not on what the weights know. Eight
-layers and 49,664 vocabulary rows are one fifth of the real model in every cost of a token. Weights are scaled so that
+layers and 49,664 vocabulary rows are one fifth of 35B-A3B in every cost of a token. Weights are scaled so that
 activations stay near 1 and logits near the standard normal; the MTP head and the vision tower are left out, because
 no engine here runs them. Random weights say nothing about quality.
 
@@ -14,6 +14,8 @@ tokens, by layer: without skew a tenth of the experts gets 18 to 22 % of the cho
 
     python benchmarks/make_checkpoint.py build/speed/checkpoint
     python benchmarks/make_checkpoint.py build/speed/skewed --routing-skew 0.8
+    # a fifteenth of 397B-A17B, with an eighth of its experts a layer: 8 GB
+    python benchmarks/make_checkpoint.py build/speed/397B --model 397B --layers 4 --vocab 16640 --experts 64
 """
 
 from __future__ import annotations
@@ -49,11 +51,15 @@ DIRECTION_SHARE = 0.55
 
 Shape = tuple[int, ...]
 
+# What releases differ in: hidden size, an expert's width, experts of a token, heads of attention, of DeltaNet's values
+MODELS = {"35B": (2048, 512, 8, 16, 32), "397B": (4096, 1024, 10, 32, 64)}
+
 
 def main() -> None:
     """Parse the arguments and write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="directory to write")
+    parser.add_argument("--model", choices=MODELS, default="35B", help="whose widths: 35B-A3B's or 397B-A17B's")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=49664, help="embedding rows; the tokenizer's 4096 are the first")
     parser.add_argument("--experts", type=int, default=256)
@@ -64,23 +70,24 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.routing_skew < 0:
         parser.error(f"--routing-skew {arguments.routing_skew}: expected 0 or more")
-    config = config_of_35b(arguments.layers, arguments.vocab, arguments.experts)
+    config = config_of(arguments.model, arguments.layers, arguments.vocab, arguments.experts)
     write_checkpoint(arguments.out, config, arguments.seed, arguments.routing_skew)
 
 
-def config_of_35b(layers: int, vocab: int, experts: int) -> dict[str, Any]:
-    """config.json of Qwen3.5-35B-A3B with another number of layers, embedding rows and experts."""
+def config_of(model: str, layers: int, vocab: int, experts: int) -> dict[str, Any]:
+    """config.json of one of Qwen3.5's MODELS with another number of layers, embedding rows and experts."""
+    hidden, width, chosen, heads, value_heads = MODELS[model]
     rope = {"rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25}
     rope |= {"mrope_section": [11, 11, 10], "mrope_interleaved": True}
     text = {
-        "model_type": "qwen3_5_moe_text", "dtype": "bfloat16", "hidden_size": 2048, "hidden_act": "silu",
+        "model_type": "qwen3_5_moe_text", "dtype": "bfloat16", "hidden_size": hidden, "hidden_act": "silu",
         "num_hidden_layers": layers, "full_attention_interval": 4, "vocab_size": vocab, "rms_norm_eps": 1e-6,
         "layer_types": ["linear_attention" if (n + 1) % 4 else "full_attention" for n in range(layers)],
-        "num_experts": experts, "num_experts_per_tok": 8, "moe_intermediate_size": 512,
-        "shared_expert_intermediate_size": 512, "mlp_only_layers": [],
-        "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "attn_output_gate": True,
+        "num_experts": experts, "num_experts_per_tok": chosen, "moe_intermediate_size": width,
+        "shared_expert_intermediate_size": width, "mlp_only_layers": [],
+        "num_attention_heads": heads, "num_key_value_heads": 2, "head_dim": 256, "attn_output_gate": True,
         "attention_bias": False, "rope_parameters": rope, "max_position_embeddings": 262144,
-        "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16, "linear_num_value_heads": value_heads, "linear_key_head_dim": 128,
         "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "mamba_ssm_dtype": "float32",
         "mtp_num_hidden_layers": 0, "tie_word_embeddings": False,
     }  # fmt: skip

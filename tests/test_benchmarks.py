@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ROOT, make_pack
+from moepack.layout.architecture import Architecture
 from moepack.runtime import Engine
 
 TINY = {
@@ -47,7 +49,7 @@ def checkpoints(benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(script, "PIECE_VALUES", 2**14)
 
     def write(name: str, skew: float = 0.0, seed: int = 0) -> Path:
-        config = script.config_of_35b(layers=4, vocab=4352, experts=16)
+        config = script.config_of("35B", layers=4, vocab=4352, experts=16)
         config["text_config"] |= TINY
         script.write_checkpoint(tmp_path / name, config, seed, skew)
         return tmp_path / name
@@ -69,6 +71,19 @@ def first_choices(checkpoint: Path) -> np.ndarray:
     router = tensors["model.language_model.layers.0.mlp.gate.weight"].float()
     normed = stream / stream.square().mean(1, keepdim=True).sqrt()
     return np.bincount((normed @ router.T).argmax(1).numpy(), minlength=len(router))
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "experts", "billions"), [("35B", 40, 256, 34.66), ("397B", 60, 512, 396.35)]
+)
+def test_checkpoint_has_the_widths_of_a_release(
+    benchmark: Any, model: str, layers: int, experts: int, billions: float
+) -> None:
+    """With all layers, experts and rows it has the release's parameters, but for the MTP head and the vision tower."""
+    script = benchmark("make_checkpoint")
+    architecture = Architecture.from_config(script.config_of(model, layers, 248320, experts))
+    shapes = [shape for shard in script._split_into_shards(architecture) for shape in shard.values()]
+    assert sum(map(math.prod, shapes)) / 1e9 == pytest.approx(billions, abs=0.01)
 
 
 def test_checkpoint_converts_and_runs(checkpoints: Any, tmp_path: Path) -> None:
