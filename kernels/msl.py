@@ -80,7 +80,8 @@ _CUDA_BUILTINS = {
 # Threadgroups that one of NVIDIA's multiprocessors shall hold at once, where the compiler would take more registers: by
 # kernel, or file and kernel.
 _CUDA_GROUPS = {
-    "experts_vector/experts_gate_up": 5,
+    "experts_vector/experts_gate_up": 6,
+    "experts_vector/experts_gate_up_few": 5,
     "experts_down": 2,
     "experts_down_few": 2,
     "linears": 2,

@@ -25,7 +25,7 @@ STRIP, MAX_STRIPS = 512, 8  # cuda/bytes.h
 MAX_SIMDGROUPS = 8  # cuda/linears_bytes.cu
 GROUPS, WANTED = 128, 1024  # threadgroups, and simdgroups in all, that fill a large GPU
 STRIP_UNITS, DIGITS_WORDS = 16, 30  # cuda/vector.h; words of a unit's digits, with what is known of them
-GATE_UP_THREADS, DOWN_SIMDGROUPS, FEW_SIMDGROUPS = 128, 11, 10  # cuda/experts_vector.cu
+GATE_UP_THREADS, DOWN_SIMDGROUPS, FEW = 128, 11, 10  # cuda/experts_vector.cu
 MAX_COLUMNS, MAX_WIDTH = 4096, 1024  # the same
 LEAST_WEIGHTS = 2**21  # of a projection of an expert: 397B's have twice as many, 35B's half (EXPERIMENTS.md)
 
@@ -92,9 +92,10 @@ def experts_gate_up(
     """launches.experts_gate_up."""
     launches.check_spread(x)
     shape = _experts_shape(places, x, hidden)
+    kernel = "experts_gate_up_few" if count_places(places) <= FEW else "experts_gate_up"
     grid = (_hidden_units(hidden) * UNIT // TILE_ROWS, count_places(places), 1)
     arguments: tuple[torch.Tensor | bytes, ...] = (*banks, forms, places, x, hidden, shape)
-    return Launch("experts_vector", "experts_gate_up", arguments, grid, (GATE_UP_THREADS, 1, 1))
+    return Launch("experts_vector", kernel, arguments, grid, (GATE_UP_THREADS, 1, 1))
 
 
 def experts_down(
@@ -108,7 +109,7 @@ def experts_down(
     """launches.experts_down."""
     shape = _experts_shape(places, x, hidden)
     simdgroups = min(count_places(places), DOWN_SIMDGROUPS)
-    kernel = "experts_down_few" if simdgroups <= FEW_SIMDGROUPS else "experts_down"
+    kernel = "experts_down_few" if simdgroups <= FEW else "experts_down"
     grid = (-(-x.shape[-1] // TILE_ROWS), 1, 1)
     arguments: tuple[torch.Tensor | bytes, ...] = (*banks, forms, places, hidden, weights, x, shape)
     return Launch("experts_vector", kernel, arguments, grid, (simdgroups * LANES, 1, 1))

@@ -57,7 +57,7 @@ def test_experts_gate_up_finds_its_inputs_before_it_waits(
         with open_with(slots, tiny_pack, device="cuda", prefetch=True) as engine:
             one, other = (engine.generate(IDS, SamplingParams(temperature=0, max_tokens=6)) for _ in "ab")
             assert list(zip(one, other))
-        places = [i for i, name in enumerate(driver.log) if name == "experts_vector/experts_gate_up"]
+        places = [i for i, name in enumerate(driver.log) if name.startswith("experts_vector/experts_gate_up")]
         assert {driver.log[i - 1] for i in places} == expected
 
 

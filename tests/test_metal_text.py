@@ -149,8 +149,9 @@ def test_geometry_is_that_of_the_text() -> None:
     assert vector["HIDDEN_QUADS"] == units * vector["UNIT_QUADS"]
     assert vector["HIDDEN_KNOWN"] == units // 2
     assert vector["HIDDEN_LINES"] == units // vector["SPAN_UNITS"] * vector["LINE_QUADS"]
-    for prefix, simdgroups in (("DOWN", token_launches.DOWN_SIMDGROUPS), ("FEW", token_launches.FEW_SIMDGROUPS)):
-        assert vector[f"{prefix}_SIMDGROUPS"] == simdgroups
+    assert vector["DOWN_SIMDGROUPS"] == token_launches.DOWN_SIMDGROUPS
+    assert vector["FEW"] == token_launches.FEW
+    for prefix, simdgroups in (("DOWN", token_launches.DOWN_SIMDGROUPS), ("FEW", token_launches.FEW)):
         assert vector[f"{prefix}_QUADS"] == simdgroups * vector["HIDDEN_QUADS"] + vector["ZERO_QUADS"]
         assert vector[f"{prefix}_KNOWN"] == simdgroups * vector["HIDDEN_KNOWN"]
         assert vector[f"{prefix}_LINES"] == simdgroups * vector["HIDDEN_LINES"]
@@ -283,6 +284,6 @@ def test_the_choice_of_experts_waits_before_the_next_kernel_may_begin() -> None:
 
 def test_experts_gate_up_waits_before_experts_down_may_begin() -> None:
     """experts_down of cuda/ reads places and x before it waits: a copy, or two kernels before, has written them."""
-    text = msl.load("experts_vector").text.split("void experts_gate_up(")[1].split("[[kernel")[0]
+    text = msl.load("experts_vector").text.split("void multiply_experts(")[1].split("[[kernel")[0]
     waits = text.index("wait_for_last();")
     assert waits < min(text.index("launch_next();"), text.index("places[group.y]"))

@@ -2,6 +2,7 @@
 using namespace metal;
 #include "matrix.h"
 #include "sums.h"
+#include "packed.h"
 #include "byte_numbers.h"
 #include "vector.h"
 
@@ -24,7 +25,7 @@ constant constexpr uint X_QUADS = 771;        // for their digits, and zeros
 constant constexpr uint X_KNOWN = 64;
 constant constexpr uint GATE_UP_LINES = 512;  // for 16 words of each simdgroup
 constant constexpr uint DOWN_SIMDGROUPS = 11;
-constant constexpr uint FEW_SIMDGROUPS = 10;
+constant constexpr uint FEW = 10;             // places
 constant constexpr uint HIDDEN_QUADS = 192;   // of a simdgroup: for the digits of 32 units, at most
 constant constexpr uint HIDDEN_KNOWN = 16;
 constant constexpr uint HIDDEN_LINES = 64;    // for 8 words
@@ -63,18 +64,22 @@ inline void put_hidden(float value, TileRows rows, uint tile, uint units, uint l
   if (lane % 8 == 0) known[4 + lane / 8 * 4 + tile % 4] = total;
 }
 
-[[kernel, max_total_threads_per_threadgroup(128)]] void experts_gate_up(device const uchar* bank0 [[buffer(0)]],
-    device const uchar* bank1 [[buffer(1)]], device const uchar* bank2 [[buffer(2)]],
-    constant ExpertForm* forms [[buffer(3)]], constant Place* places [[buffer(4)]], device const float* x [[buffer(5)]],
-    device float* hidden [[buffer(6)]], constant ExpertsShape& shape [[buffer(7)]],
-    uint3 group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup uint4 digits[X_QUADS];
-  threadgroup uint4 known[X_KNOWN];
-  threadgroup uint4 lines[GATE_UP_LINES];
-  threadgroup float results[4][TILE_ROWS];
-  threadgroup uint4* zeros = digits + (X_UNITS * UNIT_QUADS + ZERO_PLACE);
-  const Vector vector = {digits, known, zeros, lines + simdgroup * (16 * LINE_QUADS), nullptr, 0};
+struct Memory {  // of a threadgroup
+  threadgroup uint4* digits;
+  threadgroup uint4* known;
+  threadgroup uint4* lines;
+  threadgroup uint4* zeros;
+  threadgroup float* results;
+};
+
+// What experts_gate_up does.
+inline void multiply_experts(device const uchar* bank0, device const uchar* bank1, device const uchar* bank2,
+    constant ExpertForm* forms, constant Place* places, device const float* x, device float* hidden,
+    constant ExpertsShape& shape, uint3 group, uint index, uint simdgroup, uint lane,
+    thread const Memory& memory) {
+  threadgroup float* results = memory.results;
+  const Vector vector = {
+      memory.digits, memory.known, memory.zeros, memory.lines + simdgroup * (16 * LINE_QUADS), nullptr, 0};
   // The kernel before may still be choosing the places, but x was there before it let this one begin.
   const uint x_units = shape.x_units, half_units = (x_units + STRIP_UNITS - 1) / STRIP_UNITS * STRIP_UNITS * 2;
 #pragma unroll
@@ -82,7 +87,7 @@ inline void put_hidden(float value, TileRows rows, uint tile, uint units, uint l
     const uint half_unit = index + k * GATE_UP_THREADS;
     if (half_unit < half_units) put_half_unit((device const float4*)x, x_units, half_unit, vector);
   }
-  if (index < ZERO_QUADS - ZERO_PLACE) zeros[index] = 0;
+  if (index < ZERO_QUADS - ZERO_PLACE) memory.zeros[index] = 0;
   threadgroup_barrier(mem_flags::mem_threadgroup);
   wait_for_last();
   launch_next();  // experts_down, which reads places, weights and x before it waits
@@ -102,32 +107,53 @@ inline void put_hidden(float value, TileRows rows, uint tile, uint units, uint l
   const uint first = simdgroup / 2 * each;
   const Share share = {min(first, spans), min(first + each, spans)};
   if (w.storage >= BF16) {
-    multiply_plain(w, rows, share, x, x_units, lane, results[simdgroup]);
+    multiply_plain(w, rows, share, x, x_units, lane, results + simdgroup * TILE_ROWS);
   } else {
-    put_sums(multiply_tile<false>(w, rows, share, vector, lane), lane, results[simdgroup]);
+    put_sums(multiply_tile<false>(w, rows, share, vector, lane), lane, results + simdgroup * TILE_ROWS);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (simdgroup == 0) {
     const uint i = lane % TILE_ROWS;
-    const float gate = results[0][i] + results[2][i], up = results[1][i] + results[3][i];
+    const float gate = results[i] + results[2 * TILE_ROWS + i];
+    const float up = results[TILE_ROWS + i] + results[3 * TILE_ROWS + i];
     const bool is_row = lane < TILE_ROWS && row_at(rows, i) < count;
     put_hidden(is_row ? silu(gate) * up : 0.0f, rows, group.x, shape.units, lane, own);
   }
 }
 
-struct DownMemory {  // of a threadgroup
-  threadgroup uint4* digits;
-  threadgroup uint4* known;
-  threadgroup uint4* lines;
-  threadgroup uint4* zeros;
-  threadgroup float* results;
-};
+[[kernel, max_total_threads_per_threadgroup(128)]] void experts_gate_up(device const uchar* bank0 [[buffer(0)]],
+    device const uchar* bank1 [[buffer(1)]], device const uchar* bank2 [[buffer(2)]],
+    constant ExpertForm* forms [[buffer(3)]], constant Place* places [[buffer(4)]], device const float* x [[buffer(5)]],
+    device float* hidden [[buffer(6)]], constant ExpertsShape& shape [[buffer(7)]],
+    uint3 group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup uint4 digits[X_QUADS];
+  threadgroup uint4 known[X_KNOWN];
+  threadgroup uint4 lines[GATE_UP_LINES];
+  threadgroup float results[4][TILE_ROWS];
+  const Memory memory = {digits, known, lines, digits + (X_UNITS * UNIT_QUADS + ZERO_PLACE), results[0]};
+  multiply_experts(bank0, bank1, bank2, forms, places, x, hidden, shape, group, index, simdgroup, lane, memory);
+}
+
+[[kernel, max_total_threads_per_threadgroup(128)]] void experts_gate_up_few(device const uchar* bank0 [[buffer(0)]],
+    device const uchar* bank1 [[buffer(1)]], device const uchar* bank2 [[buffer(2)]],
+    constant ExpertForm* forms [[buffer(3)]], constant Place* places [[buffer(4)]], device const float* x [[buffer(5)]],
+    device float* hidden [[buffer(6)]], constant ExpertsShape& shape [[buffer(7)]],
+    uint3 group [[threadgroup_position_in_grid]], uint index [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup uint4 digits[X_QUADS];
+  threadgroup uint4 known[X_KNOWN];
+  threadgroup uint4 lines[GATE_UP_LINES];
+  threadgroup float results[4][TILE_ROWS];
+  const Memory memory = {digits, known, lines, digits + (X_UNITS * UNIT_QUADS + ZERO_PLACE), results[0]};
+  multiply_experts(bank0, bank1, bank2, forms, places, x, hidden, shape, group, index, simdgroup, lane, memory);
+}
 
 // What experts_down does.
 inline void add_experts(device const uchar* bank0, device const uchar* bank1, device const uchar* bank2,
     constant ExpertForm* forms, constant Place* places, device const float* hidden, device const float* weights,
     device float* x, constant ExpertsShape& shape, uint3 group, uint index, uint simdgroup, uint simdgroups, uint lane,
-    thread const DownMemory& memory) {
+    thread const Memory& memory) {
   launch_next();
   const uint row = group.x * TILE_ROWS;
   if (index < ZERO_QUADS - ZERO_PLACE) memory.zeros[index] = 0;
@@ -176,7 +202,7 @@ inline void add_experts(device const uchar* bank0, device const uchar* bank1, de
   threadgroup uint4 known[DOWN_KNOWN];
   threadgroup uint4 lines[DOWN_LINES];
   threadgroup float results[DOWN_SIMDGROUPS][TILE_ROWS];
-  const DownMemory memory = {digits, known, lines, digits + (DOWN_SIMDGROUPS * HIDDEN_QUADS + ZERO_PLACE), results[0]};
+  const Memory memory = {digits, known, lines, digits + (DOWN_SIMDGROUPS * HIDDEN_QUADS + ZERO_PLACE), results[0]};
   add_experts(bank0, bank1, bank2, forms, places, hidden, weights, x, shape, group, index, simdgroup, simdgroups, lane,
       memory);
 }
@@ -191,8 +217,8 @@ inline void add_experts(device const uchar* bank0, device const uchar* bank1, de
   threadgroup uint4 digits[FEW_QUADS];
   threadgroup uint4 known[FEW_KNOWN];
   threadgroup uint4 lines[FEW_LINES];
-  threadgroup float results[FEW_SIMDGROUPS][TILE_ROWS];
-  const DownMemory memory = {digits, known, lines, digits + (FEW_SIMDGROUPS * HIDDEN_QUADS + ZERO_PLACE), results[0]};
+  threadgroup float results[FEW][TILE_ROWS];
+  const Memory memory = {digits, known, lines, digits + (FEW * HIDDEN_QUADS + ZERO_PLACE), results[0]};
   add_experts(bank0, bank1, bank2, forms, places, hidden, weights, x, shape, group, index, simdgroup, simdgroups, lane,
       memory);
 }

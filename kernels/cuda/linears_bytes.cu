@@ -3,6 +3,7 @@ using namespace metal;
 #include "matrix.h"
 #include "normed.h"
 #include "sums.h"
+#include "packed.h"
 #include "byte_numbers.h"
 #include "bytes.h"
 

@@ -84,8 +84,8 @@ inline Tile tile_of(thread const Weights& w, TileRows rows, uint first, uint end
 template <int BITS>
 inline void load_span(thread const Tile& tile, uint ahead, uint span, thread uint* words) {
   if (span < tile.end) {
-    load_packed<BITS>(tile.data[0] + ahead * (BITS * 16), words);
-    load_packed<BITS>(tile.data[1] + ahead * (BITS * 16), words + BITS);
+    load_packed_once<BITS>(tile.data[0] + ahead * (BITS * 16), words);
+    load_packed_once<BITS>(tile.data[1] + ahead * (BITS * 16), words + BITS);
   }
 }
 
@@ -120,7 +120,7 @@ inline void load_lines(thread const Tile& tile, uint span, uint lane, thread Lin
 #pragma unroll
   for (uint i = 0; i < 4; i++) {
     device const ushort* line = (i < 2 ? tile.scales : tile.biases) + (i % 2 ? tile.other : 0);
-    const uint4 four = *(device const uint4*)(line + min(first, tile.groups - 8));
+    const uint4 four = load_once((device const uint4*)(line + min(first, tile.groups - 8)));
     lines.words[4 * i] = four.x;
     lines.words[4 * i + 1] = four.y;
     lines.words[4 * i + 2] = four.z;
@@ -161,9 +161,10 @@ inline void put_digits(thread const float4* fours, float factor, threadgroup uin
   }
 }
 
-// The first, third, fifth and seventh weight of three bits as bytes.
-inline uint spread_threes(uint bits) {
-  return (bits & 7u) | (bits << 2 & 0x700u) | (bits << 4 & 0x70000u) | (bits << 6 & 0x7000000u);
+// Eight weights of three bits: each byte has an even one in its lowest bits and above it the odd one that follows.
+inline uint spread_pairs(uint bits) {
+  const uint halves = (bits & 0x0000ffffu) | (bits << 4 & 0xffff0000u);
+  return (halves & 0x00ff00ffu) | (halves << 2 & 0xff00ff00u);
 }
 
 // The eight weights of a unit that product j takes, as bytes: of two bits columns s, s + 4, s + 8 and s + 12 of a half,
@@ -184,8 +185,9 @@ inline void unpack_eight(thread const uint* words, uint j, thread uint& first, t
     if (j == 1) threes = words[0] >> 24 | words[1] << 8;
     if (j == 2) threes = words[1] >> 16 | words[2] << 16;
     if (j == 3) threes = words[2] >> 8;
-    first = spread_threes(threes);
-    second = spread_threes(threes >> 3);
+    const uint pairs = spread_pairs(threes);
+    first = pairs & 0x07070707u;
+    second = pairs >> 3 & 0x07070707u;
   }
 }
 
@@ -387,12 +389,11 @@ inline float2 multiply_bits(
 template <bool IS_OWN>
 inline float2 multiply_tile(
     thread const Weights& w, TileRows rows, thread const Share& share, thread const Vector& vector, uint lane) {
-  constexpr int AHEAD = IS_OWN ? 2 : 4;  // spans of four bits: down has fewer registers
-  switch (w.storage) {
+  switch (w.storage) {  // down has fewer registers
     case 2: return multiply_bits<2, 4, IS_OWN>(w, rows, share, vector, lane);
-    case 3: return multiply_bits<3, AHEAD, IS_OWN>(w, rows, share, vector, lane);
-    case 4: return multiply_bits<4, AHEAD, IS_OWN>(w, rows, share, vector, lane);
-    default: return multiply_bits<8, AHEAD / 2, IS_OWN>(w, rows, share, vector, lane);
+    case 3: return multiply_bits<3, IS_OWN ? 2 : 4, IS_OWN>(w, rows, share, vector, lane);
+    case 4: return multiply_bits<4, 2, IS_OWN>(w, rows, share, vector, lane);
+    default: return multiply_bits<8, IS_OWN ? 1 : 2, IS_OWN>(w, rows, share, vector, lane);
   }
 }
 

@@ -85,6 +85,10 @@ inline void wait_for_copies() {
   const uint count = simt_take_copies(&copies);
   for (uint i = 0; i < count; i++) perform(copies[i]);
 }
+template <class T>
+T load_once(const T* from) {
+  return *from;
+}
 inline float max_magnitude(float a, float b) { return fmaxf(a, fabsf(b)); }
 inline uint permute_bytes(uint a, uint b, uint selector) {
   const uint64_t bytes = uint64_t(b) << 32 | a;

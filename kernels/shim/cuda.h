@@ -63,6 +63,25 @@ MSL_FUNCTION void wait_for_last() {
 #endif
 }
 
+// What a kernel reads once, and nobody writes meanwhile: past the L1, and all of its line to the L2.
+MSL_FUNCTION uint load_once(const uint* from) {
+  uint one;
+  asm("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(one) : "l"(from));
+  return one;
+}
+MSL_FUNCTION uint2 load_once(const uint2* from) {
+  uint2 two;
+  asm("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(two.x), "=r"(two.y) : "l"(from));
+  return two;
+}
+MSL_FUNCTION uint4 load_once(const uint4* from) {
+  uint4 four;
+  asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(four.x), "=r"(four.y), "=r"(four.z), "=r"(four.w)
+      : "l"(from));
+  return four;
+}
+
 MSL_FUNCTION float max_magnitude(float a, float b) { return fmaxf(a, fabsf(b)); }  // of a >= 0; a NaN is passed over
 
 // Bytes of a (0 to 3) and b (4 to 7), by the selector's digits, the lowest first.

@@ -17,6 +17,7 @@ using metal::launch_next;
 using metal::log;
 using metal::make_filled_simdgroup_matrix;
 using metal::max;
+using metal::load_once;
 using metal::max_magnitude;
 using metal::mem_flags;
 using metal::min;
