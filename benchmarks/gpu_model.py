@@ -1,18 +1,23 @@
-"""Part of a model on an NVIDIA GPU: decode and prefill, beside transformers with the same weights in bf16.
+"""Decode and prefill of part of a model on an NVIDIA GPU, beside transformers with the same weights in bf16.
 
-It is a fifth of 35B, or a fifteenth of 397B with an eighth of its experts, in every cost of a token. Writes the random
-checkpoint of make_checkpoint.py and a pack of it, unless they are there. Each run is a process of its own. Decode is
-the median step of the last half, prefill the median of eleven prompts after three. With random weights the router's
-choices are nearly uniform: under a cap on the experts a token misses nearly as many as do not fit.
+The part has a release's widths and few layers (make_checkpoint.py): 8 of 35B's 40, a fifth in every cost; or 4 of
+397B's 60, each with 32 of 512 experts: about a fifteenth of a token, but neither its prefill nor its misses, for an
+expert is chosen sixteen times as often. Checkpoint and pack are made in WORK unless they are there. Runs, a process
+each: all experts in the GPU's memory (resident), --cap of them (capped), transformers.
 
-What a token of the last half costs the processor is its time less what it waits for the GPU and for the disk. It may
-double from one process to the next on a machine that others use; what all layers of a token take the GPU, by events
-around them, does not. Under a cap they are not handed over together, and there is no such number.
+decode tok/s        by the median time of the last 64 of 128 tokens after a prompt of 64
+processor ms        of such a token on the CPU: its time less the waits for GPU and disk. May double from one process to
+                    the next on a machine that others use
+layers GPU ms       of all layers of such a token on the GPU, without embedding, output and argmax: events around the
+                    recorded work. Steady. Only where all are handed over at once: resident
+prefill tok/s       by the median of 11 prompts of 2048 after 3
+GPU GB              the most that torch has reserved
+experts in memory   with random weights the choice is nearly even: a token misses about the share that is not there
 
     python benchmarks/gpu_model.py WORK                     # all runs, a table
     python benchmarks/gpu_model.py WORK --only resident     # or capped, transformers
     python benchmarks/gpu_model.py WORK --only capped --cap 0.99    # hardly a miss: what streaming costs by itself
-    python benchmarks/gpu_model.py WORK397 --model 397B --bits 2    # of another model and other bits
+    python benchmarks/gpu_model.py WORK --model 397B --bits 2       # of another model and other bits
 """
 
 from __future__ import annotations
@@ -32,7 +37,12 @@ WARM_UP, PROMPTS = 3, 11  # prompts that do not count, and those whose median do
 RUNS = ("resident", "capped", "transformers")
 CAP = 0.4  # of the experts, unless said otherwise
 VOCABULARY = 4096  # ids that every tokenizer involved has
-PARTS = {"35B": (), "397B": ("--model", "397B", "--layers", "4", "--vocab", "16640", "--experts", "64")}
+BITS = ("2", "3", "4", "8", "16")
+COLUMNS = (  # title, measurement, format
+    ("decode tok/s", "decode_tok_s", ".1f"), ("processor ms", "processor_ms", ".2f"),
+    ("layers GPU ms", "layers_gpu_ms", ".3f"), ("prefill tok/s", "prefill_tok_s", ".0f"),
+    ("GPU GB", "gpu_gb", ".1f"), ("experts in memory", "slots", "d"),
+)  # fmt: skip
 
 
 def prompt(length: int, seed: int = SEED) -> list[int]:
@@ -42,8 +52,8 @@ def prompt(length: int, seed: int = SEED) -> list[int]:
 
 
 def run_moepack(pack: Path, device: str, share: float) -> dict[str, Any]:
-    """Decode and prefill with so large a share of the experts in memory."""
-    from moepack.runtime import Engine, SamplingParams
+    """Decode and prefill with this share of the experts in memory."""
+    from moepack.runtime import Engine
 
     context = PROMPT + 8
     with Engine.open(pack, device=device, max_context=context) as engine:
@@ -52,33 +62,52 @@ def run_moepack(pack: Path, device: str, share: float) -> dict[str, Any]:
     with Engine.open(
         pack, device=device, max_context=context, memory=memory, process_bytes=plan.process_bytes
     ) as engine:
-        greedy = SamplingParams(temperature=0, max_tokens=DECODE, ignore_eos=True)
-        list(engine.generate(prompt(CONTEXT_PROMPT, 1), greedy))  # compiles, and fills the slots
-        steps, busy, generation = [], [], engine.generate(prompt(CONTEXT_PROMPT), greedy)
-        waited = watch_waits(engine)
-        before = time.perf_counter()
-        for _ in generation:
-            now = time.perf_counter()
-            steps.append(now - before)
-            busy.append(now - before - waited())
-            before = now
-        seconds = []
-        for seed in range(2, 2 + WARM_UP + PROMPTS):
-            one = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
-            started = time.perf_counter()
-            list(engine.generate(prompt(PROMPT, seed), one))
-            seconds.append(time.perf_counter() - started)
-        stats, times = generation.stats(), watch_graphs(engine)
-        list(engine.generate(prompt(CONTEXT_PROMPT), greedy))
-        return {
-            "slots": engine.store.num_slots,
-            "decode_tok_s": 1 / statistics.median(steps[DECODE // 2 :]),
-            "processor_ms": 1e3 * statistics.median(busy[DECODE // 2 :]),
-            "gpu_ms": statistics.median(times()[-DECODE // 2 :]) if share == 1 else None,
-            "prefill_tok_s": PROMPT / statistics.median(seconds[WARM_UP:]),
-            "bytes_per_token": stats.bytes_per_token,
-            "gpu_bytes": gpu_bytes(device),
-        }
+        list(answer(engine, prompt(CONTEXT_PROMPT, 1), DECODE))  # compiles, and fills the slots
+        result = decode(engine)
+        if share == 1 and engine.model.ops.device.can_capture:
+            result["layers_gpu_ms"] = layers_gpu_ms(engine)
+        result["prefill_tok_s"] = prefill(engine)
+        return result | {"slots": engine.store.num_slots, "gpu_gb": gpu_bytes(device) / 1e9}
+
+
+def answer(engine: Any, ids: list[int], count: int) -> Any:
+    from moepack.runtime import SamplingParams
+
+    return engine.generate(ids, SamplingParams(temperature=0, max_tokens=count, ignore_eos=True))
+
+
+def decode(engine: Any) -> dict[str, Any]:
+    """Of the last half of an answer's tokens."""
+    steps, busy, generation = [], [], answer(engine, prompt(CONTEXT_PROMPT), DECODE)
+    waited = watch_waits(engine)
+    before = time.perf_counter()
+    for _ in generation:
+        now = time.perf_counter()
+        steps.append(now - before)
+        busy.append(now - before - waited())
+        before = now
+    return {
+        "decode_tok_s": 1 / statistics.median(steps[DECODE // 2 :]),
+        "processor_ms": 1e3 * statistics.median(busy[DECODE // 2 :]),
+        "bytes_per_token": generation.stats().bytes_per_token,
+    }
+
+
+def prefill(engine: Any) -> float:
+    """Tokens a second."""
+    seconds = []
+    for seed in range(2, 2 + WARM_UP + PROMPTS):
+        started = time.perf_counter()
+        list(answer(engine, prompt(PROMPT, seed), 1))
+        seconds.append(time.perf_counter() - started)
+    return PROMPT / statistics.median(seconds[WARM_UP:])
+
+
+def layers_gpu_ms(engine: Any) -> float:
+    """Milliseconds that all layers of a token take the GPU, by another answer's tokens."""
+    times = watch_graphs(engine)
+    list(answer(engine, prompt(CONTEXT_PROMPT), DECODE))
+    return statistics.median(times()[DECODE // 2 :])
 
 
 def watch_waits(engine: Any) -> Callable[[], float]:
@@ -101,7 +130,7 @@ def watch_waits(engine: Any) -> Callable[[], float]:
 
 
 def watch_graphs(engine: Any) -> Callable[[], list[float]]:
-    """A function that lists the milliseconds that the GPU took for each replay of recorded work until then."""
+    """Time what is recorded from now on: before a sequence's first token. The result lists milliseconds by replay."""
     import torch
 
     device, events = engine.model.ops.device, []
@@ -124,7 +153,7 @@ def watch_graphs(engine: Any) -> Callable[[], list[float]]:
 
 
 def run_transformers(checkpoint: Path, device: str) -> dict[str, Any]:
-    """The same with transformers in bf16, as it comes from the package index."""
+    """The same with transformers in bf16; its kernels for DeltaNet are used only if they are installed."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -147,7 +176,7 @@ def run_transformers(checkpoint: Path, device: str) -> dict[str, Any]:
     return {
         "decode_tok_s": 1 / statistics.median(steps[DECODE // 2 :]),
         "prefill_tok_s": PROMPT / statistics.median(seconds[WARM_UP:]),
-        "gpu_bytes": gpu_bytes(device),
+        "gpu_gb": gpu_bytes(device) / 1e9,
     }
 
 
@@ -159,11 +188,12 @@ def gpu_bytes(device: str) -> int:
 
 
 def prepare(work: Path, model: str, bits: str) -> tuple[Path, Path]:
-    """The checkpoint and its pack."""
-    checkpoint, pack = work / "checkpoint", work / f"experts{bits}.moepack"
+    """The checkpoint and its pack: 35B's are where speed.py has them (workspace.py)."""
+    home = work if model == "35B" else work / model
+    checkpoint, pack = home / "checkpoint", home / f"experts{bits}.moepack"
     if not (checkpoint / "model.safetensors.index.json").exists():
         make = Path(__file__).with_name("make_checkpoint.py")
-        subprocess.run([sys.executable, make, checkpoint, *PARTS[model]], check=True)
+        subprocess.run([sys.executable, make, checkpoint, "--model", model], check=True)
     if not pack.exists():
         convert = "from moepack.convert.cli import main; main()"
         subprocess.run(
@@ -176,8 +206,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--only", choices=RUNS, help="this run alone, its measurements as JSON")
-    parser.add_argument("--model", choices=PARTS, default="35B", help="of which WORK has a part, or gets one")
-    parser.add_argument("--bits", default="4", help="of the experts")
+    parser.add_argument("--model", choices=("35B", "397B"), default="35B", help="whose part is measured")
+    parser.add_argument("--bits", choices=BITS, default="4", help="of the experts")
     parser.add_argument("--cap", type=float, default=CAP, help="share of the experts in memory when capped")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
@@ -187,24 +217,22 @@ def main() -> None:
     elif arguments.only:
         print(json.dumps(run_moepack(pack, arguments.device, arguments.cap if arguments.only == "capped" else 1.0)))
     else:
-        titles = (
-            f"{'decode tok/s':>12} {'processor ms':>13} {'layers GPU ms':>14} {'prefill tok/s':>14} {'GPU GB':>8} "
-            f"{'experts in memory':>18}"
-        )
-        print(f"{'':14} {titles}", flush=True)
+        print(f"{f'{arguments.model}, {arguments.bits} bits':14}  " + "  ".join(title for title, _, _ in COLUMNS))
         for name in RUNS:
             command = [sys.executable, __file__, arguments.work, "--only", name, "--device", arguments.device]
             command += ["--cap", str(arguments.cap), "--model", arguments.model, "--bits", arguments.bits]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                print(f"{name:14} failed: {done.stderr.strip().splitlines()[-1]}")
-                continue
-            r = json.loads(done.stdout.splitlines()[-1])
-            decode, prefill, gigabytes = r["decode_tok_s"], r["prefill_tok_s"], r["gpu_bytes"] / 1e9
-            processor = f"{r['processor_ms']:13.2f}" if "processor_ms" in r else f"{'':13}"
-            layers = f"{r['gpu_ms']:14.3f}" if r.get("gpu_ms") else f"{'':14}"
-            rest = f"{prefill:14.0f} {gigabytes:8.1f} {r.get('slots', ''):>18}"
-            print(f"{name:14} {decode:12.1f} {processor} {layers} {rest}", flush=True)
+                lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+                print(f"{name:14} failed: {lines[-1]}")
+            else:
+                print(row(name, json.loads(done.stdout.splitlines()[-1])), flush=True)
+
+
+def row(name: str, result: dict[str, Any]) -> str:
+    """A line of the table; what a run has not measured is left out."""
+    cells = (format(result[key], form) if key in result else "" for _, key, form in COLUMNS)
+    return f"{name:14}  " + "  ".join(f"{cell:>{len(title)}}" for cell, (title, _, _) in zip(cells, COLUMNS))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """A random checkpoint of a release's true widths with few layers: what speed is measured on.
 
 The speed of a token depends on the shapes and on which experts the router picks, not on what the weights know. Eight
-layers and 49,664 vocabulary rows are one fifth of 35B-A3B in every cost of a token. Weights are scaled so that
-activations stay near 1 and logits near the standard normal; the MTP head and the vision tower are left out, because
-no engine here runs them. Random weights say nothing about quality.
+layers and 49,664 vocabulary rows are one fifth of 35B-A3B in every cost of a token; four layers, 16,640 rows and 32
+experts a layer about a fifteenth of 397B-A17B. Weights are scaled so that activations stay near 1 and logits near the
+standard normal; the MTP head and the vision tower are left out, because no engine here runs them. Random weights say
+nothing about quality.
 
 Values come from one pool of normal noise: each piece of a tensor is a window of it at an offset of its own, so that
 writing costs no arithmetic and at most a few pools are in memory.
@@ -14,8 +15,7 @@ tokens, by layer: without skew a tenth of the experts gets 18 to 22 % of the cho
 
     python benchmarks/make_checkpoint.py build/speed/checkpoint
     python benchmarks/make_checkpoint.py build/speed/skewed --routing-skew 0.8
-    # a fifteenth of 397B-A17B, with an eighth of its experts a layer: 8 GB
-    python benchmarks/make_checkpoint.py build/speed/397B --model 397B --layers 4 --vocab 16640 --experts 64
+    python benchmarks/make_checkpoint.py build/speed/397B/checkpoint --model 397B
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 INDEX_NAME = "model.safetensors.index.json"  # written last: a checkpoint without it is not finished
 
 POOL_VALUES = 2**24
-PIECE_VALUES = 2**21  # of one window: the gate and up projection of one real expert
+PIECE_VALUES = 2**21  # of one window: the gate and up projections of a 35B expert
 FLOAT32_TENSORS = ("A_log", "linear_attn.norm.weight")  # as released
 
 # The skew's direction: its size beside embeddings of deviation 1, and an estimate of what is left of it in the normed
@@ -51,8 +51,17 @@ DIRECTION_SHARE = 0.55
 
 Shape = tuple[int, ...]
 
-# What releases differ in: hidden size, an expert's width, experts of a token, heads of attention, of DeltaNet's values
-MODELS = {"35B": (2048, 512, 8, 16, 32), "397B": (4096, 1024, 10, 32, 64)}
+MODELS = {  # what the releases differ in
+    "35B": {
+        "hidden_size": 2048, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+        "num_experts_per_tok": 8, "num_attention_heads": 16, "linear_num_value_heads": 32,
+    },
+    "397B": {
+        "hidden_size": 4096, "moe_intermediate_size": 1024, "shared_expert_intermediate_size": 1024,
+        "num_experts_per_tok": 10, "num_attention_heads": 32, "linear_num_value_heads": 64,
+    },
+}  # fmt: skip
+PARTS = {"35B": (8, 49664, 256), "397B": (4, 16640, 32)}  # layers, embedding rows, experts: unless said otherwise
 
 
 def main() -> None:
@@ -60,9 +69,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="directory to write")
     parser.add_argument("--model", choices=MODELS, default="35B", help="whose widths: 35B-A3B's or 397B-A17B's")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocab", type=int, default=49664, help="embedding rows; the tokenizer's 4096 are the first")
-    parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--layers", type=int, help="8 of 35B, 4 of 397B unless said otherwise")
+    parser.add_argument("--vocab", type=int, help="embedding rows, 49664 or 16640; the tokenizer's 4096 are the first")
+    parser.add_argument("--experts", type=int, help="of a layer: 256 or 32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--routing-skew", type=float, default=0.0, help="how fast popularity falls with rank, 0 is even"
@@ -70,24 +79,24 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.routing_skew < 0:
         parser.error(f"--routing-skew {arguments.routing_skew}: expected 0 or more")
-    config = config_of(arguments.model, arguments.layers, arguments.vocab, arguments.experts)
+    sizes = (arguments.layers, arguments.vocab, arguments.experts)
+    part = [usual if size is None else size for size, usual in zip(sizes, PARTS[arguments.model])]
+    config = config_of(arguments.model, *part)
     write_checkpoint(arguments.out, config, arguments.seed, arguments.routing_skew)
 
 
 def config_of(model: str, layers: int, vocab: int, experts: int) -> dict[str, Any]:
     """config.json of one of Qwen3.5's MODELS with another number of layers, embedding rows and experts."""
-    hidden, width, chosen, heads, value_heads = MODELS[model]
     rope = {"rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25}
     rope |= {"mrope_section": [11, 11, 10], "mrope_interleaved": True}
-    text = {
-        "model_type": "qwen3_5_moe_text", "dtype": "bfloat16", "hidden_size": hidden, "hidden_act": "silu",
+    text = MODELS[model] | {
+        "model_type": "qwen3_5_moe_text", "dtype": "bfloat16", "hidden_act": "silu",
         "num_hidden_layers": layers, "full_attention_interval": 4, "vocab_size": vocab, "rms_norm_eps": 1e-6,
         "layer_types": ["linear_attention" if (n + 1) % 4 else "full_attention" for n in range(layers)],
-        "num_experts": experts, "num_experts_per_tok": chosen, "moe_intermediate_size": width,
-        "shared_expert_intermediate_size": width, "mlp_only_layers": [],
-        "num_attention_heads": heads, "num_key_value_heads": 2, "head_dim": 256, "attn_output_gate": True,
+        "num_experts": experts, "mlp_only_layers": [],
+        "num_key_value_heads": 2, "head_dim": 256, "attn_output_gate": True,
         "attention_bias": False, "rope_parameters": rope, "max_position_embeddings": 262144,
-        "linear_num_key_heads": 16, "linear_num_value_heads": value_heads, "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16, "linear_key_head_dim": 128,
         "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "mamba_ssm_dtype": "float32",
         "mtp_num_hidden_layers": 0, "tie_word_embeddings": False,
     }  # fmt: skip

@@ -25,7 +25,7 @@ STRIP, MAX_STRIPS = 512, 8  # cuda/bytes.h
 MAX_SIMDGROUPS = 8  # cuda/linears_bytes.cu
 GROUPS, WANTED = 128, 1024  # threadgroups, and simdgroups in all, that fill a large GPU
 STRIP_UNITS, DIGITS_WORDS = 16, 30  # cuda/vector.h; words of a unit's digits, with what is known of them
-GATE_UP_THREADS, DOWN_SIMDGROUPS, FEW = 128, 11, 10  # cuda/experts_vector.cu
+GATE_UP_THREADS, DOWN_SIMDGROUPS, FEW_PLACES = 128, 11, 10  # cuda/experts_vector.cu
 MAX_COLUMNS, MAX_WIDTH = 4096, 1024  # the same
 LEAST_WEIGHTS = 2**21  # of a projection of an expert: 397B's have twice as many, 35B's half (EXPERIMENTS.md)
 
@@ -75,8 +75,8 @@ def _divide(matrices: Sequence[Matrix]) -> tuple[int, int]:
 def takes_experts(columns: int, width: int) -> bool:
     """Whether threadgroup memory can hold the vectors of such experts, and the calls here pay.
 
-    Whatever their bits: ten of 397B's gain 20, 32 and 11 % of the time at 4, 2 and 8 bits, and 1 % at 3
-    (benchmarks/README.md); at 16 they were not timed.
+    Whatever their bits: ten of 397B's gain 27, 37, 18 and 14 % of the time at 4, 2, 8 and 3 bits
+    (benchmarks/README.md); at 16 they were not timed. Of 35B's it would depend on the bits (runtime/EXPERIMENTS.md).
     """
     return columns <= MAX_COLUMNS and width <= MAX_WIDTH and columns * width >= LEAST_WEIGHTS
 
@@ -92,9 +92,9 @@ def experts_gate_up(
     """launches.experts_gate_up."""
     launches.check_spread(x)
     shape = _experts_shape(places, x, hidden)
-    kernel = "experts_gate_up_few" if count_places(places) <= FEW else "experts_gate_up"
     grid = (_hidden_units(hidden) * UNIT // TILE_ROWS, count_places(places), 1)
     arguments: tuple[torch.Tensor | bytes, ...] = (*banks, forms, places, x, hidden, shape)
+    kernel = _variant("experts_gate_up", places)
     return Launch("experts_vector", kernel, arguments, grid, (GATE_UP_THREADS, 1, 1))
 
 
@@ -109,10 +109,15 @@ def experts_down(
     """launches.experts_down."""
     shape = _experts_shape(places, x, hidden)
     simdgroups = min(count_places(places), DOWN_SIMDGROUPS)
-    kernel = "experts_down_few" if simdgroups <= FEW else "experts_down"
     grid = (-(-x.shape[-1] // TILE_ROWS), 1, 1)
     arguments: tuple[torch.Tensor | bytes, ...] = (*banks, forms, places, hidden, weights, x, shape)
+    kernel = _variant("experts_down", places)
     return Launch("experts_vector", kernel, arguments, grid, (simdgroups * LANES, 1, 1))
+
+
+def _variant(kernel: str, places: torch.Tensor) -> str:
+    """The form of a kernel for so many places: few leave registers for more of the work of each."""
+    return f"{kernel}_few" if count_places(places) <= FEW_PLACES else kernel
 
 
 def _experts_shape(places: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor) -> bytes:

@@ -74,16 +74,26 @@ def first_choices(checkpoint: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("model", "layers", "experts", "billions"), [("35B", 40, 256, 34.66), ("397B", 60, 512, 396.35)]
+    ("model", "layers", "experts", "mtp", "released", "active"),
+    [("35B", 40, 256, 0.84, 35.95, 3.46), ("397B", 60, 512, 6.60, 403.4, 17.35)],
 )
 def test_checkpoint_has_the_widths_of_a_release(
-    benchmark: Any, model: str, layers: int, experts: int, billions: float
+    benchmark: Any, model: str, layers: int, experts: int, mtp: float, released: float, active: float
 ) -> None:
-    """With all layers, experts and rows it has the release's parameters, but for the MTP head and the vision tower."""
+    """With all layers, experts and rows it has the parameters that hubs list, but for the MTP head and vision (0.45).
+
+    All numbers are billions. Those that a token uses are A3B's and A17B's.
+    """
     script = benchmark("make_checkpoint")
     architecture = Architecture.from_config(script.config_of(model, layers, 248320, experts))
-    shapes = [shape for shard in script._split_into_shards(architecture) for shape in shard.values()]
-    assert sum(map(math.prod, shapes)) / 1e9 == pytest.approx(billions, abs=0.01)
+    sizes = {
+        name: math.prod(shape) / 1e9
+        for shard in script._split_into_shards(architecture)
+        for name, shape in shard.items()
+    }
+    total, routed = sum(sizes.values()), sum(size for name, size in sizes.items() if ".mlp.experts." in name)
+    assert total == pytest.approx(released - mtp - 0.45, abs=0.02)
+    assert total - routed * (1 - architecture.num_experts_per_tok / experts) == pytest.approx(active, abs=0.01)
 
 
 def test_checkpoint_converts_and_runs(checkpoints: Any, tmp_path: Path) -> None:

@@ -253,19 +253,23 @@ def test_one_expert_of_a_token(executor: Runner, chosen_launches: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hidden", "width", "group_size", "of_each"),
+    ("hidden", "width", "group_size", "copies"),
     [
-        *((1152, 576, 64, 1), (1152, 640, 128, 1), (1536, 512, 64, 3), (4096, 64, 64, 1), (4096, 96, 32, 3)),
+        (1152, 576, 64, 1),
+        (1152, 640, 128, 1),
+        (1536, 512, 64, 3),
+        (4096, 64, 64, 1),
+        (4096, 96, 32, 3),
         (4096, 128, 128, 1),
     ],
 )
-def test_experts_of_real_rows(chosen_launches: Any, hidden: int, width: int, group_size: int, of_each: int) -> None:
-    """Rows of several strips, whole ones or not, whose scales come by sixteen bytes or one by one, and once more.
+def test_experts_of_real_rows(chosen_launches: Any, hidden: int, width: int, group_size: int, copies: int) -> None:
+    """Rows of several strips, whole ones or not, whose scales come by sixteen bytes or one by one.
 
-    Twelve of them are no longer few (token_launches.FEW). metal/'s kernels add up 128 of 4,096 columns in a lane, which
-    may lose twice the tolerance.
+    Three copies are twelve experts: more than FEW_PLACES, so the kernels for more. metal/'s add up 128 of 4,096 columns
+    in a lane, which may lose twice the tolerance.
     """
-    schemes = [dict(zip(PROJECTIONS, bits)) for bits in ((4, 4, 4), (2, 3, 8), (3, 8, 2), (8, 2, 3))] * of_each
+    schemes = [dict(zip(PROJECTIONS, bits)) for bits in ((4, 4, 4), (2, 3, 8), (3, 8, 2), (8, 2, 3))] * copies
     geometries = [
         BlockGeometry.of(hidden, width, {name: Scheme.of(bits, group_size) for name, bits in scheme.items()})
         for scheme in schemes

@@ -150,8 +150,8 @@ def test_geometry_is_that_of_the_text() -> None:
     assert vector["HIDDEN_KNOWN"] == units // 2
     assert vector["HIDDEN_LINES"] == units // vector["SPAN_UNITS"] * vector["LINE_QUADS"]
     assert vector["DOWN_SIMDGROUPS"] == token_launches.DOWN_SIMDGROUPS
-    assert vector["FEW"] == token_launches.FEW
-    for prefix, simdgroups in (("DOWN", token_launches.DOWN_SIMDGROUPS), ("FEW", token_launches.FEW)):
+    assert vector["FEW_PLACES"] == token_launches.FEW_PLACES
+    for prefix, simdgroups in (("DOWN", token_launches.DOWN_SIMDGROUPS), ("FEW", token_launches.FEW_PLACES)):
         assert vector[f"{prefix}_QUADS"] == simdgroups * vector["HIDDEN_QUADS"] + vector["ZERO_QUADS"]
         assert vector[f"{prefix}_KNOWN"] == simdgroups * vector["HIDDEN_KNOWN"]
         assert vector[f"{prefix}_LINES"] == simdgroups * vector["HIDDEN_LINES"]

@@ -18,8 +18,8 @@
 // and digits have the same: the one that costs no shifts between bytes (column_of).
 //
 // A simdgroup has a tile for itself, or shares its columns with others; all of a threadgroup have one vector, whose
-// digits they make together, in threadgroup memory. It requests weights first, as many spans as registers hold, then
-// waits for the kernel before (wait_for_last) and helps with the digits; when a span has been used, one further on is
+// digits they make together, in threadgroup memory. It requests weights first, AHEAD spans, then waits for the kernel
+// before (wait_for_last) and helps with the digits; when a span has been used, one further on is
 // requested into its registers. Scales and biases come by strips of 512 columns.
 
 constant constexpr uint TILE_ROWS = 16;
@@ -167,7 +167,7 @@ inline Tile tile_of(thread const Weights& w, uint row, uint lane) {
 template <int BITS>
 inline void load_span(thread const Tile& tile, uint span, uint lane, thread uint* words) {
   const uint offset = min(span * SPAN_UNITS + lane % 4, tile.units - 1) * BITS * 4;
-  if (BITS == 8) {  // faster by way of the L1 here
+  if (BITS == 8) {  // slower past the L1 here, though not in vector.h
     load_packed<BITS>(tile.rows[0] + offset, words);
     load_packed<BITS>(tile.rows[1] + offset, words + BITS);
   } else {
@@ -291,7 +291,7 @@ inline Share share_of(uint strips, uint part, uint parts, uint index, uint threa
 template <int BITS, bool IS_SMALL>
 MSL_NOINLINE float multiply_packed(Weights w, uint row, RowInputs inputs, Share share, threadgroup uint4* digits,
     threadgroup uint4* lines, threadgroup float* results) {
-  constexpr int AHEAD = 4;  // spans under way
+  constexpr int AHEAD = 4;  // spans under way: eight of four bits were slower
   const Scratch scratch = scratch_at(digits);
   const Tile tile = tile_of<BITS>(w, row, share.lane);
   const uint first = share.first_strip * STRIP_SPANS, end = share.end_strip * STRIP_SPANS;

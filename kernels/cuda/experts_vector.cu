@@ -14,9 +14,10 @@ using namespace metal;
 //
 // Threads, gate_up: grid (units * 2, places); of a threadgroup's four simdgroups two multiply a tile of gate, two one
 // of up, each half of the columns. A tile's products are those that one product of down takes of two units. down: grid
-// (rows / TILE_ROWS), a simdgroup for each place, up to DOWN_SIMDGROUPS, beyond which they take turns; experts_down_few
-// has fewer simdgroups, and more registers for each. Tiles as in vector.h. Bound by the bytes of the weights, and the
-// more by products and by a kernel's start and end the fewer bits they have. Reference: run_experts, add_rows. Test:
+// (rows / TILE_ROWS), a simdgroup for each place, up to DOWN_SIMDGROUPS, beyond which they take turns.
+// experts_gate_up_few and experts_down_few are for up to FEW_PLACES: fewer threadgroups on a multiprocessor, or fewer
+// simdgroups in one, and more registers for each. Tiles as in vector.h. Bound by the bytes of the weights, and the more
+// by products and by a kernel's start and end the fewer bits they have. Reference: run_experts, add_rows. Test:
 // test_metal_matrices.py.
 
 constant constexpr uint GATE_UP_THREADS = 128;
@@ -25,7 +26,7 @@ constant constexpr uint X_QUADS = 771;        // for their digits, and zeros
 constant constexpr uint X_KNOWN = 64;
 constant constexpr uint GATE_UP_LINES = 512;  // for 16 words of each simdgroup
 constant constexpr uint DOWN_SIMDGROUPS = 11;
-constant constexpr uint FEW = 10;             // places
+constant constexpr uint FEW_PLACES = 10;
 constant constexpr uint HIDDEN_QUADS = 192;   // of a simdgroup: for the digits of 32 units, at most
 constant constexpr uint HIDDEN_KNOWN = 16;
 constant constexpr uint HIDDEN_LINES = 64;    // for 8 words
@@ -135,6 +136,7 @@ inline void multiply_experts(device const uchar* bank0, device const uchar* bank
   multiply_experts(bank0, bank1, bank2, forms, places, x, hidden, shape, group, index, simdgroup, lane, memory);
 }
 
+// The same text: how many threadgroups a multiprocessor holds differs (msl.py).
 [[kernel, max_total_threads_per_threadgroup(128)]] void experts_gate_up_few(device const uchar* bank0 [[buffer(0)]],
     device const uchar* bank1 [[buffer(1)]], device const uchar* bank2 [[buffer(2)]],
     constant ExpertForm* forms [[buffer(3)]], constant Place* places [[buffer(4)]], device const float* x [[buffer(5)]],
@@ -217,8 +219,8 @@ inline void add_experts(device const uchar* bank0, device const uchar* bank1, de
   threadgroup uint4 digits[FEW_QUADS];
   threadgroup uint4 known[FEW_KNOWN];
   threadgroup uint4 lines[FEW_LINES];
-  threadgroup float results[FEW][TILE_ROWS];
-  const Memory memory = {digits, known, lines, digits + (FEW * HIDDEN_QUADS + ZERO_PLACE), results[0]};
+  threadgroup float results[FEW_PLACES][TILE_ROWS];
+  const Memory memory = {digits, known, lines, digits + (FEW_PLACES * HIDDEN_QUADS + ZERO_PLACE), results[0]};
   add_experts(bank0, bank1, bank2, forms, places, hidden, weights, x, shape, group, index, simdgroup, simdgroups, lane,
       memory);
 }

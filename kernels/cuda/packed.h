@@ -1,7 +1,7 @@
-// Packed weights as the kernels for a token read them: once, past the L1 cache. Put into kernel files by text, after
-// matrix.h.
+// Packed weights past the L1 cache: a token's kernels read each once. Put into kernel files by text, after matrix.h.
 
-// matrix.h's load_packed. Of three bits a lane takes three words that lie together: the L1 has the second and third.
+// matrix.h's load_packed, past the L1, but for three bits: a lane's three words are three loads from one sector, which
+// would be fetched three times.
 template <int BITS>
 inline void load_packed_once(device const uchar* unit, thread uint* words) {
   if (BITS == 3) return load_packed<BITS>(unit, words);

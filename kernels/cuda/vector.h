@@ -12,8 +12,8 @@
 // are left with the sums of the higher two digits, odd ones with that of the lowest. Groups of 32 take two passes,
 // each with one of the two units that share columns.
 //
-// A simdgroup has a tile of 16 rows, or a share of its columns, for itself. It requests as many spans of weights as
-// registers hold, and the scales of 16 in gate_up, 8 in down (half as many if groups are of 32); when a span has been
+// A simdgroup has a tile of 16 rows, or a share of its columns, for itself. It requests a few spans of weights
+// (multiply_tile), and the scales of 16 in gate_up, 8 in down (half as many if groups are of 32); when a span has been
 // used, one further on is requested into its registers. Four spans, for which the loop is unrolled, are a strip. A lane
 // loads scales that others need: they go by way of the threadgroup's memory.
 
@@ -385,11 +385,12 @@ inline float2 multiply_bits(
   return multiply_packed<BITS, false, AHEAD, IS_OWN>(w, rows, share, vector, lane);
 }
 
-// The same for any bits.
+// The same for any bits. Beside each are the spans under way, by measurement: fewer in down (IS_OWN), whose digits take
+// registers too.
 template <bool IS_OWN>
 inline float2 multiply_tile(
     thread const Weights& w, TileRows rows, thread const Share& share, thread const Vector& vector, uint lane) {
-  switch (w.storage) {  // down has fewer registers
+  switch (w.storage) {
     case 2: return multiply_bits<2, 4, IS_OWN>(w, rows, share, vector, lane);
     case 3: return multiply_bits<3, IS_OWN ? 2 : 4, IS_OWN>(w, rows, share, vector, lane);
     case 4: return multiply_bits<4, 2, IS_OWN>(w, rows, share, vector, lane);

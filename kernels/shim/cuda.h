@@ -63,12 +63,7 @@ MSL_FUNCTION void wait_for_last() {
 #endif
 }
 
-// What a kernel reads once, and nobody writes meanwhile: past the L1, and all of its line to the L2.
-MSL_FUNCTION uint load_once(const uint* from) {
-  uint one;
-  asm("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(one) : "l"(from));
-  return one;
-}
+// What a kernel reads once, and nobody writes while it runs: past the L1, and all of its line to the L2.
 MSL_FUNCTION uint2 load_once(const uint2* from) {
   uint2 two;
   asm("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(two.x), "=r"(two.y) : "l"(from));
