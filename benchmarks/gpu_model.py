@@ -9,7 +9,7 @@ decode tok/s        by the median time of the last 64 of 128 tokens after a prom
 processor ms        of such a token on the CPU: its time less the waits for GPU and disk. May double from one process to
                     the next on a machine that others use
 layers GPU ms       of all layers of such a token on the GPU, without embedding, output and argmax: events around the
-                    recorded work. Steady. Only where all are handed over at once: resident
+                    recorded work, its start included. Steady. Only where all are handed over at once: resident
 prefill tok/s       by the median of 11 prompts of 2048 after 3
 GPU GB              the most that torch has reserved
 experts in memory   with random weights the choice is nearly even: a token misses about the share that is not there

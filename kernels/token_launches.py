@@ -75,8 +75,9 @@ def _divide(matrices: Sequence[Matrix]) -> tuple[int, int]:
 def takes_experts(columns: int, width: int) -> bool:
     """Whether threadgroup memory can hold the vectors of such experts, and the calls here pay.
 
-    Whatever their bits: ten of 397B's gain 27, 37, 18 and 14 % of the time at 4, 2, 8 and 3 bits
-    (benchmarks/README.md); at 16 they were not timed. Of 35B's it would depend on the bits (runtime/EXPERIMENTS.md).
+    Whatever their bits: ten of 397B's gain 27, 37, 18 and 14 % of the time at 4, 2, 8 and 3 bits, eleven at 3 hardly
+    anything (benchmarks/README.md); at 16 they were not timed. Of 35B's it would depend on the bits
+    (runtime/EXPERIMENTS.md).
     """
     return columns <= MAX_COLUMNS and width <= MAX_WIDTH and columns * width >= LEAST_WEIGHTS
 

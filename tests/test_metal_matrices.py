@@ -279,10 +279,14 @@ def test_experts_of_real_rows(chosen_launches: Any, hidden: int, width: int, gro
     check_experts(*run_experts(RUNNER, chosen_launches, geometries, random_input(1, hidden), weights), tolerance)
 
 
-def test_more_experts_than_simdgroups_of_a_threadgroup(chosen_launches: Any) -> None:
-    geometries = [block_geometry(64, 32, (4, 2, 3))] * 13
+def test_more_experts_than_simdgroups_of_a_threadgroup(executor: Runner, chosen_launches: Any) -> None:
+    """And more than FEW_PLACES."""
+    if getattr(executor, "sanitizer", "") == "thread" and chosen_launches is token_launches:
+        pytest.skip("53,248 lanes are more than ThreadSanitizer counts: the test of one expert is for it")
+    schemes = [(4, 2, 3), (2, 8, 4), (3, 4, 2), (8, 3, 8)]
+    geometries = [block_geometry(64, 32, schemes[i % 4]) for i in range(13)]
     weights = torch.linspace(0.1, 1, 13)
-    check_experts(*run_experts(RUNNER, chosen_launches, geometries, random_input(1, 64), weights), EXPERT)
+    check_experts(*run_experts(executor, chosen_launches, geometries, random_input(1, 64), weights), EXPERT)
 
 
 def test_experts_of_what_is_not_a_number(chosen_launches: Any) -> None:

@@ -284,6 +284,8 @@ def test_the_choice_of_experts_waits_before_the_next_kernel_may_begin() -> None:
 
 def test_experts_gate_up_waits_before_experts_down_may_begin() -> None:
     """experts_down of cuda/ reads places and x before it waits: a copy, or two kernels before, has written them."""
-    text = msl.load("experts_vector").text.split("void multiply_experts(")[1].split("[[kernel")[0]
+    whole = msl.load("experts_vector").text
+    assert whole.count("launch_next();") == 2  # the other is down's
+    text = whole.split("void multiply_experts(")[1].split("[[kernel")[0]
     waits = text.index("wait_for_last();")
     assert waits < min(text.index("launch_next();"), text.index("places[group.y]"))
