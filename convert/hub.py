@@ -1,11 +1,12 @@
 """A checkpoint on the hub, converted without keeping it: shards come one by one, are checked, used and deleted.
 
 A branch or tag is resolved to its commit once, and everything is asked for by that commit: what is published meanwhile
-does not mix in, and a conversion that goes on later goes on with the same files. Configs, tokenizer and the headers of
-all shards are fetched first, so that a plan is made and refused as for a directory. A shard with experts is downloaded
-to the output's disk, compared with the sha256 that the hub lists, and deleted when the last layer that lies in it is
-written. Resident weights, a few percent, are read by HTTP range at the end, against hashes taken from the checked file:
-these percents are fetched twice. Broken connections go on where they broke.
+does not mix in, and a conversion that goes on later goes on with the same files. Configs, tokenizer, and of all shards
+the headers and the samples of their fingerprints are fetched first, so that a plan is made and refused as for a
+directory. A shard with experts is downloaded to the output's disk, compared with the sha256 that the hub lists, and
+deleted when the last layer that lies in it is written. Resident weights, a few percent, are read by HTTP range at the
+end, against hashes taken from the checked file: these percents are fetched twice. Broken connections go on where they
+broke.
 
     with Mirror.open("hf://Qwen/Qwen3.5-397B-A17B@main", out) as mirror:
         plan = plan_conversion(mirror.directory, out, recipe, origin=mirror.origin)
@@ -21,6 +22,7 @@ import json
 import tempfile
 import threading
 from collections.abc import Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,7 +33,7 @@ from moepack.convert.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME, rea
 from moepack.convert.hub_transfer import SCHEME, Repository
 from moepack.convert.journal import JOURNAL_NAME, SETTINGS_FILE
 from moepack.convert.memory import PIECE_BYTES
-from moepack.convert.plan import COPIED_FILES, ConversionPlan, Origin
+from moepack.convert.plan import COPIED_FILES, SAMPLE_BYTES, ConversionPlan, Origin, sample_offsets
 from moepack.convert.shard_reader import Record, ShardReader
 from moepack.layout.errors import CheckpointError, UsageError
 from moepack.layout.sizes import format_size
@@ -41,6 +43,7 @@ from moepack.layout.writer import atomic_file
 
 SHARDS_FOLDER = "shards"  # in the journal's folder: what is left there when a conversion ends is deleted with it
 DEFAULT_SHARDS = 2
+REQUESTS = 8  # at a time, for headers and samples
 
 
 def is_hub_address(source: str) -> bool:
@@ -57,7 +60,7 @@ def parse_address(address: str) -> tuple[str, str]:
 
 
 class Mirror:
-    """What of a repository is here: small files, and headers in files of the shards' sizes without their data."""
+    """What of a repository is here: small files, and files of the shards' sizes with headers and a few samples."""
 
     def __init__(self, repository: Repository, directory: Path):
         self.repository, self.directory, self.reader = repository, directory, HubReader(repository)
@@ -103,17 +106,27 @@ class Mirror:
         for shard in shards:
             if shard not in files:
                 raise CheckpointError(f"{self.repository.url(shard)}: the index names it, the repository lacks it")
-            self._fetch_header(shard)
+        with ThreadPoolExecutor(REQUESTS) as pool:  # a dozen small requests a shard
+            list(pool.map(self._fetch_sparse, shards))
 
-    def _fetch_header(self, shard: str) -> None:
-        """A file of the shard's size that holds its header and nothing else: the disk stores no more than that."""
+    def _fetch_sparse(self, shard: str) -> None:
+        """A file of the shard's size with its header and what its fingerprint is of: the disk stores no more than that.
+
+        So a calibration of the same checkpoint fits, wherever either was made, and one of a fine-tune does not.
+        """
         size_bytes = self.repository.files[shard].size_bytes
         head = self.repository.read_range(shard, 0, min(LENGTH_BYTES, size_bytes))
         length = min(int.from_bytes(head, "little"), MAX_TENSOR_HEADER_BYTES, max(0, size_bytes - LENGTH_BYTES))
         header = self.repository.read_range(shard, LENGTH_BYTES, length) if length else b""
+        done = len(head + header)
         with open(self.directory / shard, "wb") as file:
             file.write(head + header)
             file.truncate(size_bytes)
+            for offset in sample_offsets(done, size_bytes):
+                start, done = max(offset, done), min(offset + SAMPLE_BYTES, size_bytes)
+                if start < done:
+                    file.seek(start)
+                    file.write(self.repository.read_range(shard, start, done - start))
 
 
 def _live_bytes(layers: list[set[str]], sizes: dict[str, int]) -> int:

@@ -334,7 +334,7 @@ def check_free_space(plan: ConversionPlan) -> tuple[int, int]:
         written += sum(path.stat().st_size for path in paths if path.exists())
     copied = sum(path.stat().st_size for path in list_copied_files(plan.checkpoint.directory))
     needed = max(0, plan.forecast.total_bytes - written) + copied + MARGIN_BYTES
-    needed += plan.checkpoint.reader.scratch_bytes
+    needed += plan.checkpoint.reader.scratch_bytes + plan.forecast.spilled_bytes
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise NotEnoughSpace(
@@ -444,8 +444,13 @@ def _sample(path: Path) -> dict[str, Any]:
         else:
             head = file.read(LENGTH_BYTES)
             digest.update(head + file.read(int.from_bytes(head, "little")))
-            start = file.tell()
-            for sample in range(SAMPLES):
-                file.seek(start + max(0, size_bytes - start - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+            for offset in sample_offsets(file.tell(), size_bytes):
+                file.seek(offset)
                 digest.update(file.read(SAMPLE_BYTES))
     return {"size_bytes": size_bytes, "fingerprint": digest.hexdigest()}
+
+
+def sample_offsets(start: int, size_bytes: int) -> list[int]:
+    """Where the samples of a shard's fingerprint begin, each of SAMPLE_BYTES or less; its data begin at `start`."""
+    last = max(0, size_bytes - start - SAMPLE_BYTES)
+    return [start + last * sample // (SAMPLES - 1) for sample in range(SAMPLES)]

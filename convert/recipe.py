@@ -183,5 +183,11 @@ class Forecast:
         return sum(self.expert_file_bytes) + self.resident_bytes
 
     @property
+    def spilled_bytes(self) -> int:
+        """Scales and biases of resident matrices: they wait in a file while the weights are written."""
+        arrays = layout_tensors(self.resident_arrays)[1]
+        return sum(spec.size_bytes for spec in arrays if spec.name.rpartition(".")[2] in ("scales", "biases"))
+
+    @property
     def bits_per_weight(self) -> float:
         return 8 * self.payload_bytes / self.num_weights

@@ -6,6 +6,7 @@ reading of checkpoints is trusted.
 
 import hashlib
 import json
+import os
 import re
 import time
 import tracemalloc
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 
 from convert_command import SMALL, files_of, problems_of, run_convert
 from moepack.convert import pipeline
-from moepack.convert.plan import plan_conversion
+from moepack.convert.plan import check_free_space, plan_conversion
 from moepack.convert.quantizers import define_minmax
 from moepack.convert.recipe import Recipe
 from moepack.convert.shard_reader import ShardReader
@@ -294,6 +295,24 @@ def test_a_config_that_leaves_sizes_to_the_familys_defaults_converts(tmp_path, n
     (source / "config.json").write_text(json.dumps(config))
     assert run_convert(source, tmp_path / "pack", "--group-size", 32).code == 0
     assert problems_of(tmp_path / "pack") == []
+
+
+def test_scales_that_wait_in_a_file_are_planned_for(tmp_path, monkeypatch):
+    source = write_checkpoint(tmp_path / "checkpoint", SMALL)
+    plan = plan_conversion(source, tmp_path / "pack", Recipe(4, 32, 8, "minmax"))
+    copies, temporary = [], pipeline.tempfile.TemporaryFile
+
+    def watched(**options):
+        file = temporary(**options)
+        copies.append(os.dup(file.fileno()))
+        return file
+
+    monkeypatch.setattr(pipeline.tempfile, "TemporaryFile", watched)
+    before = check_free_space(plan)[0]
+    pipeline.convert(plan, 1, lambda count: None)
+    assert plan.forecast.spilled_bytes == os.fstat(copies[0]).st_size > 0
+    assert before > plan.forecast.total_bytes + plan.forecast.spilled_bytes
+    os.close(copies[0])
 
 
 def test_the_demo_checkpoint_plans():

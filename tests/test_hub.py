@@ -72,6 +72,13 @@ def assert_one_line(result, *parts, code=1):
     assert [part for part in parts if part not in result.errors[0]] == [], result.errors
 
 
+def asked_first(hub: TinyHub, shard: str) -> int:
+    """How many requests for a shard come before it is downloaded: its header, and what its fingerprint is of."""
+    hub.sent.clear()
+    with hub_module.Mirror.open(ADDRESS, None):
+        return sum(sent.where == "store" and sent.name.endswith(shard) for sent in hub.sent)
+
+
 def test_the_same_pack_as_from_a_directory(hub, source, local, tmp_path):
     commit = hub.publish("org/tiny", source)
     out = tmp_path / "pack"
@@ -83,6 +90,21 @@ def test_the_same_pack_as_from_a_directory(hub, source, local, tmp_path):
     assert (facts["repository"], facts["asked"], facts["commit"]) == ("org/tiny", "main", commit)
     assert facts["sha256"] == {n: d for n, d in files_of(source).items() if n.endswith(".safetensors")}
     assert json.loads((out / "manifest.json").read_text())["provenance"]["source"] == "org--tiny"
+
+
+def test_fingerprints_are_those_of_the_directory_and_tell_a_fine_tune(hub, source, tmp_path):
+    """So a calibration fits wherever the checkpoint is read from, and never another model of the same shapes."""
+    packs = {"directory": source, "hub": ADDRESS, "tuned": "hf://org/tuned"}
+    hub.publish("org/tiny", source)
+    hub.publish("org/tuned", write_checkpoint(tmp_path / "other", replace(MODEL, seed=1), shards=7))
+    found = {}
+    for name, address in packs.items():
+        assert run_convert(address, tmp_path / name, *GROUP).code == 0
+        shards = settings_of(tmp_path / name)["source"]
+        found[name] = {file: facts for file, facts in shards.items() if file.endswith(".safetensors")}
+    assert found["directory"] == found["hub"]
+    assert found["hub"].keys() == found["tuned"].keys()
+    assert found["hub"] != found["tuned"]
 
 
 def test_each_shard_is_downloaded_once_and_space_is_bounded(hub, source, tmp_path, monkeypatch):
@@ -199,7 +221,7 @@ def test_a_flipped_bit_in_a_resident_range_is_found(hub, source, local, tmp_path
 def test_a_shard_with_a_wrong_hash_is_fetched_again_and_then_refused(hub, source, tmp_path, times):
     hub.publish("org/tiny", source)
     shard = "model.safetensors-00002-of-00007.safetensors"
-    hub.faults.append(Fault("store", shard, flip_byte=9000, skip=2, times=times))
+    hub.faults.append(Fault("store", shard, flip_byte=9000, skip=asked_first(hub, shard), times=times))
     result = run_convert(ADDRESS, tmp_path / "pack", *GROUP)
     assert_one_line(result, shard, "sha256", "twice")
     assert not (tmp_path / "pack" / ".convert" / "shards" / shard).exists()
@@ -210,7 +232,7 @@ def test_a_server_that_stays_down_is_an_error_and_the_same_command_goes_on(hub, 
     commit = hub.publish("org/tiny", source)
     out = tmp_path / "pack"
     last = "model.safetensors-00004-of-00007.safetensors"
-    hub.faults.append(Fault("store", last, status=503, skip=2, times=10**6))
+    hub.faults.append(Fault("store", last, status=503, skip=asked_first(hub, last), times=10**6))
     result = run_convert(ADDRESS, out, *GROUP)
     assert_one_line(result, last, "503", f"{MAX_FAILURES} times in a row", "same command again")
     done = {path.name for path in (out / "experts").glob("*.bin")}
@@ -236,7 +258,8 @@ def test_a_server_that_stays_down_is_an_error_and_the_same_command_goes_on(hub, 
 def test_a_branch_that_moves_midway_does_not_mix_in(hub, source, local, tmp_path):
     commit = hub.publish("org/tiny", source)
     out = tmp_path / "pack"
-    hub.faults.append(Fault("store", "-00004-of-00007.safetensors", status=503, skip=2, times=10**6))
+    shard = "-00004-of-00007.safetensors"
+    hub.faults.append(Fault("store", shard, status=503, skip=asked_first(hub, shard), times=10**6))
     assert run_convert(ADDRESS, out, *GROUP).code == 1
     hub.faults.clear()
     other = write_checkpoint(tmp_path / "other", replace(MODEL, seed=1), shards=7)
@@ -378,8 +401,9 @@ def test_pauses_double_up_to_a_minute_and_progress_begins_anew(monkeypatch):
 def test_killed_and_interrupted_it_goes_on(hub, local, source, tmp_path):
     hub.publish("org/tiny", source)
     out = tmp_path / "pack"
+    shard = "-00005-of-00007.safetensors"
     for number, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
-        blocker = Fault("store", "-00005-of-00007.safetensors", status=503, skip=2, times=MAX_FAILURES - 1)
+        blocker = Fault("store", shard, status=503, skip=asked_first(hub, shard), times=MAX_FAILURES - 1)
         hub.faults.append(blocker)
         process = start_convert(ADDRESS, out, *GROUP)
         until = time.monotonic() + 60
