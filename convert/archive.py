@@ -13,18 +13,20 @@ Quantized weights are nearly noise: at 4 bits a tenth is saved, at 2 bits a quar
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import struct
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 import zstandard
 
@@ -111,48 +113,27 @@ def pack_archive(source: Path, out: Path, workers: int, on_bytes: Callable[[int,
 
     on_bytes   called with bytes of the pack as they are dealt with, and with how many there are in all
 
-    Raises UsageError if the output exists, DamagedPack if a file of the pack is not what its manifest says.
+    Raises UsageError if the output exists or another process writes it, DamagedPack if a file of the pack is not what
+    its manifest says, NotEnoughSpace or WriteError.
     """
-    if out.exists():
-        raise UsageError(f"{out}: exists: choose another name, or delete it first")
+    _refuse_existing(out)
     with Pack.open(source) as pack:
         raw = (source / MANIFEST_NAME).read_bytes()
         layout = TarLayout.of(_folder_name(source), pack.manifest, len(raw))
         hashes = expected_hashes(pack.manifest)
     unfinished, index = (out.with_name(out.name + suffix) for suffix in (PARTIAL_SUFFIX, INDEX_SUFFIX))
     identity = hashlib.sha256(raw + layout.entries[0].header).digest()
-    sizes = _resume(unfinished, index, identity, layout)
-    on_bytes(min(layout.size_bytes, len(sizes) * FRAME_BYTES), layout.size_bytes)
-    frames = range(len(sizes), layout.num_frames)
-    reader, check = ShardReader(), _Hashes(source, layout, hashes, len(sizes) * FRAME_BYTES)
-    try:
-        with (
-            naming_failures(out),
-            open(unfinished, "ab") as file,
-            open(index, "ab") as noted,
-            ThreadPoolExecutor(workers) as pool,
-        ):
-            try:
-                pending: list[int] = []
-                for plain, packed in map_in_order(pool, partial(_make_frame, reader, source, layout), frames, workers):
-                    check.update(plain)
-                    file.write(packed)
-                    pending.append(len(packed))
-                    if len(pending) == SYNC_FRAMES:
-                        sizes += _note(file, noted, pending)
-                    on_bytes(len(plain), layout.size_bytes)
-                sizes += _note(file, noted, pending)
-            finally:
-                pool.shutdown(cancel_futures=True)
-            file.write(_make_table(sizes, layout.size_bytes))
-            file.flush()
-            os.fsync(file.fileno())
-    finally:
-        reader.close()
-    size = unfinished.stat().st_size
-    finish_partial(out)
-    index.unlink()
-    sync_directory(out.parent)
+    with naming_failures(out), _hold_unfinished(out, unfinished) as file:
+        sizes = _resume(unfinished, index, identity, layout)
+        check = _hash_archived(unfinished, sizes, source, layout, hashes, on_bytes)
+        _write_frames(file, index, sizes, check, workers, on_bytes)
+        file.write(_make_table(sizes, layout.size_bytes))
+        file.flush()
+        os.fsync(file.fileno())
+        size = unfinished.stat().st_size
+        finish_partial(out)  # still held: whoever waits for the lock finds the archive finished
+        index.unlink()
+        sync_directory(out.parent)
     total = sum(entry.size_bytes for entry in layout.entries)
     return {"files": len(layout.entries), "pack_bytes": total, "archive_bytes": size}
 
@@ -261,10 +242,10 @@ def expected_hashes(manifest: Manifest) -> dict[str, str]:
 
 
 class _Hashes:
-    """Checks the files of a pack as their bytes go by; one that went by in part, in an earlier run, is passed."""
+    """Checks the files of a pack as their bytes go by; those that begin before the position are passed."""
 
     def __init__(self, source: Path, layout: TarLayout, hashes: dict[str, str], position: int):
-        self.source, self.layout, self.hashes, self.position, self.first = source, layout, hashes, position, position
+        self.source, self.layout, self.hashes, self.position = source, layout, hashes, position
         self.digest = hashlib.sha256()
         self.entries = [entry for entry in layout.entries if entry.start >= position and entry.name in hashes]
 
@@ -279,11 +260,104 @@ class _Hashes:
                 break
             if self.digest.hexdigest() != self.hashes[entry.name]:
                 raise DamagedPack(
-                    self.source / entry.name, "its sha256 is not the manifest's: no archive is made of a damaged pack"
+                    self.source / entry.name,
+                    "its sha256 is not the manifest's: no archive is made of a damaged pack: mend it, then run again",
                 )
             self.digest = hashlib.sha256()
             self.entries.pop(0)
         self.position = end
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise UsageError(f"{out}: exists: choose another name, or delete it first")
+
+
+@contextmanager
+def _hold_unfinished(out: Path, unfinished: Path) -> Iterator[BinaryIO]:
+    """The unfinished archive, to append to, held against other processes.
+
+    Raises UsageError if another one holds it or has finished it just now, OSError if it cannot be opened.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(unfinished, "ab") as file:
+        # Not the journal's lock, which opens what it locks to read it: a file on NFS must be open for writing.
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{out}: another moe-convert is at work here: wait for it") from None
+        try:
+            _refuse_existing(out)  # once more: it may have been finished between the first look and the lock
+        except UsageError:
+            if not os.fstat(file.fileno()).st_size:  # ours, made in vain
+                unfinished.unlink(missing_ok=True)
+            raise
+        yield file
+
+
+def _hash_archived(
+    unfinished: Path,
+    sizes: list[int],
+    source: Path,
+    layout: TarLayout,
+    hashes: dict[str, str],
+    on_bytes: Callable[[int, int], object],
+) -> _Hashes:
+    """The hashes where an earlier run stopped: what is archived of the file that it stopped in is hashed again.
+
+    Raises DamagedPack if what is archived is not what was written.
+    """
+    # Files that ended before were compared by the run that wrote them: a frame is written after its bytes went by.
+    # This one is read from the archive, for that is what will be unpacked: the pack may have been mended since.
+    position = len(sizes) * FRAME_BYTES
+    stopped = (entry for entry in layout.entries if entry.name in hashes and entry.start < position < entry.end)
+    first = next((entry.start // FRAME_BYTES for entry in stopped), len(sizes))
+    ends = ((packed, (number + 1) * FRAME_BYTES) for number, packed in enumerate(accumulate(sizes)))
+    frames = FrameTable(unfinished, tuple((packed, min(plain, layout.size_bytes)) for packed, plain in ends))
+    on_bytes(min(layout.size_bytes, first * FRAME_BYTES), layout.size_bytes)
+    check = _Hashes(source, layout, hashes, first * FRAME_BYTES)
+    for number in range(first, len(sizes)):
+        try:
+            plain = frames.decompress(number, lambda: "")
+        except DamagedPack as error:
+            text = "is not what was written: check the disk, delete the file, then run again"
+            raise DamagedPack(unfinished, text, offset_bytes=error.offset_bytes) from None
+        check.update(plain)
+        on_bytes(len(plain), layout.size_bytes)
+    return check
+
+
+def _write_frames(
+    file: BinaryIO,
+    index: Path,
+    sizes: list[int],
+    check: _Hashes,
+    workers: int,
+    on_bytes: Callable[[int, int], object],
+) -> None:
+    """Write the frames that are still missing, and add their sizes. Raises DamagedPack."""
+    layout, reader = check.layout, ShardReader()
+    make = partial(_make_frame, reader, check.source, layout)
+    try:
+        with open(index, "ab") as noted, ThreadPoolExecutor(workers) as pool:
+            try:
+                pending: list[int] = []
+                for plain, packed in map_in_order(pool, make, range(len(sizes), layout.num_frames), workers):
+                    try:
+                        check.update(plain)
+                    except DamagedPack:  # kept, its first frames would make the mended file's archive a damaged one
+                        _cut(Path(file.name), index, sizes[: check.entries[0].start // FRAME_BYTES])
+                        raise
+                    file.write(packed)
+                    pending.append(len(packed))
+                    if len(pending) == SYNC_FRAMES:
+                        sizes += _note(file, noted, pending)
+                    on_bytes(len(plain), layout.size_bytes)
+                sizes += _note(file, noted, pending)
+            finally:
+                pool.shutdown(cancel_futures=True)
+    finally:
+        reader.close()
 
 
 def _make_frame(reader: ShardReader, source: Path, layout: TarLayout, number: int) -> tuple[bytes, bytes]:
@@ -360,18 +434,22 @@ def _read_manifest(frames: FrameTable) -> tuple[str, bytes]:
 
 def _resume(unfinished: Path, index: Path, identity: bytes, layout: TarLayout) -> list[int]:
     """Sizes of the frames that an earlier run of the same pack left safe on the disk; anything else is started anew."""
-    noted = index.read_bytes() if index.exists() and unfinished.exists() else b""
+    noted = index.read_bytes() if index.exists() else b""
     if noted[: len(identity)] == identity:
         body = noted[len(identity) :]
         sizes = [size for (size,) in struct.iter_unpack("<I", body[: len(body) // 4 * 4])][: layout.num_frames]
         if sum(sizes) <= unfinished.stat().st_size:
-            os.truncate(unfinished, sum(sizes))
-            os.truncate(index, len(identity) + 4 * len(sizes))
+            _cut(unfinished, index, sizes)
             return sizes
-    unfinished.unlink(missing_ok=True)
-    index.parent.mkdir(parents=True, exist_ok=True)
+    os.truncate(unfinished, 0)  # not deleted: it holds the lock
     index.write_bytes(identity)
     return []
+
+
+def _cut(unfinished: Path, index: Path, sizes: list[int]) -> None:
+    """Keep these frames of an unfinished archive only."""
+    os.truncate(index, hashlib.sha256().digest_size + 4 * len(sizes))  # first: frames may go unnoted, never the reverse
+    os.truncate(unfinished, sum(sizes))
 
 
 def _note(file: IO[bytes], noted: IO[bytes], pending: list[int]) -> list[int]:

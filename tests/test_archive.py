@@ -15,11 +15,14 @@ import zstandard
 
 from convert_command import SMALL, files_of, problems_of, run_convert
 from moepack.convert import archive
-from moepack.convert.archive import FrameTable, is_archive, pack_archive, unpack_archive
+from moepack.convert.archive import FrameTable, TarLayout, is_archive, pack_archive, unpack_archive
+from moepack.convert.shard_reader import ShardReader
 from moepack.layout.errors import DamagedPack
+from moepack.layout.reader import Pack
 from tiny_checkpoint import write_checkpoint
 
 GROUP = ("--group-size", 32)
+VICTIM = "resident.safetensors"  # the largest file: many frames
 
 
 @pytest.fixture(autouse=True)
@@ -93,17 +96,29 @@ def stop_after(count: int):
     return on_bytes
 
 
-def test_a_stopped_archive_goes_on_to_the_same_bytes(pack: Path, archived: Path, tmp_path: Path) -> None:
+def test_a_stopped_archive_goes_on_to_the_same_bytes(
+    pack: Path, archived: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     frames = len(FrameTable.read(archived).ends)
+    made: list[int] = []
+
+    def make_frame(reader: ShardReader, source: Path, layout: TarLayout, number: int) -> tuple[bytes, bytes]:
+        made.append(number)
+        return original(reader, source, layout, number)
+
+    original = archive._make_frame
+    monkeypatch.setattr(archive, "_make_frame", make_frame)
     for count in range(0, frames, 3):
         out = tmp_path / f"{count}.tar.zst"
         with pytest.raises(KeyboardInterrupt):
             pack_archive(pack, out, 2, stop_after(count))
         assert not out.exists()
-        sizes: list[int] = []
-        pack_archive(pack, out, 2, lambda size, total, sizes=sizes: sizes.append(size))
+        made.clear()
+        shown: list[tuple[int, int]] = []
+        pack_archive(pack, out, 2, lambda *sizes, shown=shown: shown.append(sizes))
         assert out.read_bytes() == archived.read_bytes()
-        assert sizes[0] >= (count - 5) // 5 * 5 * 20_000, "what was safe on the disk was compressed again"
+        assert min(made, default=frames) >= (count - 5) // 5 * 5, "what was safe on the disk was compressed again"
+        assert sum(size for size, _ in shown) == shown[-1][1], "the progress does not end where it should"
         out.unlink()
     assert [path.name for path in tmp_path.iterdir()] == [archived.name]
 
@@ -174,6 +189,109 @@ def test_a_damaged_pack_is_not_archived(pack: Path, tmp_path: Path) -> None:
     assert result.code == 3
     assert "layer_01.bin: its sha256 is not the manifest's" in result.errors[0]
     assert not (tmp_path / "a.tar.zst").exists()
+
+
+@pytest.fixture
+def copied(pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A copy of the pack and what is to be its archive, of which each frame is safe on the disk at once."""
+    monkeypatch.setattr(archive, "SYNC_FRAMES", 1)
+    return shutil.copytree(pack, tmp_path / "copy" / pack.name), tmp_path / "copy.tar.zst"
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def stop_within(copy: Path, out: Path) -> None:
+    """Archive a pack until half of its largest file has gone by."""
+    with Pack.open(copy) as opened:
+        layout = TarLayout.of(copy.name, opened.manifest, (copy / "manifest.json").stat().st_size)
+    entry = next(entry for entry in layout.entries if entry.name == VICTIM)
+    stop = (entry.start + entry.end) // 2 // 20_000
+    assert entry.start < (stop - 1) * 20_000 < (stop + 1) * 20_000 < entry.end, "the file is too small for this test"
+    with pytest.raises(KeyboardInterrupt):
+        pack_archive(copy, out, 1, stop_after(stop))
+    noted = out.with_name(out.name + ".frames").stat().st_size
+    assert entry.start < (noted - 32) // 4 * 20_000 < entry.end
+
+
+@pytest.mark.parametrize("place", [30_000, -5])
+def test_damage_is_found_in_the_file_that_a_run_stopped_in(
+    pack: Path, archived: Path, copied: tuple[Path, Path], place: int
+) -> None:
+    """Before the place or behind it; when the pack is mended, the same command goes on to the whole archive."""
+    copy, out = copied
+    victim = copy / VICTIM
+    if place > 0:
+        flip(victim, place)
+    stop_within(copy, out)
+    if place < 0:
+        flip(victim, place)
+    for _ in range(2):
+        result = run_convert(copy, out, "--to", "archive")
+        assert (result.code, len(result.errors)) == (3, 1)
+        assert f"{VICTIM}: its sha256 is not the manifest's" in result.errors[0]
+        assert not out.exists()
+    shutil.copy(pack / VICTIM, victim)
+    assert run_convert(copy, out, "--to", "archive").code == 0
+    assert out.read_bytes() == archived.read_bytes()
+
+
+def test_a_pack_mended_while_a_run_was_stopped_makes_no_damaged_archive(
+    pack: Path, archived: Path, copied: tuple[Path, Path]
+) -> None:
+    """What is archived of the file is damaged though the pack is not: noticed, thrown away, made anew."""
+    copy, out = copied
+    victim = copy / VICTIM
+    flip(victim, 30_000)
+    stop_within(copy, out)
+    flip(victim, 30_000)
+    assert run_convert(copy, out, "--to", "archive").code == 3
+    assert run_convert(copy, out, "--to", "archive").code == 0
+    assert out.read_bytes() == archived.read_bytes()
+
+
+def test_damage_in_what_is_archived_is_named(copied: tuple[Path, Path]) -> None:
+    copy, out = copied
+    stop_within(copy, out)
+    unfinished = out.with_name(out.name + ".partial")
+    flip(unfinished, -20_000)
+    result = run_convert(copy, out, "--to", "archive")
+    assert (result.code, len(result.errors)) == (3, 1)
+    assert f"{unfinished}: at byte " in result.errors[0]
+    assert "is not what was written: check the disk, delete the file, then run again" in result.errors[0]
+    unfinished.unlink()
+    assert run_convert(copy, out, "--to", "archive").code == 0
+
+
+def test_a_second_run_into_the_same_archive_is_refused(pack: Path, archived: Path, tmp_path: Path) -> None:
+    """Whether the first has just begun or is half done; its archive is whole in the end."""
+    out, refused = tmp_path / "a.tar.zst", []
+
+    def on_bytes(size_bytes: int, total_bytes: int) -> None:
+        refused.append(run_convert(pack, out, "--to", "archive"))
+
+    pack_archive(pack, out, 1, on_bytes)
+    assert len(refused) == len(FrameTable.read(archived).ends) + 1
+    for result in refused:
+        assert (result.code, result.out, len(result.errors)) == (2, "", 1)
+        assert f"{out}: another moe-convert is at work here: wait for it" in result.errors[0]
+    assert out.read_bytes() == archived.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar.zst", archived.name]
+
+
+def test_an_archive_finished_just_before_the_lock_is_kept(
+    pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "a.tar.zst"
+    monkeypatch.setattr(archive.fcntl, "flock", lambda file, operation: out.write_bytes(b"of the other run"))
+    result = run_convert(pack, out, "--to", "archive")
+    assert (result.code, len(result.errors)) == (2, 1)
+    assert f"{out}: exists: choose another name" in result.errors[0]
+    assert out.read_bytes() == b"of the other run"
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
 def test_what_is_there_is_kept(pack: Path, archived: Path, tmp_path: Path) -> None:
