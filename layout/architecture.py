@@ -101,9 +101,13 @@ class Architecture:
         rope = config.get("rope_parameters") or {}
         if not isinstance(rope, Mapping):
             raise ValueError(f"rope_parameters: expected an object, found {str(rope)[:40]}")
-        scaling = config.get("rope_scaling") or rope.get("rope_type") or "default"
-        if scaling != "default":
-            raise ValueError(f"rope_parameters.rope_type: expected default, found {str(scaling)[:40]!r}: not computed")
+        for key, settings in (("rope_parameters", rope), ("rope_scaling", config.get("rope_scaling") or {})):
+            if not isinstance(settings, Mapping):
+                raise ValueError(f"{key}: expected an object, found {str(settings)[:40]}")
+            for name in ("rope_type", "type"):  # the second is the older name, which transformers still reads
+                if settings.get(name) not in (None, "default"):
+                    kind = str(settings[name])[:40]
+                    raise ValueError(f"{key}.{name}: expected default, found {kind!r}: not computed")
         head_dim = number.integer("head_dim", 256)
         rope_number = _Numbers({**config, **{key: value for key, value in rope.items() if value is not None}})
         partial = rope_number.real("partial_rotary_factor", 0.25, high=1)
