@@ -104,10 +104,11 @@ class DataFile:
         return descriptor
 
     def _read(self, buffers: Sequence[memoryview], offset_bytes: int) -> int:
+        was_direct = self.is_direct  # another thread may be refused meanwhile, and end it for both
         try:
             return os.preadv(self._descriptor, buffers, offset_bytes)
         except OSError as error:
-            if not self.is_direct or error.errno not in REFUSED:
+            if not was_direct or error.errno not in REFUSED:
                 raise
         # Some file systems take the flag and refuse the read. Without it the same descriptor reads through the cache.
         stop_direct(self._descriptor)

@@ -6,7 +6,10 @@ import ctypes
 import errno
 import fcntl
 import os
+import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +144,35 @@ def test_a_file_system_that_refuses_direct_reads_is_read_through_the_cache(
     file = DataFile(path, direct=True)
     file.read_into([memory[:SIZE]], 0)
     assert memory[:SIZE] == data
+    assert not file.is_direct
+
+
+@needs_direct
+def test_threads_that_are_refused_at_once_all_read_through_the_cache(
+    path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that hears of it last finds that the other has given up direct reads already."""
+    both, preadv = threading.Barrier(2, timeout=10), os.preadv
+
+    def refuse(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            is_last = both.wait() == 1
+            until = time.monotonic() + 10
+            while is_last and file.is_direct and time.monotonic() < until:
+                time.sleep(0.001)
+            raise OSError(errno.EINVAL, "refused")
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    file = DataFile(path, direct=True)
+
+    def read(part: int) -> bytes:
+        buffer = memoryview(bytearray(4096))
+        file.read_into([buffer], part * 4096)
+        return bytes(buffer)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(read, (0, 1))) == [data[:4096], data[4096:8192]]
     assert not file.is_direct
 
 
