@@ -235,4 +235,6 @@ class Scheduler:
             logger.exception("a generation failed")
             error = caught
         self.running = tuple(other for other in self.running if other is not job)
+        if job.generation is not None:
+            job.generation.close()  # a state of as many as the budget plans: not until the collector comes by
         self._end(job, job.generation, error)

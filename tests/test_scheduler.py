@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from moepack.runtime.engine import Engine
 from moepack.runtime.generate import Generation
 from moepack.runtime.sampling import SamplingParams
 from moepack.runtime.scheduler import Cancelled, Job, QueueFull, Scheduler
+from moepack.runtime.state import SequenceState
 from test_step_together import give_slots
 
 PROMPTS = [[1, 2, 3], [7] * 40, [9, 8] * 50]
@@ -81,6 +84,30 @@ def test_a_short_answer_does_not_wait_for_a_long_one(engine: Engine) -> None:
     scheduler.close()
     assert journal.index("short ends") < journal.index("long ends")
     assert journal.count("long") == 60
+
+
+def test_an_answer_that_ends_early_lets_its_state_go(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself: the budget has room for no more states than answers are written at the same time."""
+    states, new_state = list[weakref.ref[SequenceState]](), engine.new_state
+
+    def watched(max_positions: int) -> SequenceState:
+        state = new_state(max_positions)
+        states.append(weakref.ref(state))
+        return state
+
+    monkeypatch.setattr(engine, "new_state", watched)
+    monkeypatch.setattr(Answer, "take", lambda answer, token_id, generation: False)  # as at a stop string
+    scheduler = Scheduler(engine, max_running=1)
+    gc.disable()
+    try:
+        answers = [Answer(name, [], PROMPTS[0], 50) for name in "ab"]
+        start_together(scheduler, answers)
+    finally:
+        gc.enable()
+        scheduler.close()
+    assert len(states) == 2
+    assert not any(state() for state in states)
+    assert all(answer.job.generation is not None and len(answer.job.generation.token_ids) == 1 for answer in answers)
 
 
 def test_clients_take_turns(engine: Engine) -> None:
