@@ -10,6 +10,7 @@ does not depend on the memory budget, so a small budget gives the same logits bi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -90,7 +91,7 @@ class Engine:
         prefetch: bool | None = None,
         policy: str = LeastRecentlyUsed.name,
         sequences: int = 1,
-        snapshot_bytes: int = 0,
+        snapshot_bytes: int | None = 0,
         snapshot_directory: Path | None = None,
     ) -> Engine:
         """Open a pack and load its resident weights.
@@ -110,47 +111,50 @@ class Engine:
                             with a prompt that needs all of them, wherever they are not there yet
         policy              which expert makes room for another: a name of layout/eviction.py
         sequences           answers that are generated at the same time, each with a state of max_context
-        snapshot_bytes      of the budget, for states of prompts already read: see snapshots.py
+        snapshot_bytes      of the budget, for states of prompts already read: see snapshots.py; None: a tenth of it
         snapshot_directory  where such states outlive the process; None keeps none on disk
 
         Raises DamagedPack, UnsupportedVersion, UsageError, or MemoryBudgetError with the numbers.
         """
         ops, device = choose_backend(device, exact, choose_threads(threads))
-        opened = Pack.open(pack)
-        architecture = read_architecture(opened, experts_per_token)
-        tokenizer = tokenizer or Tokenizer.load(opened.directory)
-        context = _choose_context(architecture, max_context)
-        budget = parse_size(memory) if isinstance(memory, str) else memory
-        budget = default_budget_bytes(device) if budget is None else budget
-        process_bytes = taken_bytes(device) if process_bytes is None else process_bytes
-        cache_dtype = _choose_cache_dtype(opened, ops)
-        kept = (snapshot_bytes, sequences, cache_dtype)
-        plan = plan_memory(opened, architecture, budget, context, process_bytes, *kept, ops.expert_tokens)
-        settings, settings_note = load_settings(opened.directory)
-        store = _open_store(opened, plan.num_slots, settings, policy, verify_reads, ops)
-        weights = ResidentWeights.load(opened, architecture, ops)
-        if ops.settles and store.holds_everything:
-            store.load_all()
-        reads_ahead = prefetch if prefetch is not None else settings is None or settings.prefetch
-        guesses = bool(prefetch) or (reads_ahead and not store.holds_everything)
-        model = Qwen35(architecture, weights, store, ops, guesses, reads_ahead, sequences)
-        arithmetic = f"{describe_arithmetic(ops)} {cache_dtype}"
-        identity = f"{hash_manifest(opened)} {arithmetic} {architecture.num_experts_per_tok}".encode()
-        snapshots = Snapshots(snapshot_bytes, identity, tokenizer.stop_token_ids, snapshot_directory)
-        return cls(
-            pack=opened,
-            architecture=architecture,
-            model=model,
-            store=store,
-            tokenizer=tokenizer,
-            memory_plan=plan,
-            max_context=context,
-            device=device,
-            weights_locked=weights.is_locked,
-            snapshots=snapshots,
-            read_settings=f"of {settings_path(opened.directory)}" if settings else DEFAULT_SETTINGS,
-            settings_note=settings_note,
-        )
+        with contextlib.ExitStack() as undo:
+            opened = undo.enter_context(Pack.open(pack))
+            architecture = read_architecture(opened, experts_per_token)
+            tokenizer = tokenizer or Tokenizer.load(opened.directory)
+            context = _choose_context(architecture, max_context)
+            budget = parse_size(memory) if isinstance(memory, str) else memory
+            budget = default_budget_bytes(device) if budget is None else budget
+            process_bytes = taken_bytes(device) if process_bytes is None else process_bytes
+            cache_dtype = _choose_cache_dtype(opened, ops)
+            kept = (snapshot_bytes, sequences, cache_dtype)
+            plan = plan_memory(opened, architecture, budget, context, process_bytes, *kept, ops.expert_tokens)
+            settings, settings_note = load_settings(opened.directory)
+            store = _open_store(opened, plan.num_slots, settings, policy, verify_reads, ops)
+            undo.callback(store.close)
+            weights = ResidentWeights.load(opened, architecture, ops)
+            if ops.settles and store.holds_everything:
+                store.load_all()
+            reads_ahead = prefetch if prefetch is not None else settings is None or settings.prefetch
+            guesses = bool(prefetch) or (reads_ahead and not store.holds_everything)
+            model = Qwen35(architecture, weights, store, ops, guesses, reads_ahead, sequences)
+            arithmetic = f"{describe_arithmetic(ops)} {cache_dtype}"
+            identity = f"{hash_manifest(opened)} {arithmetic} {architecture.num_experts_per_tok}".encode()
+            snapshots = Snapshots(plan.snapshot_bytes, identity, tokenizer.stop_token_ids, snapshot_directory)
+            undo.pop_all()
+            return cls(
+                pack=opened,
+                architecture=architecture,
+                model=model,
+                store=store,
+                tokenizer=tokenizer,
+                memory_plan=plan,
+                max_context=context,
+                device=device,
+                weights_locked=weights.is_locked,
+                snapshots=snapshots,
+                read_settings=f"of {settings_path(opened.directory)}" if settings else DEFAULT_SETTINGS,
+                settings_note=settings_note,
+            )
 
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Scores after every position: float32 [T, vocab_size], unmasked (rows beyond the tokenizer too).
@@ -328,9 +332,19 @@ def read_architecture(pack: Pack, experts_per_token: int | None = None) -> Archi
 
 
 def read_sampling(pack: Pack, **overrides: Any) -> SamplingParams:
-    """The sampling that a model's makers suggest, with the given values in place of theirs. Raises UsageError."""
-    raw = pack.read_file(GENERATION_CONFIG)
-    return SamplingParams.from_generation_config(json.loads(raw) if raw else {}, **overrides)
+    """The sampling that a model's makers suggest, with the given values in place of theirs.
+
+    Raises UsageError for these, DamagedPack for the makers'.
+    """
+    raw, path = pack.read_file(GENERATION_CONFIG), pack.directory / GENERATION_CONFIG
+    try:
+        suggested = json.loads(raw) if raw else {}
+        if not isinstance(suggested, dict):
+            raise ValueError("expected an object")
+        SamplingParams.from_generation_config(suggested)
+    except (ValueError, TypeError, UsageError) as error:
+        raise DamagedPack(path, f"{error}: mend the checkpoint's, and convert again") from None
+    return SamplingParams.from_generation_config(suggested, **overrides)
 
 
 def describe_changes(pack: Pack, experts_per_token: int) -> str:

@@ -14,7 +14,10 @@ is the result. An entry without a command is answered by the user.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -59,19 +62,21 @@ class LocalTools:
 
     def run(self, name: str, arguments: dict[str, Any]) -> str:
         """What the tool's command prints; a failure is a result, too, which the model is told in words."""
-        try:
-            done = subprocess.run(
-                self.commands[name],
-                input=json.dumps(arguments, ensure_ascii=False).encode(),
-                capture_output=True,
-                timeout=TIMEOUT_S,
-                start_new_session=True,  # Ctrl-C is for the conversation
-            )
-        except subprocess.TimeoutExpired:
-            return f"error: no result after {TIMEOUT_S} seconds"
+        command, pipe = self.commands[name], subprocess.PIPE
+        try:  # a session of its own: Ctrl-C is for the conversation, and what the command has started ends with it
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
         except OSError as error:
-            return f"error: {self.commands[name][0]} cannot be run: {error.strerror}"
-        text = done.stdout.decode("utf-8", "replace").strip()
-        if done.returncode:
-            text = f"error: exit code {done.returncode}\n{text}\n{done.stderr.decode('utf-8', 'replace').strip()}"
+            return f"error: {command[0]} cannot be run: {error.strerror}"
+        with process:
+            try:
+                out, err = process.communicate(json.dumps(arguments, ensure_ascii=False).encode(), TIMEOUT_S)
+            except BaseException as error:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                return f"error: no result after {TIMEOUT_S} seconds"
+        text = out.decode("utf-8", "replace").strip()
+        if process.returncode:
+            text = f"error: exit code {process.returncode}\n{text}\n{err.decode('utf-8', 'replace').strip()}"
         return text[:MAX_RESULT_CHARACTERS]

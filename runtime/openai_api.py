@@ -127,7 +127,7 @@ def prepare_chat(service: Service, request: ChatRequest, client: str) -> Complet
     top = (request.top_logprobs or 0) if request.logprobs else None
     limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     template = dict(request.chat_template_kwargs or {})
-    reserved = {"messages", "tools", "add_generation_prompt"} & template.keys()
+    reserved = {"messages", "tools", "add_generation_prompt", "self"} & template.keys()
     if reserved:
         raise UsageError(f"chat_template_kwargs: {', '.join(sorted(reserved))} cannot be given there")
     tools = request.tools or []

@@ -24,6 +24,7 @@ import contextlib
 import hashlib
 import os
 import sys
+import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ import torch
 import zstandard
 
 from moepack.kernels.reference import DELTA_CHUNK
+from moepack.layout.spec import PARTIAL_SUFFIX
 from moepack.runtime.state import SequenceState
 
 MAGIC = b"moepack state 1\n"
@@ -42,6 +44,7 @@ DEFAULT_DISK_BYTES = 8 * 2**30
 FEWEST_LEFT = 2  # one token alone is computed as a decoded one is, in another order
 COMPRESSION_LEVEL = 1  # states are nearly random: more effort finds no more
 BLOCK_BYTES = 2**20
+ABANDONED_S = 3600  # since the last write to a file that is not whole
 
 
 class Snapshots:
@@ -148,7 +151,7 @@ class Snapshots:
     def _write(self, digest: str, pieces: Sequence[torch.Tensor]) -> None:
         """A failure to write loses a saving of time, nothing else: it is said, and no more files are written."""
         path = self._path(digest)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial = path.with_suffix(f".{os.getpid()}{PARTIAL_SUFFIX}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # prompts are private
             with open(partial, "wb") as file:
@@ -163,9 +166,11 @@ class Snapshots:
                 os.fsync(file.fileno())
             os.replace(partial, path)
             self._delete_oldest()
-        except OSError as error:
+        except BaseException as error:  # of Ctrl-C, too, nothing is left: states are large, and private
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
+            if not isinstance(error, OSError):
+                raise
             note = f"note: {path}: cannot be written ({error.strerror}): prompts are remembered in memory only"
             print(note, file=sys.stderr, flush=True)
             self.directory = None
@@ -197,13 +202,22 @@ class Snapshots:
             return False
 
     def _delete_oldest(self) -> None:
+        """Other processes may write and delete here at the same time. What one of them left when it was killed goes."""
         assert self.directory is not None
-        files = sorted(self.directory.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime)
-        total = sum(path.stat().st_size for path in files)
-        for path in files[:-1]:
+        files = []
+        for path in self.directory.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                if path.suffix == SUFFIX:
+                    files.append((status.st_mtime, status.st_size, path))
+                elif path.suffix == PARTIAL_SUFFIX and status.st_mtime < time.time() - ABANDONED_S:
+                    path.unlink()
+        files.sort()
+        total = sum(size_bytes for _, size_bytes, _ in files)
+        for _, size_bytes, path in files[:-1]:
             if total <= self.disk_bytes:
                 return
-            total -= path.stat().st_size
+            total -= size_bytes
             path.unlink(missing_ok=True)
 
 

@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from conftest import budget_of, make_pack
-from moepack.layout.errors import DamagedPack, MemoryBudgetError, UsageError
+from moepack.layout.errors import DamagedPack, MemoryBudgetError, MoepackError, UsageError
+from moepack.layout.reader import Pack
 from moepack.runtime import Engine, SamplingParams
+from moepack.runtime import engine as engine_module
+from moepack.runtime.engine import read_sampling
 from moepack.runtime.tokenizer import Tokenizer
 from tiny_checkpoint import TOKEN_IDS, TinyModel, write_checkpoint
 
@@ -227,6 +230,32 @@ def test_an_impossible_budget_is_refused_with_the_numbers(tiny_pack: Path) -> No
     Engine.open(tiny_pack, **smallest)
     with pytest.raises(MemoryBudgetError, match="the 8 experts of one token"):
         Engine.open(tiny_pack, **{**smallest, "memory": smallest["memory"] - 1})
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_an_engine_that_cannot_be_opened_leaves_no_file_open(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late it fails."""
+
+    def fail(*_: object) -> None:
+        raise MoepackError("no more memory")
+
+    Engine.open(tiny_pack).close()
+    monkeypatch.setattr(engine_module, "Qwen35", fail)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(3):
+        with pytest.raises(MoepackError):
+            Engine.open(tiny_pack)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize("config", ['{"temperature": "hot"}', "[1]", "{"])
+def test_suggestions_that_make_no_sense_are_the_packs(tiny_pack: Path, config: str) -> None:
+    with Pack.open(tiny_pack) as pack:
+        pack.read_file = lambda name: config.encode()  # type: ignore[method-assign]
+        with pytest.raises(DamagedPack, match=r"generation_config\.json"):
+            read_sampling(pack)
+        with pytest.raises(DamagedPack, match=r"generation_config\.json"):
+            read_sampling(pack, temperature=0)
 
 
 def test_unknown_device_is_refused(tiny_pack: Path) -> None:

@@ -392,6 +392,7 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         ({"functions": [{}]}, "send tools"),
         ({"modalities": ["audio"]}, "text model"),
         ({"chat_template_kwargs": {"tools": []}}, "cannot be given there"),
+        ({"chat_template_kwargs": {"self": 2}}, "cannot be given there"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "not valid Unicode"),
     ],
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ import pytest
 import torch
 
 from moepack.layout.errors import MemoryBudgetError, UsageError
+from moepack.runtime import snapshots as snapshots_module
 from moepack.runtime.engine import Engine
 from moepack.runtime.sampling import SamplingParams
 from moepack.runtime.snapshots import SUFFIX, Snapshots
+from moepack.runtime.state import SequenceState
 from tiny_checkpoint import TOKEN_IDS
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -189,15 +193,56 @@ def test_a_directory_that_cannot_be_written_costs_nothing_but_time(
     assert "cannot be written" in capsys.readouterr().err
 
 
+def read_state(engine: Engine, seed: int = 0) -> SequenceState:
+    """The state behind a turn of 64 tokens."""
+    state = engine.new_state(64)
+    with torch.inference_mode():
+        list(engine.prefill(turn(64, seed), state))
+    return state
+
+
 def test_the_directory_has_a_limit(tiny_pack: Path, tmp_path: Path) -> None:
     with Engine.open(tiny_pack) as engine:
         snapshots = Snapshots(0, b"", [END], tmp_path, disk_bytes=1)
         for seed in range(3):
-            state = engine.new_state(64)
-            with torch.inference_mode():
-                list(engine.prefill(turn(64, seed), state))
-            snapshots.keep(turn(64, seed), state)
+            snapshots.keep(turn(64, seed), read_state(engine, seed))
             assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_interrupted_write_leaves_nothing(tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compress(pieces: Sequence[torch.Tensor]) -> Iterator[bytes]:
+        yield b"some"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(snapshots_module, "_compress", compress)
+    with Engine.open(tiny_pack) as engine, pytest.raises(KeyboardInterrupt):
+        Snapshots(0, b"", [END], tmp_path).keep(turn(64, 0), read_state(engine))
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_processes_write_and_delete_in_the_directory(
+    tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What vanishes meanwhile is no failure; what a killed one has left goes, what one is writing stays."""
+    for name, age in (("left.1.partial", 7200), ("written.2.partial", 0), ("gone.state", 0)):
+        (tmp_path / name).write_bytes(b"state")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    stat = Path.stat
+
+    def vanish(path: Path, **options: bool) -> os.stat_result:
+        if path.name == "gone.state":
+            path.unlink(missing_ok=True)
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", vanish)
+    with Engine.open(tiny_pack) as engine:
+        snapshots = Snapshots(0, b"", [END], tmp_path)
+        snapshots.keep(turn(64, 0), read_state(engine))
+        assert snapshots.directory == tmp_path
+    assert not capsys.readouterr().err
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names[-1] == "written.2.partial"
+    assert [Path(name).suffix for name in names] == [".state", ".partial"]
 
 
 def test_a_state_too_small_refuses_a_snapshot(tiny_pack: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from moepack.layout.errors import UsageError
+from moepack.runtime import local_tools
 from moepack.runtime.answer import ReasoningPiece, TextPiece, ToolCall
 from moepack.runtime.conversation import Conversation
 from moepack.runtime.engine import Engine
@@ -228,6 +229,16 @@ def test_a_failing_command_is_a_result(tmp_path: Path) -> None:
     tools = LocalTools([], {"bad": [sys.executable, "-c", "raise SystemExit(3)"], "none": ["/no/such/program"]})
     assert "exit code 3" in tools.run("bad", {})
     assert "cannot be run" in tools.run("none", {})
+
+
+def test_what_a_slow_command_has_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_tools, "TIMEOUT_S", 0.5)
+    tools = LocalTools([], {"slow": ["sh", "-c", f"(sleep 1; touch {tmp_path}/late) & sleep 30"]})
+    started = time.monotonic()
+    assert tools.run("slow", {}) == "error: no result after 0.5 seconds"
+    assert time.monotonic() - started < 10
+    time.sleep(1)
+    assert not (tmp_path / "late").exists()
 
 
 @pytest.mark.parametrize(
