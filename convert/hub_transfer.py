@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -23,9 +24,11 @@ from moepack.layout.errors import CheckpointError, UsageError
 from moepack.layout.spec import PARTIAL_SUFFIX
 from moepack.layout.writer import naming_failures, sync_directory
 
+logger = logging.getLogger(__name__)
+
 SCHEME = "hf://"
 MAX_FAILURES = 8  # in a row, without a single byte in between
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
+FIRST_WAIT_S, LONGEST_WAIT_S, NOTED_WAIT_S = 1.0, 60.0, 1.0
 MAX_SMALL_BYTES = 256 * 2**20
 CHUNK_BYTES = 2**20
 RETRIED_STATUSES = (408, 425, 429, 500, 502, 503, 504)
@@ -244,7 +247,10 @@ def _persist(what: str, attempt: Callable[[], Any], stopped: Callable[[], bool] 
                     f"{what}: {error}, {failures} times in a row: check the connection, then run the same command "
                     "again to go on from here"
                 ) from None
-            _pause(max(error.wait_s, min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (failures - 1))), stopped)
+            wait_s = max(error.wait_s, min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (failures - 1)))
+            if wait_s >= NOTED_WAIT_S:  # all of them take two minutes: not without a word
+                logger.warning("note: %s: %s: again in %.0f s", what, error, wait_s)
+            _pause(wait_s, stopped)
 
 
 def _pause(seconds: float, stopped: Callable[[], bool]) -> None:

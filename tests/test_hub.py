@@ -371,7 +371,8 @@ def test_nobody_answers(tmp_path, monkeypatch):
     assert_one_line(result, ADDRESS, f"{MAX_FAILURES} times in a row", "check the connection")
 
 
-def test_retry_after_is_waited_for(hub, source, monkeypatch):
+def test_retry_after_is_waited_for(hub, source, monkeypatch, caplog):
+    """What takes a second or more is not waited for without a word."""
     waits = []
     monkeypatch.setattr(hub_transfer, "_pause", lambda seconds, stopped: waits.append(seconds))
     hub.publish("org/tiny", source)
@@ -380,6 +381,9 @@ def test_retry_after_is_waited_for(hub, source, monkeypatch):
     hub.faults.append(Fault("hub", "generation_config.json", status=503, times=2))
     assert json.loads(repository.read_small("generation_config.json"))
     assert waits == [7.0, 0.001, 0.002]
+    assert [record.getMessage() for record in caplog.records if record.name.endswith("hub_transfer")] == [
+        f"note: {ADDRESS}@main: the hub answers 429: again in 7 s"
+    ]
 
 
 def test_pauses_double_up_to_a_minute_and_progress_begins_anew(monkeypatch):
