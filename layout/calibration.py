@@ -47,7 +47,6 @@ CALIBRATION_MAGIC = "moepack-calibration"
 CALIBRATION_VERSION = 2  # 1 is the same without tuned matrices
 FACTS, FACTS_DIGEST = "facts", "facts_sha256"
 PRIOR_TOKENS = 128.0  # tokens of the layer's own mean that an expert's statistics are mixed with
-Arrays = Mapping[str, np.ndarray]
 
 
 class Calibration:
@@ -226,10 +225,10 @@ def write_calibration(
 ) -> None:
     """Write a file whole or not at all. `read` gives each named array, twice: once for its checksum.
 
-    Raises NotEnoughSpace.
+    In memory is one array at a time, so far as `read` leaves it at that. Raises NotEnoughSpace.
     """
     listed = list(arrays)
-    digests = {name: hashlib.sha256(read(name).tobytes()).hexdigest() for name, _, _ in listed}
+    digests = {name: hashlib.sha256(_bytes_of(read(name))).hexdigest() for name, _, _ in listed}
     complete = {"magic": CALIBRATION_MAGIC, "version": CALIBRATION_VERSION, **facts, "sha256": digests}
     raw = json.dumps(complete, sort_keys=True).encode()
     own = {FACTS: raw, FACTS_DIGEST: hashlib.sha256(raw).digest()}
@@ -237,7 +236,7 @@ def write_calibration(
     with atomic_file(path) as file:
         file.write(header)
         for spec in specs:
-            file.write(own[spec.name] if spec.name in own else read(spec.name).tobytes())
+            file.write(own[spec.name] if spec.name in own else _bytes_of(read(spec.name)))
 
 
 def tuned_arrays(
@@ -247,9 +246,14 @@ def tuned_arrays(
     return [(f"tuned.{layer}.{expert}.{projection}.{name}", dtype, shape) for name, dtype, shape in matrix.arrays]
 
 
-def statistics_arrays(layer: int, values: Arrays) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(name, dtype, shape) of a layer's statistics."""
-    return [(f"layers.{layer}.{name}", "U32" if name == "tokens" else "F32", v.shape) for name, v in values.items()]
+def statistics_arrays(layer: int, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of a layer's statistics, from their shapes by name."""
+    return [(f"layers.{layer}.{name}", "U32" if name == "tokens" else "F32", shape) for name, shape in shapes.items()]
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    """The bytes of an array where they lie: second moments of a layer are gigabytes, too many for a copy."""
+    return np.ascontiguousarray(array).reshape(-1).data
 
 
 def _read(path: Path, spec: TensorSpec) -> np.ndarray:

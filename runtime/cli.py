@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from moepack.layout.console import EXIT_CODES, VERSION, create_app, log, open_progress, print_json, print_table, run_app
-from moepack.layout.errors import Interrupted, UsageError
+from moepack.layout.errors import Interrupted, MemoryBudgetError, UsageError
 from moepack.layout.sizes import parse_size
 
 if TYPE_CHECKING:  # imported where they are used: torch takes seconds, --help should not
@@ -317,12 +317,12 @@ def evaluate(
         raise UsageError("--lengths and --seed are of --recall N: give it, or leave them out")
     if constrained and tools is None:
         raise UsageError("--constrained is of --tools FILE: give it, or leave it out")
-    passage = None if text is None else encode_text(Tokenizer.load(pack), read_text(text))
+    with Pack.open(pack) as opened:
+        context = read_architecture(opened).max_position_embeddings
+    passage = None if text is None else encode_text(Tokenizer.load(pack), read_text(text), text)
     prompts = None if tools is None else read_tool_prompts(tools)
     budget = _read_budget(memory, device)
     common: dict[str, Any] = {"device": device, "exact": exact, "threads": threads}
-    with Pack.open(pack) as opened:
-        context = read_architecture(opened).max_position_embeddings
     needed = [WINDOW] if passage is not None else []
     needed += [] if prompts is None else [DEFAULT_CONTEXT]
     plan = None if recall is None else RecallPlan(recall, choose_lengths(lengths, context, DEFAULT_CONTEXT), seed or 0)
@@ -394,9 +394,10 @@ def calibrate(
     from moepack.layout.reader import Pack
     from moepack.layout.writer import check_output
     from moepack.runtime import calibrate as calibration
-    from moepack.runtime.engine import Engine
-    from moepack.runtime.evaluate import WINDOW, read_tool_prompts
+    from moepack.runtime.engine import Engine, read_architecture
+    from moepack.runtime.evaluate import WINDOW, encode_text, read_tool_prompts
     from moepack.runtime.prompt import read_text
+    from moepack.runtime.tokenizer import Tokenizer
     from moepack.runtime.tune import TuningPlan, check_memory, check_start, choose_device
 
     check_output(out)
@@ -416,17 +417,28 @@ def calibrate(
         device = "cpu"  # of the engine, which samples
     passage = calibration.read_default_text() if text is None else read_text(text)
     prompts = read_tool_prompts(tools) if tools else []
-    budget = _read_budget(memory, device)
-    if learns_on:
-        with Pack.open(pack) as opened:
+    budget, process = _read_budget(memory, device), None
+    with Pack.open(pack) as opened:
+        tokenizer, a = Tokenizer.load(opened.directory), read_architecture(opened)
+        token_ids = encode_text(tokenizer, passage, text or "bundled text")
+        if learns_on:
             budget -= check_memory(opened, budget, plan.step_tokens, learns_on)
-    engine = Engine.open(pack, memory=budget, device=device, exact=True, threads=threads, max_context=WINDOW)
+        else:
+            size = min(WINDOW, a.max_position_embeddings)
+            tokens = calibration.count_tokens(opened, tokenizer, len(token_ids), sample, prompts, size)
+            process = calibration.process_bytes(a, tokens, size, full, device)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "process_bytes": process, "max_context": WINDOW}
+    try:
+        engine = Engine.open(pack, memory=budget, device=device, exact=True, threads=threads, **options)
+    except MemoryBudgetError as error:
+        counted = "" if process is None else f"; the process includes what {tokens:,} tokens of text take: give less"
+        raise MemoryBudgetError(f"{error}{counted}") from None
     calibration.check_source(engine)
     if tune:
         with Pack.open(tune) as start:
             check_start(engine, start)  # before hours of sampling
     try:
-        windows, skipped = _gather_windows(engine, passage, sample, prompts)
+        windows, skipped = _gather_windows(engine, token_ids, sample, prompts)
         if learns_on:
             _tune(engine, tune, windows, out, plan, learns_on)
         else:
@@ -437,16 +449,16 @@ def calibrate(
     log(f"{out}: {sum(map(len, windows))} tokens, {skipped} left out")
 
 
-def _gather_windows(engine: Engine, passage: str, sample: int, prompts: list[Any]) -> tuple[list[Any], int]:
+def _gather_windows(engine: Engine, token_ids: Sequence[int], sample: int, prompts: list[Any]) -> tuple[list[Any], int]:
     """Windows of token ids of the passage, of what the model writes itself and of its answers to prompts.
 
     Returns them with the number of the passage's tokens that are left out.
     """
     from moepack.runtime import calibrate as calibration
-    from moepack.runtime.evaluate import WINDOW, encode_text, split_windows
+    from moepack.runtime.evaluate import WINDOW, split_windows
 
     size = min(WINDOW, engine.max_context)
-    windows, skipped = split_windows(encode_text(engine.tokenizer, passage), size)
+    windows, skipped = split_windows(token_ids, size)
     if sample:
         with open_progress(sample, "sample", "tok") as progress:
             windows += calibration.sample_windows(engine, sample, size, progress.update)
@@ -479,10 +491,12 @@ def _open_for_conversations(
 ) -> Engine:
     """An engine that keeps the states of earlier turns. options: those of Engine.open, as they are."""
     from moepack.runtime.engine import Engine
-    from moepack.runtime.memory import snapshot_share_bytes
 
+    directory = options["snapshot_directory"]
+    if directory is not None and directory.exists() and not directory.is_dir():
+        raise UsageError(f"--snapshot-dir {directory}: is no directory: give another, or one that shall be made")
     budget = _read_budget(memory, device)
-    snapshot_bytes = snapshot_share_bytes(budget) if snapshot_memory is None else parse_size(snapshot_memory)
+    snapshot_bytes = None if snapshot_memory is None else parse_size(snapshot_memory)
     engine = Engine.open(pack, memory=budget, device=device, snapshot_bytes=snapshot_bytes, **options)
     _note_changes(engine.pack, engine.architecture.num_experts_per_tok)
     return engine

@@ -301,8 +301,8 @@ def check_prompt(token_ids: Sequence[int], architecture: Architecture, tokenizer
         raise UsageError(f"the prompt has {len(token_ids)} tokens, the model's context holds {limit}: shorten it")
     if len(token_ids) > max_context:
         raise UsageError(
-            f"the prompt has {len(token_ids)} tokens, memory was planned for {max_context}: open the engine with a "
-            "larger max_context"
+            f"the prompt has {len(token_ids)} tokens, memory was planned for {max_context}: shorten it, or plan for "
+            "more (--context, or max_context in Python)"
         )
     of_vision = tokenizer.vision_token_ids
     for token_id in token_ids:

@@ -140,11 +140,16 @@ def check_reference(engine: Engine, reference: Engine | None) -> None:
         )
 
 
-def encode_text(tokenizer: Tokenizer, text: str) -> Sequence[int]:
-    """Token ids of a long text, four bytes each: a list of Python's integers would burst a small budget."""
+def encode_text(tokenizer: Tokenizer, text: str, where: str | Path = "text") -> Sequence[int]:
+    """Token ids of a long text, four bytes each: a list of Python's integers would burst a small budget.
+
+    where   the text's name in the UsageError for one of fewer than two tokens, which no window can be made of
+    """
     ids = array("I")
     for piece in tokenizer.encode_pieces(text):
         ids.extend(piece)
+    if len(ids) < 2:
+        raise UsageError(f"{where}: {len(ids)} tokens, expected at least two: give more text")
     return ids
 
 

@@ -36,6 +36,7 @@ LOGIT_ELEMENTS = 2**22  # scores that exist at the same time where every positio
 LOGIT_ROWS = 64  # divides every chunk, so that pieces of scores do not depend on the budget
 ALLOCATOR_BYTES = 50 * 2**20  # arenas, thread stacks, fragmentation, Python's tables, the last huge page of the slots
 SNAPSHOT_SHARE = 10  # one part in so many of the budget: a state of 16,384 positions of the 35B model fits 8 GiB
+VARIATION_BYTES = 2 * 2**20  # of the process from one run to the next, with room: 0.3 MiB in eight starts of a server
 PROCESS, CONTROL_GROUPS = Path("/proc/self"), Path("/sys/fs/cgroup")
 # Limit, use, and in memory.stat the pages of files that are given back when needed: by version of control groups.
 GROUP_FILES = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -70,7 +71,7 @@ def plan_memory(
     budget_bytes: int,
     max_positions: int,
     process_bytes: int | None = None,
-    snapshot_bytes: int = 0,
+    snapshot_bytes: int | None = 0,
     sequences: int = 1,
     cache_dtype: torch.dtype = torch.float32,
     expert_tokens: int = EXPERT_TOKENS,
@@ -78,7 +79,7 @@ def plan_memory(
     """Split a budget. Slots are as many as fit, at most one for every expert.
 
     process_bytes   what the process takes without this engine; measured if not given
-    snapshot_bytes  to set aside for states of earlier prompts
+    snapshot_bytes  to set aside for states of earlier prompts; None is a share of the budget
     sequences       states of max_positions at the same time
     cache_dtype     of keys and values
     expert_tokens   tokens of experts that the backend holds at a time
@@ -99,7 +100,7 @@ def split_budget(
     process_bytes: int,
     resident_bytes: int,
     block_bytes: int,
-    snapshot_bytes: int = 0,
+    snapshot_bytes: int | None = 0,
     sequences: int = 1,
     cache_dtype: torch.dtype = torch.float32,
     expert_tokens: int = EXPERT_TOKENS,
@@ -109,7 +110,8 @@ def split_budget(
     state = sequences * SequenceState.size_bytes(architecture, max_positions, cache_dtype)
     all_experts = architecture.num_hidden_layers * architecture.num_experts
     one_token = min(all_experts, architecture.num_hidden_layers * architecture.num_experts_per_tok)
-    kept = state + snapshot_bytes
+    snapshots = budget_bytes // SNAPSHOT_SHARE if snapshot_bytes is None else snapshot_bytes
+    kept = state + snapshots
     smallest = scratch_bytes(architecture, PREFILL_CHUNKS[-1], expert_tokens)
     least = process_bytes + resident + kept + smallest + one_token * slot
     chunk = _choose_chunk(architecture, budget_bytes - least, max_positions, expert_tokens)
@@ -117,14 +119,41 @@ def split_budget(
     fixed = process_bytes + resident + kept + scratch
     num_slots = min(all_experts, (budget_bytes - fixed) // slot)
     if num_slots < one_token:
-        mib = [f"{size / 2**20:,.0f}" for size in (process_bytes, resident, kept, scratch, one_token * slot)]
-        raise MemoryBudgetError(
-            f"memory budget of {budget_bytes / 2**20:,.0f} MiB is too small: {least / 2**20:,.0f} "
-            f"MiB are needed (process {mib[0]}, resident weights {mib[1]}, state for {max_positions} positions "
-            f"{mib[2]}, scratch {mib[3]}, the {one_token} experts of one token {mib[4]}): raise --memory, "
-            "shorten the context, or convert to fewer bits"
-        )
-    return MemoryPlan(budget_bytes, process_bytes, resident, state, snapshot_bytes, scratch, slot, num_slots, chunk)
+        states = "state" if sequences == 1 else f"{sequences} states (--parallel)"
+        parts = {
+            "process": process_bytes,
+            "resident weights": resident,
+            f"{states} for {max_positions} positions": state,
+            "scratch": scratch,
+            f"the {one_token} experts of one token": one_token * slot,
+        }
+        raise MemoryBudgetError(_describe_refusal(budget_bytes, parts, snapshot_bytes, sequences))
+    return MemoryPlan(budget_bytes, process_bytes, resident, state, snapshots, scratch, slot, num_slots, chunk)
+
+
+def _describe_refusal(budget_bytes: int, parts: dict[str, int], snapshot_bytes: int | None, sequences: int) -> str:
+    """Why a budget is too small, and one that is enough: the same command with it is not refused again.
+
+    parts   what is needed beside snapshots
+    """
+    needed, share, lower = sum(parts.values()) + VARIATION_BYTES, "", ["--parallel"] if sequences > 1 else []
+    remedies = ["raise --memory", "shorten the context", "or convert to fewer bits"]
+    if snapshot_bytes is None:  # grows with the budget, so it is that of the budget that is named
+        snapshot_bytes, share = -(-needed // (SNAPSHOT_SHARE - 1)), f" (1/{SNAPSHOT_SHARE} of --memory)"
+    needed += snapshot_bytes
+    found = f"{budget_bytes // 2**20:,} MiB"
+    if budget_bytes < 2**20:  # seldom meant
+        found = f"{budget_bytes:,} bytes (--memory takes a unit, as in 8GiB)"
+    listed = [f"{name} {size / 2**20:,.0f}" for name, size in parts.items()]
+    if snapshot_bytes:
+        listed.append(f"snapshots {snapshot_bytes / 2**20:,.0f}{share}")
+        lower.insert(0, "--snapshot-memory")
+    if lower:
+        remedies.insert(1, f"lower {' or '.join(lower)}")
+    return (
+        f"memory budget of {found} is too small: {-(-needed // 2**20):,} MiB are needed ({', '.join(listed)}): "
+        + ", ".join(remedies)
+    )
 
 
 def is_rounded(pack: Pack) -> bool:
@@ -171,11 +200,6 @@ def logit_rows(a: Architecture) -> int:
     """Positions whose scores are computed together: a power of two, so that chunks end where these do."""
     fitting = max(1, min(LOGIT_ROWS, LOGIT_ELEMENTS // a.vocab_size))
     return 1 << fitting.bit_length() - 1
-
-
-def snapshot_share_bytes(budget_bytes: int) -> int:
-    """What a conversation sets aside of a budget for states of earlier turns."""
-    return budget_bytes // SNAPSHOT_SHARE
 
 
 def default_budget_bytes(device: str = "cpu") -> int:

@@ -37,6 +37,10 @@ def read_prompt(tokenizer: Tokenizer, template: ChatTemplate | None, source: Pro
     given = [part for part in (source.text, source.file, source.token_ids) if part is not None]
     if len(given) != 1:
         raise UsageError(f"expected one of PROMPT, --prompt-file and --token-ids, found {len(given)}")
+    without = "--raw" if source.raw else "--token-ids"
+    if (source.raw or source.token_ids is not None) and (source.system is not None or source.think is not None):
+        ignored = "--think" if source.system is None else "--system"
+        raise UsageError(f"{ignored} is of the chat template, {without} goes without it: leave one of them out")
     if source.token_ids is not None:
         return parse_token_ids(read_text(source.token_ids), source.token_ids)
     text = source.text if source.file is None else read_text(source.file)

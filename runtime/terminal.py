@@ -110,6 +110,12 @@ class Terminal:
         """One answer as it was printed, and whether the user stopped it."""
         prompt = self.conversation.render(self.template)
         token_ids = self.engine.tokenizer.encode(prompt)
+        planned = self.engine.max_context
+        if planned < len(token_ids) <= self.engine.architecture.max_position_embeddings:  # the engine refuses the rest
+            raise UsageError(
+                f"the conversation has {len(token_ids)} tokens, memory was planned for {planned}: /clear forgets what "
+                "was said, and a larger --context has room for more"
+            )
         parser = AnswerParser(opens_reasoning(prompt), self.conversation.tools or None)
         seed = self.settings.sampling.seed + len(self.conversation.messages)
         printer = _Printer(self.settings.show_thinking)

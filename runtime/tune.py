@@ -39,6 +39,7 @@ from moepack.layout.sizes import format_size
 from moepack.layout.spec import UNQUANTIZED_BITS
 from moepack.runtime.calibrate import UNFINISHED, digest_windows, model_of, write_json
 from moepack.runtime.engine import Engine, hash_manifest
+from moepack.runtime.evaluate import WINDOW
 from moepack.runtime.learner import Learner, RoundedMatrices, read_expert, stored_arrays
 from moepack.runtime.resident import ResidentWeights
 
@@ -102,7 +103,11 @@ class Tuning:
         learned = [list(window) for place, window in enumerate(windows) if (place + 1) % KEPT_APART]
         self.pieces = [piece for window in learned for piece in cut_window(window)]
         if not self.kept:
-            raise UsageError(f"--tune: {len(windows)} windows of text, expected at least {KEPT_APART}: give more")
+            size = min(WINDOW, engine.max_context)
+            raise UsageError(
+                f"--tune: {len(windows)} windows of text, expected at least {KEPT_APART}: of {size:,} tokens each they "
+                f"are {KEPT_APART * size:,} tokens: give more --text or --sample"
+            )
         self.facts = {
             "model": model_of(engine),
             "tokens": sum(map(len, windows)),

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
+import itertools
 import json
+import os
+import re
 import resource
 import shutil
+import subprocess
+import sys
+import tracemalloc
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +29,11 @@ from convert_command import problems_of, run_convert
 from moepack.convert.quantizers import quantize_gptq
 from moepack.kernels import reference
 from moepack.layout.calibration import PRIOR_TOKENS, Calibration
-from moepack.layout.errors import CalibrationError, UnsupportedVersion, UsageError
+from moepack.layout.errors import CalibrationError, NotEnoughSpace, UnsupportedVersion, UsageError
 from moepack.layout.manifest import Manifest
 from moepack.layout.quantized import bf16_to_float32
-from moepack.runtime.calibrate import calibrate, read_default_text, write_json
+from moepack.layout.tensor_file import layout_tensors
+from moepack.runtime.calibrate import UNFINISHED, LayerStatistics, calibrate, read_default_text, write_json
 from moepack.runtime.engine import Engine
 from tiny_checkpoint import TinyModel, write_checkpoint
 
@@ -186,11 +197,182 @@ def test_a_small_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(NotEnoughSpace, match="File too large"):
             write_json(tmp_path / "windows.json", [0] * 5000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("limit", "name"), [(2**12, "hidden_0.npy"), (2**16, "layer_0.npz")])
+def test_a_full_disk_is_named_and_the_run_goes_on_later(
+    engine: Engine, files: dict[str, Path], tmp_path: Path, limit: int, name: str
+) -> None:
+    out, limits = tmp_path / "calibration", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        with pytest.raises(NotEnoughSpace, match=re.escape(f"{name}: File too large")):
+            calibrate(engine, WINDOWS, out, full=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    calibrate(engine, WINDOWS, out, full=True)
+    assert out.read_bytes() == files["full"].read_bytes()
+
+
+class Killed(BaseException):
+    """The end of a process at a place of its own: nothing of ours catches it."""
+
+
+def test_a_run_that_was_killed_before_its_first_layer_goes_on(
+    engine: Engine, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "calibration"
+
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moepack.runtime.calibrate.embed_windows", stop)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(engine, WINDOWS, out, full=True)
+    monkeypatch.undo()
+    calibrate(engine, WINDOWS, out, full=True)
+    assert out.read_bytes() == files["full"].read_bytes()
+
+
+@pytest.mark.parametrize("is_done", [False, True], ids=["before", "after"])
+def test_a_run_that_was_killed_at_any_rename_goes_on(
+    engine: Engine, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_done: bool
+) -> None:
+    """A file gets its name when it is whole: what a kill before or after leaves are all the states there are."""
+    rename = os.replace
+    for place in itertools.count():
+        left, out = [place], tmp_path / f"calibration{place}"
+
+        def kill(source: Path, target: Path, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] >= 0 or is_done:
+                rename(source, target)
+            if left[0] < 0:
+                raise Killed
+
+        monkeypatch.setattr(os, "replace", kill)
+        try:
+            calibrate(engine, WINDOWS, out, full=True)
+            break
+        except Killed:
+            monkeypatch.undo()
+        calibrate(engine, WINDOWS, out, full=True)
+        assert out.read_bytes() == files["full"].read_bytes(), place
+        assert not out.with_name(out.name + UNFINISHED).exists()
+    assert place == 2 + 3 * MODEL.layers + 1  # the start, three files of each layer, the calibration file
+
+
+@pytest.mark.parametrize("missing", ["hidden_1.npy", "layer_0.npz"])
+def test_a_folder_that_lacks_a_file_is_begun_anew(
+    engine: Engine, files: dict[str, Path], tmp_path: Path, missing: str
+) -> None:
+    """As one is left by a kill while it was removed, or before the first layer by an earlier version."""
+    out, layers = tmp_path / "calibration", []
+
+    def stop(count: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(engine, WINDOWS, out, full=True, on_layer=stop)
+    (out.with_name(out.name + UNFINISHED) / missing).unlink()
+    calibrate(engine, WINDOWS, out, full=True, on_layer=layers.append)
+    assert layers == [1, 1]
+    assert out.read_bytes() == files["full"].read_bytes()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_bytes_are_those_of_all_layers_at_once(
+    engine: Engine, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    """The file, put together from whole layers in memory."""
+    monkeypatch.setattr(shutil, "rmtree", lambda folder: None)
+    out = tmp_path / "calibration"
+    calibrate(engine, WINDOWS, out, full=full)
+    folder = out.with_name(out.name + UNFINISHED)
+    tensors = {
+        f"layers.{layer}.{name}": array
+        for layer in range(MODEL.layers)
+        for name, array in dict(np.load(folder / f"layer_{layer}.npz")).items()
+    }
+    facts = Calibration.open(out).facts | {
+        "sha256": {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in tensors.items()}
+    }
+    raw = json.dumps(facts, sort_keys=True).encode()
+    own = {"facts": raw, "facts_sha256": hashlib.sha256(raw).digest()}
+    listed = [(name, "U32" if name.endswith("tokens") else "F32", array.shape) for name, array in tensors.items()]
+    header, specs = layout_tensors([*listed, *((name, "U8", (len(data),)) for name, data in own.items())])
+    data = [own[spec.name] if spec.name in own else tensors[spec.name].tobytes() for spec in specs]
+    assert out.read_bytes() == b"".join([header, *data]) == files["full" if full else "diagonal"].read_bytes()
+
+
+def test_one_layers_statistics_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While layers are run, and while the file is put together from all of them."""
+    model = TinyModel(layers=6, experts=32)
+    one_layer = 4 * model.experts * (model.hidden**2 + model.moe_intermediate**2)
+    living: weakref.WeakSet[LayerStatistics] = weakref.WeakSet()
+    most = [0]
+
+    class Counted(LayerStatistics):
+        def __init__(self, *arguments: Any):
+            super().__init__(*arguments)
+            living.add(self)
+            most[0] = max(most[0], len(living))
+
+    monkeypatch.setattr("moepack.runtime.calibrate.LayerStatistics", Counted)
+    pack = make_pack(write_checkpoint(tmp_path / "source", model), tmp_path / "pack", 16, 32, 16)
+    out, layers = tmp_path / "calibration", []
+
+    def stop_at_the_last(count: int) -> None:
+        layers.append(count)
+        if len(layers) == model.layers:
+            raise KeyboardInterrupt
+
+    gc.disable()  # what goes by itself is gone at once
+    try:
+        with Engine.open(pack, exact=True, threads=1) as engine:
+            with pytest.raises(KeyboardInterrupt):
+                calibrate(engine, WINDOWS, out, full=True, on_layer=stop_at_the_last)
+            assert most == [1]
+            tracemalloc.start()
+            calibrate(engine, WINDOWS, out, full=True)
+            _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert sum(Calibration.open(out).layer(5)[name].nbytes for name in ("inputs", "inner")) == one_layer
+    assert peak < 1.2 * one_layer, f"{peak / one_layer:.2f} layers"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the system's count of a process's largest memory")
+@pytest.mark.parametrize("full", [False, True])
+def test_the_command_stays_within_its_memory(demo_pack: Callable[[int], Path], tmp_path: Path, full: bool) -> None:
+    code = (
+        "import atexit, sys; from moepack.layout.process import peak_rss_bytes; from moepack.runtime.cli import main; "
+        "atexit.register(lambda: print('peak', peak_rss_bytes(), file=sys.stderr)); main()"
+    )
+    text = tmp_path / "text"
+    text.write_text(read_default_text()[:40_000])
+
+    def run(memory: str) -> subprocess.CompletedProcess[str]:
+        options = ("--text", text, "-o", tmp_path / "out", "--threads", 1, "--memory", memory, *["--full"] * full)
+        command = [sys.executable, "-c", code, "calibrate", *map(str, (demo_pack(16), *options))]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    refused = run("1MiB")
+    assert refused.returncode == 1
+    assert "tokens of text take: give less" in refused.stderr
+    needed = re.search(r"([\d,]+) MiB are needed", refused.stderr)
+    assert needed, refused.stderr
+    mib = int(needed[1].replace(",", "")) + 4
+    found = run(f"{mib}MiB")
+    assert found.returncode == 0, found.stderr
+    peak = int(re.findall(r"peak (\d+)", found.stderr)[-1])
+    assert peak <= mib * 2**20, f"{peak / 2**20:.0f} MiB of {mib}"
 
 
 def read_all(path: Path) -> None:

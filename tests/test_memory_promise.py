@@ -1,15 +1,25 @@
-"""What a run takes when nobody says: no more than control groups of either version, and ulimit, leave."""
+"""What a run takes when nobody says: no more than control groups of either version, and ulimit, leave.
+
+And what the refusal of too small a budget says: what is needed, and for what.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from conftest import DEMO
+from moepack.layout.architecture import Architecture
+from moepack.layout.errors import MemoryBudgetError
 from moepack.runtime import memory
+
+MODEL = Architecture.from_config(json.loads((DEMO / "config.json").read_text())["text_config"])
 
 
 @pytest.fixture
@@ -59,6 +69,35 @@ print(memory.available_bytes())
 """
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(found.stdout) == 600 * 2**20 - 1000 * 1024
+
+
+@pytest.mark.parametrize("snapshots", [None, 0, 5 * 2**20])
+@pytest.mark.parametrize("process_bytes", [358 * 2**20, 358 * 2**20 + 1, 2**29 - 1])
+def test_a_refusal_names_a_budget_that_is_enough(snapshots: int | None, process_bytes: int) -> None:
+    """In whole MiB, with the snapshots' share of that very budget; the next process may take a little more."""
+    sizes = (10 * 2**20, 4096, snapshots)
+    with pytest.raises(MemoryBudgetError) as refused:
+        memory.split_budget(MODEL, 300 * 2**20, 2048, process_bytes, *sizes)
+    needed = re.search(r"([\d,]+) MiB are needed", str(refused.value))
+    assert needed
+    budget = int(needed[1].replace(",", "")) * 2**20
+    plan = memory.split_budget(MODEL, budget, 2048, process_bytes + 2**20, *sizes)
+    assert plan.total_bytes <= budget
+    assert plan.snapshot_bytes == (budget // 10 if snapshots is None else snapshots)
+    with pytest.raises(MemoryBudgetError):
+        memory.split_budget(MODEL, budget - 4 * 2**20, 2048, process_bytes, *sizes)
+
+
+def test_a_refusal_names_the_options_that_take_the_memory() -> None:
+    common = (MODEL, 2**30, 2048, 2**28, 2**20, 4096)
+    with pytest.raises(MemoryBudgetError, match=r"state for 2048 .* snapshots 5,120\): .* lower --snapshot-memory, sh"):
+        memory.split_budget(*common, snapshot_bytes=5 * 2**30)
+    with pytest.raises(MemoryBudgetError, match=r"4096 states \(--parallel\) for 2048 .*, lower --parallel, shorten"):
+        memory.split_budget(*common, sequences=4096)
+    with pytest.raises(MemoryBudgetError) as refused:
+        memory.split_budget(MODEL, 2**28, 2048, 2**28, 2**20, 4096)
+    assert "--snapshot" not in str(refused.value)
+    assert "--parallel" not in str(refused.value)
 
 
 def test_what_there_is_not_limits_nothing(system: Path) -> None:

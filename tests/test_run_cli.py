@@ -132,6 +132,10 @@ def test_prompts_from_file_stdin_and_ids_are_the_same(
         (["hi", "--top-p", "0"], 2, "top_p"),
         (["hi", "--memory", "lots"], 2, "size 'lots': expected a number with KiB"),
         (["hi", "--memory", "20MiB"], 1, "memory budget of 20 MiB is too small"),
+        (["hi", "--memory", "8"], 1, "memory budget of 8 bytes (--memory takes a unit, as in 8GiB) is too small"),
+        (["hi", "--raw", "--system", "x"], 2, "--system is of the chat template, --raw goes without it"),
+        (["hi", "--raw", "--think"], 2, "--think is of the chat template, --raw goes without it"),
+        (["--token-ids", "x", "--no-think"], 2, "--think is of the chat template, --token-ids goes without it"),
         (["hi", "--device", "tpu"], 2, "--device tpu: expected auto, cpu, metal, cuda, metal-emulated or reference"),
         (["hi", "--experts-per-token", "49"], 2, "--experts-per-token 49: expected 1 to 48"),
         (["<|image_pad|>", "--raw"], 2, "this pack holds the text model only"),
@@ -161,9 +165,10 @@ def test_sampling_that_makes_no_sense_is_refused_before_weights_are_read(
 def test_a_missing_damaged_or_future_pack_is_told_apart(
     moe_run_here: Callable[..., Result], tiny_copy: Path, tmp_path: Path
 ) -> None:
-    missing = moe_run_here("generate", tmp_path / "nothing", "hi")
-    assert missing.returncode == 3
-    assert "not a pack" in missing.stderr
+    for arguments in (("generate", tmp_path / "nothing", "hi"), ("eval", tmp_path / "nothing", "--text", __file__)):
+        missing = moe_run_here(*arguments)
+        assert missing.returncode == 3
+        assert "not a pack" in missing.stderr
     manifest = tiny_copy / "manifest.json"
     text = manifest.read_text()
     manifest.write_text(text.replace('"format_version": 1', '"format_version": 9'))
@@ -228,7 +233,9 @@ def test_eval_refuses_what_it_cannot_do(
 ) -> None:
     (tmp_path / "text.txt").write_text("one two three")
     (tmp_path / "tools.jsonl").write_text("{}\n")
+    (tmp_path / "nothing.txt").touch()
     for arguments, text in (
+        (["--text", tmp_path / "nothing.txt"], f"{tmp_path / 'nothing.txt'}: 0 tokens, expected at least two"),
         ([], "expected --text FILE, --tools FILE or --recall N, found none of them"),
         (["--tools", tmp_path / "tools.jsonl", "--seed", 1], "--lengths and --seed are of --recall N"),
         (["--text", tmp_path / "text.txt", "--constrained"], "--constrained is of --tools FILE"),

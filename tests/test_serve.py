@@ -56,6 +56,7 @@ def process(pack: Path, *options: object) -> Iterator[str]:
         (["--api-key-file", "none"], "none: cannot be read as a key"),
         (["--host", "256.1.1.1", "--api-key-file", "KEY"], "256.1.1.1:8080: .*: choose another --host or --port"),
         (["--max-waiting", "3"], "max-waiting"),
+        (["--snapshot-dir", "KEY"], r"^error: --snapshot-dir \S+key: is no directory: give another, or one that .*\n$"),
     ],
 )
 def test_what_cannot_be_served_is_said(
@@ -73,6 +74,17 @@ def test_what_cannot_be_served_is_said(
         main()
     assert ended.value.code == 2
     assert re.search(reason, capsys.readouterr().err)
+
+
+def test_the_budget_that_a_refusal_names_is_enough(demo_pack: Callable[[int], Path]) -> None:
+    """Though what is set aside for snapshots grows with the budget."""
+    command = [*RUN, str(demo_pack(2)), "--port", "0", "--threads", "1", "--memory", "300MiB"]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert refused.returncode == 1
+    needed = re.search(r"([\d,]+) MiB are needed .* snapshots \d+ \(1/10 of --memory\)", refused.stderr)
+    assert needed, refused.stderr
+    with process(demo_pack(2), "--memory", f"{needed[1]}MiB") as url:
+        assert httpx.get(f"{url}/health").status_code == 200
 
 
 @pytest.mark.slow

@@ -154,6 +154,16 @@ def test_a_mistake_is_one_line_and_the_conversation_goes_on(talk: Any, line: str
     assert [message["content"] for message in terminal.conversation.messages[:1]] == ["Hello."]
 
 
+def test_a_conversation_past_the_planned_context_tells_the_options_of_a_chat(
+    engine: Engine, talk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "max_context", 64)
+    terminal, _, err = talk("Hello.\n" + "word " * 80 + "\n")
+    assert "tokens, memory was planned for 64: /clear forgets what was said, and a larger --context has" in err
+    assert "max_context" not in err
+    assert [message["role"] for message in terminal.conversation.messages] == ["user", "assistant"]
+
+
 def test_an_interrupt_stops_the_answer_and_keeps_what_was_written(talk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from moepack.runtime import terminal as module
 

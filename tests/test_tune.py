@@ -333,7 +333,7 @@ def test_what_cannot_be_tuned(engine: Engine, start: Path, tmp_path: Path) -> No
     for pack, windows, expected in (
         (make_pack(other, tmp_path / "pack", 2), WINDOWS, "another checkpoint"),
         (engine.pack.directory, WINDOWS, "16 bits"),
-        (start, WINDOWS[1:], "at least 16"),
+        (start, WINDOWS[1:], "15 windows of text, expected at least 16: of 128 tokens each they are 2,048 tokens"),
     ):
         with Pack.open(pack) as opened, pytest.raises(UsageError, match=expected):
             Tuning(engine, opened, windows, tmp_path / "out", PLAN)
