@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ import typer
 
 from moepack.convert.allocation import Allocation
 from moepack.convert.archive import is_archive, pack_archive, unpack_archive
-from moepack.convert.export import TARGETS, export
+from moepack.convert.export import TARGETS, export, forecast
 from moepack.convert.hub import Mirror, is_hub_address
 from moepack.convert.journal import finish_interrupted_manifest
-from moepack.convert.memory import DEFAULT_MEMORY
+from moepack.convert.memory import DEFAULT_MEMORY, fit_threads
 from moepack.convert.pipeline import convert, estimate_seconds
 from moepack.convert.plan import (
     ConversionPlan,
@@ -54,12 +55,22 @@ from moepack.layout.console import (
 from moepack.layout.errors import CalibrationError, Interrupted, NotEnoughSpace, UsageError
 from moepack.layout.process import peak_rss_bytes
 from moepack.layout.sizes import format_size, parse_size
-from moepack.layout.spec import GROUP_SIZES, MANIFEST_NAME, PROJECTIONS, QUANTIZED_BITS, UNQUANTIZED_BITS
+from moepack.layout.spec import (
+    GROUP_SIZES,
+    MANIFEST_NAME,
+    PROJECTIONS,
+    QUANTIZED_BITS,
+    RESIDENT_NAME,
+    UNQUANTIZED_BITS,
+)
 from moepack.layout.writer import check_output
 
 DEFAULT_BITS = "4"
 ENGINES = ("local", "ray")
 RESIDENT_BITS = (4, 8, UNQUANTIZED_BITS)
+# Parameters that say how a pack's weights are made: without a meaning where a pack is taken as it is.
+SETTINGS = ("bits", "bpw", "target_size", "group_size", "resident_bits", "quantizer")
+MAKING = (*SETTINGS, "calibration", "memory", "scratch", "engine", "overwrite", "redo")
 
 
 def main() -> None:
@@ -72,6 +83,7 @@ app = create_app("moe-convert")
 
 @app.command(epilog=EXIT_CODES)
 def convert_checkpoint(
+    context: typer.Context,
     source: str = typer.Argument(
         metavar="SRC", help="Directory of the original checkpoint, or hf://org/repo[@revision].", show_default=False
     ),
@@ -121,29 +133,90 @@ def convert_checkpoint(
     if is_url(out) and (engine != "ray" or redo or to != "pack"):
         raise UsageError(f"{out}: only a conversion with --engine ray writes to a URL: give a directory")
     if not is_hub_address(source) and (to != "pack" or is_archive(Path(source))):
-        _ship(Path(source), Path(out), to, workers, as_json)
+        _ship(context, Path(source), Path(out), to, workers, dry_run, as_json)
         return
     if to != "pack":
         raise UsageError(f"--to {to} needs a pack, {source} is a checkpoint: convert it to a pack first")
+    if all((Path(source) / name).exists() for name in (MANIFEST_NAME, RESIDENT_NAME)):
+        raise UsageError(
+            f"{source}: is a pack, expected the checkpoint that it was made from: give that, or what to make of the "
+            f"pack with --to {', '.join(TARGETS)} or archive"
+        )
     if engine not in ENGINES:
         raise UsageError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
     if bits == MIXED and is_hub_address(source):
         raise UsageError(f"--bits mixed looks at every expert first, {source} is on the hub: download it")
     if engine == "ray" and is_hub_address(source):
         raise UsageError(f"--engine ray needs a directory that every machine sees, {source} is on the hub: download it")
+    if redo:
+        _redo(context, source, out, redo, calibration, scratch, as_json)
+        return
     known = None if calibration is None else Calibration.open(calibration)
     target_bytes = None if target_size is None else parse_size(target_size)
     recipe = _make_recipe(bits, group_size, resident_bits, quantizer, known, bpw, target_bytes)
     memory_bytes = parse_size(memory)
     scratch_bytes = parse_size(scratch) if scratch else None
-    if redo:
-        places = parse_places(redo)
-        with _planned(source, out, recipe_of(Path(out)), known, scratch_bytes, overwrite=False) as (plan, _):
-            repair_blocks(plan, places)
-        print(f"{out}: {len(places)} block{'s' * (len(places) != 1)} written again, with the checksum they had")
-        return
     with _planned(source, out, recipe, known, scratch_bytes, overwrite) as (plan, remote):
         _convert(plan, remote, engine, overwrite, dry_run, workers, memory_bytes, as_json)
+
+
+def _refuse_options(context: typer.Context, names: tuple[str, ...], other: str, why: str) -> None:
+    """Raise UsageError for the first of these parameters that the user gave: what is ignored is not accepted."""
+    for name, (option, value) in _list_given(context).items():
+        if name in names and value is not False:  # --resume is what happens anyway
+            raise UsageError(f"{option} does not go with {other}, {why}: leave it out")
+
+
+def _list_given(context: typer.Context) -> dict[str, tuple[str, Any]]:
+    """The parameters that stand on the command line, be it with their default values: name -> option, value."""
+    given = {}
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            given[name] = (parameter.opts[0], context.params[name])
+    return given
+
+
+def _redo(
+    context: typer.Context,
+    source: str,
+    out: str,
+    redo: list[str],
+    calibration: Path | None,
+    scratch: str | None,
+    as_json: bool,
+) -> None:
+    """Make single blocks of a finished pack anew."""
+    others = ("memory", "engine", "overwrite", "workers", "dry_run")
+    _refuse_options(context, others, "--redo", "which makes a block as it was and writes it at once")
+    places = parse_places(redo)
+    recipe = recipe_of(Path(out))
+    _refuse_other_settings(context, out, recipe)
+    known = None if calibration is None else Calibration.open(calibration)
+    scratch_bytes = parse_size(scratch) if scratch else None
+    with _planned(source, out, recipe, known, scratch_bytes, overwrite=False) as (plan, _):
+        repair_blocks(plan, places)
+    if as_json:
+        blocks = [{"layer": layer, "expert": expert} for layer, expert in places]
+        print_json({"source": source, "pack": out, "blocks": blocks})
+    else:
+        print(f"{out}: {len(places)} block{'s' * (len(places) != 1)} written again, with the checksum they had")
+
+
+def _refuse_other_settings(context: typer.Context, out: str, recipe: Recipe) -> None:
+    """Raise UsageError for an option that is not what the pack was converted with: its blocks stay what they are."""
+    names = {"bpw": "bits_per_weight", "target_size": "target_bytes"}
+    for name, (option, value) in _list_given(context).items():
+        if name in SETTINGS and value != "auto":
+            wanted = parse_size(value) if name == "target_size" else value
+            made = recipe.arguments.get(names.get(name, name))
+            if str(wanted) != str(made):
+                found = "without it" if made is None else f"with {made}"
+                raise UsageError(
+                    f"{option} {value} does not go with --redo, which makes a block as it was: {out} was converted "
+                    f"{found}: leave it out"
+                )
 
 
 @contextmanager
@@ -178,6 +251,8 @@ def _convert(
 ) -> None:
     out = remote.url if remote else str(plan.out)
     if not dry_run:
+        if overwrite:
+            _refuse_early(plan, engine, workers, memory_bytes)
         _clear(plan, remote, overwrite)
     finished = None if overwrite else remote.find_finished() if remote else find_finished(plan)
     for note in plan.notes:
@@ -200,6 +275,19 @@ def _convert(
         _print_report(plan, out, report, seconds)
 
 
+def _refuse_early(plan: ConversionPlan, engine: str, workers: int, memory_bytes: int) -> None:
+    """What the conversion itself would refuse when it begins: with --overwrite the old pack would be gone by then.
+
+    Raises UsageError, MemoryBudgetError.
+    """
+    if engine == "ray":
+        try:
+            import_module("ray")  # here already, for its memory counts too
+        except ImportError:
+            raise UsageError("--engine ray needs the package ray: pip install 'moepack[ray]'") from None
+    fit_threads(plan, workers, memory_bytes)
+
+
 def _clear(plan: ConversionPlan, remote: UrlOutput | None, overwrite: bool) -> None:
     """Delete what is to be replaced, or finish what was nearly done."""
     if remote and overwrite:
@@ -212,7 +300,9 @@ def _clear(plan: ConversionPlan, remote: UrlOutput | None, overwrite: bool) -> N
         finish_interrupted_removal(plan)
 
 
-def _ship(source: Path, out: Path, target: str, workers: int, as_json: bool) -> None:
+def _ship(
+    context: typer.Context, source: Path, out: Path, target: str, workers: int, dry_run: bool, as_json: bool
+) -> None:
     """What neither reads nor makes weights: a pack to a checkpoint or an archive, an archive to a pack."""
     if target not in ("pack", "archive", *TARGETS):
         raise UsageError(f"--to {target}: expected one of pack, {', '.join(TARGETS)}, archive")
@@ -220,6 +310,13 @@ def _ship(source: Path, out: Path, target: str, workers: int, as_json: bool) -> 
     if target != "pack" and not (source / MANIFEST_NAME).exists():
         found = "an archive: unpack it first" if is_archive(source) else "no pack: convert the checkpoint to one first"
         raise UsageError(f"{source}: --to {target} needs a pack, this is {found}")
+    what = "an archive as SRC" if target == "pack" else f"--to {target}"
+    _refuse_options(context, MAKING, what, "which takes the pack as it is and replaces nothing")
+    if target not in TARGETS:
+        _refuse_options(context, ("dry_run",), what, "whose size is known when it is written")
+    if dry_run:
+        _print_export_forecast(source, out, target, as_json)
+        return
     run = {"pack": unpack_archive, "archive": pack_archive}.get(target) or partial(export, target=target)
     started = time.perf_counter()
     with open_progress(0, f"to {target}") as progress:
@@ -233,11 +330,24 @@ def _ship(source: Path, out: Path, target: str, workers: int, as_json: bool) -> 
         except KeyboardInterrupt:
             raise Interrupted(f"{out}: stopped; the same command goes on from here") from None
     seconds = time.perf_counter() - started
+    if facts.get("already_exported"):
+        log(f"{out}: exported already from this pack: nothing to do")
     if as_json:
         print_json({"source": str(source), "out": str(out), **facts, "seconds": round(seconds, 3)})
-    else:
+    elif not facts.get("already_exported"):
         sizes = ", ".join(f"{format_size(facts[key])} {key.partition('_')[0]}" for key in facts if "bytes" in key)
         print(f"{out}: {sizes}, {seconds:.1f} s")
+
+
+def _print_export_forecast(source: Path, out: Path, target: str, as_json: bool) -> None:
+    facts = forecast(source, out, target)
+    if facts["already_exported"]:
+        log(f"{out}: exported already from this pack: nothing to do")
+    if as_json:
+        print_json({"source": str(source), "out": str(out), **facts})
+    else:
+        sizes = {"in all": "total_bytes", "still to write": "needed_bytes", "free on the disk": "free_bytes"}
+        print_table([("", "size"), *((what, format_size(facts[key])) for what, key in sizes.items())])
 
 
 def _make_recipe(
@@ -271,11 +381,12 @@ def _make_recipe(
         except (KeyError, TypeError) as error:
             raise CalibrationError(f"{calibration.path}: arguments of the tuned pack: {error}: make it again") from None
     targets = [target for target in (bits_per_weight, target_bytes) if target is not None]
+    if targets and given[0] is None:
+        option = "--target-size" if bits_per_weight is None else "--bpw"
+        raise UsageError(f"{option} goes with mixed bits, found no --bits: give --bits mixed with it, or leave it out")
     if len(targets) != (bits == MIXED):
-        raise UsageError(
-            f"--bits {bits}: expected {'one' if bits == MIXED else 'none'} of --bpw and --target-size, found "
-            f"{len(targets)}"
-        )
+        expected, cure = ("one", "give one") if bits == MIXED else ("none", "give --bits mixed, or leave it out")
+        raise UsageError(f"--bits {bits}: expected {expected} of --bpw and --target-size, found {len(targets)}: {cure}")
     if bits_per_weight is not None and not 0 < bits_per_weight <= UNQUANTIZED_BITS:
         raise UsageError(f"--bpw {bits_per_weight:g}: expected a number above 0, at most {UNQUANTIZED_BITS}")
     return Recipe(

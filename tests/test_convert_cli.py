@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -95,6 +96,22 @@ def test_version_and_help():
 def test_values_that_no_option_takes(source, tmp_path, options, expected):
     assert_usage(run_convert(source, tmp_path / "pack", *options), *expected)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", [("--bpw", 3), ("--target-size", "1GB")])
+def test_mixed_bits_are_named_as_the_cure(source, tmp_path, option):
+    result = run_convert(source, tmp_path / "pack", *option)
+    assert_usage(result, option[0], "give --bits mixed")
+    assert "--bits 4" not in result.errors[0]
+    assert_usage(run_convert(source, tmp_path / "pack", *option, "--bits", 4), "--bits 4", "give --bits mixed")
+
+
+@pytest.mark.parametrize("options", [(), ("--bits", 3), ("--redo", "0:1"), ("--dry-run",)])
+def test_a_pack_as_the_source(pack, tmp_path, options):
+    assert_usage(
+        run_convert(pack, tmp_path / "out", *options), pack, "is a pack", "checkpoint", "--to mlx, hf or archive"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -326,6 +343,19 @@ def test_overwrite_replaces_a_pack(source, four_bits, pack, tmp_path):
     assert files_of(pack) == files_of(tmp_path / "fresh")
     assert run_convert(source, pack, *GROUP, "--overwrite").code == 0
     assert files_of(pack) == files_of(four_bits)
+
+
+@pytest.mark.parametrize(("options", "code", "expected"), [
+    (("--memory", "10MB"), 1, "--memory"), (("--engine", "ray"), 2, "needs the package ray"),
+    (("--engine", "spark"), 2, "--engine spark"), (("--bits", 2, "--memory", "much"), 2, "much"),
+])  # fmt: skip
+def test_overwrite_deletes_nothing_for_what_is_refused(source, pack, monkeypatch, options, code, expected):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    before = files_of(pack)
+    result = run_convert(source, pack, *GROUP, "--overwrite", *options)
+    assert (result.code, result.out, len(result.errors)) == (code, "", 1), result.err
+    assert expected in result.errors[0]
+    assert files_of(pack) == before
 
 
 def test_overwrite_replaces_damaged_and_unfinished_packs(source, four_bits, pack, tmp_path):

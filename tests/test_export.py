@@ -5,8 +5,12 @@ The result is read by the safetensors library, never by moepack's own reading of
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +24,7 @@ from conftest import DEMO, make_pack
 from convert_command import SMALL, files_of, run_convert
 from moepack.convert.export import export
 from moepack.kernels.native_quantize import dequantize_bf16
-from moepack.layout.errors import UsageError
+from moepack.layout.errors import DamagedPack, UsageError
 from moepack.layout.quantized import dequantize, float32_to_bf16
 from moepack.layout.reader import Pack
 from moepack.runtime import Engine
@@ -173,6 +177,176 @@ def test_a_stopped_export_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         export(pack, out, "hf", 1, lambda size, total, again=again: again.append(size))
         assert sum(again) == facts["total_bytes"]
         assert files_of(out) == files_of(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def four_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pack; not to be changed."""
+    folder = tmp_path_factory.mktemp("four_bits")
+    return make_pack(write_checkpoint(folder / "source", SMALL), folder / "pack", bits=4, resident_bits=8)
+
+
+def flip(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 0x29  # of the blank at a header's end it makes a tab, which is JSON too
+    path.write_bytes(content)
+
+
+def places_of(pack: Path) -> dict[str, tuple[str, int, tuple[str, ...]]]:
+    """Where a byte may be damaged: file, offset, and what the error must name."""
+    with Pack.open(pack) as opened:
+        geometry, tensors = opened.geometry(1), opened.manifest.resident.tensors
+        start, block = geometry.offsets[1], geometry.block(1)
+        table, norm = tensors["model.embed_tokens.weight"], tensors["model.norm.weight"]
+        header_end = min(tensor.offset_bytes for tensor in tensors.values())
+    experts, resident, named = "experts/layer_01.bin", "resident.safetensors", ("layer 1 expert 1", "--redo 1:1")
+    return {
+        "block, first byte": (experts, start, named),
+        "block, scales": (experts, start + block.sections[-2].offset_bytes + 3, named),
+        "block, last byte": (experts, start + block.block_stride - 1, named),
+        "quantized resident": (resident, table.offset_bytes + table.size_bytes - 1, ("model.embed_tokens.weight",)),
+        "its scales": (resident, tensors["model.embed_tokens.scales"].offset_bytes, ("model.embed_tokens.scales",)),
+        "norm": (resident, norm.offset_bytes + 2, ("model.norm.weight",)),
+        "resident header": (resident, header_end - 1, ("resident.safetensors",)),
+        "tokenizer": ("tokenizer.json", 5, ("tokenizer.json", "restore it")),
+        "config": ("config.json", 1, ("config.json", "restore it")),
+    }
+
+
+@pytest.mark.parametrize("target", ["hf", "mlx"])
+def test_a_damaged_pack_is_not_exported(tmp_path: Path, four_bits: Path, target: str) -> None:
+    """Each damage is named; nothing stands there as if whole, and the mended pack's export goes on."""
+    assert run_convert(four_bits, tmp_path / "whole", "--to", target).code == 0
+    whole = files_of(tmp_path / "whole")
+    for number, (what, (file, offset, named)) in enumerate(places_of(four_bits).items()):
+        pack, out = shutil.copytree(four_bits, tmp_path / f"pack{number}"), tmp_path / f"out{number}"
+        flip(pack / file, offset)
+        result = run_convert(pack, out, "--to", target)
+        assert (result.code, result.out, len(result.errors)) == (3, "", 1), (what, result)
+        assert not [part for part in (file, *named) if part not in result.errors[0]], (what, result.errors)
+        left = files_of(out) if out.exists() else {}
+        assert not [name for name in left if name.endswith(".partial")], what
+        assert "model.safetensors.index.json" not in left, what
+        assert "config.json" not in left, what
+        assert all(whole[name] == digest for name, digest in left.items() if not name.startswith(".convert")), what
+        flip(pack / file, offset)
+        assert run_convert(pack, out, "--to", target).code == 0
+        assert files_of(out) == whole
+
+
+def test_damage_in_what_comes_in_many_pieces(tmp_path: Path, four_bits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays larger than a piece; whatever the number of workers."""
+    monkeypatch.setattr("moepack.convert.export.PIECE_BYTES", 1000)
+    monkeypatch.setattr("moepack.convert.shard_writer.BUFFER_BYTES", 4096)
+    for target in ("hf", "mlx"):
+        for workers in (1, 5):
+            export(four_bits, tmp_path / f"{target}{workers}", target, workers, lambda size, total: None)
+        assert files_of(tmp_path / f"{target}1") == files_of(tmp_path / f"{target}5")
+        assert run_convert(four_bits, tmp_path / target, "--to", target).code == 0
+        assert files_of(tmp_path / target) == files_of(tmp_path / f"{target}5")
+    for what in ("quantized resident", "its scales", "norm"):
+        file, offset, named = places_of(four_bits)[what]
+        pack = shutil.copytree(four_bits, tmp_path / what)
+        flip(pack / file, offset)
+        with pytest.raises(DamagedPack, match=named[0]):
+            export(pack, tmp_path / "damaged", "hf", 3, lambda size, total: None)
+
+
+@pytest.mark.parametrize("refused", ["flag", "writes", "third write"])
+def test_file_systems_without_direct_writes_get_the_same_bytes(
+    tmp_path: Path, four_bits: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    export(four_bits, tmp_path / "usual", "hf", 2, lambda size, total: None)
+    genuine, seen = os.pwrite, []
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        seen.append(offset)
+        is_direct = fcntl.fcntl(descriptor, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0)
+        if is_direct and len(seen) >= (3 if refused == "third write" else 1):
+            raise OSError(errno.EINVAL, "no direct writes here")
+        return genuine(descriptor, data if is_direct else data[: len(data) // 2 + 1], offset)  # short ones happen, too
+
+    if refused == "flag":
+        monkeypatch.setattr("moepack.convert.shard_writer._start_direct", lambda descriptor: False)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    export(four_bits, tmp_path / "other", "hf", 2, lambda size, total: None)
+    assert len(seen) > 3
+    assert files_of(tmp_path / "other") == files_of(tmp_path / "usual")
+
+
+def test_every_byte_is_read_once(tmp_path: Path, four_bits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparing the checksums costs no second pass over the blocks and resident arrays."""
+    read: dict[str, int] = {}
+    genuine = Pack.read_range
+
+    def count(self: Pack, name: str, offset: int, into: memoryview, **options: object) -> None:
+        read[name] = read.get(name, 0) + len(into)
+        genuine(self, name, offset, into, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Pack, "read_range", count)
+    export(four_bits, tmp_path / "hf", "hf", 2, lambda size, total: None)
+    sizes = {path: (four_bits / path).stat().st_size for path in read if path != "config.json"}
+    assert sizes == {name: size for name, size in read.items() if name != "config.json"}
+    assert len(sizes) == SMALL.layers + 2
+
+
+@pytest.mark.parametrize("target", ["hf", "mlx"])
+def test_dry_run_tells_the_size_and_writes_nothing(tmp_path: Path, four_bits: Path, target: str) -> None:
+    out = tmp_path / "out"
+    told = json.loads(run_convert(four_bits, out, "--to", target, "--dry-run", "--json").out)
+    table = run_convert(four_bits, out, "--to", target, "--dry-run")
+    assert (table.code, table.errors) == (0, [])
+    assert [line.rsplit("  ", 1)[0].strip() for line in table.out.splitlines()][1:] == [
+        *("in all", "still to write", "free on the disk"),
+    ]
+    assert list(tmp_path.iterdir()) == []
+    done = json.loads(run_convert(four_bits, out, "--to", target, "--json").out)
+    assert {key: told[key] for key in ("shards", "tensors", "total_bytes")} == {
+        key: done[key] for key in ("shards", "tensors", "total_bytes")
+    }
+    assert told["needed_bytes"] == told["total_bytes"] == sum(t.nbytes for t in tensors_of(out).values())
+    before = files_of(out)
+    again = json.loads(run_convert(four_bits, out, "--to", target, "--dry-run", "--json").out)
+    assert (again["already_exported"], again["needed_bytes"]) == (True, 0)
+    assert files_of(out) == before
+
+
+def test_a_finished_export_is_left_alone(tmp_path: Path, four_bits: Path) -> None:
+    out = tmp_path / "out"
+    assert run_convert(four_bits, out, "--to", "mlx").code == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    result = run_convert(four_bits, out, "--to", "mlx")
+    assert (result.code, result.out, result.errors) == (0, "", [])
+    assert "nothing to do" in result.err
+    assert json.loads(run_convert(four_bits, out, "--to", "mlx", "--json").out)["already_exported"] is True
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    other = make_pack(four_bits.parent / "source", tmp_path / "other", bits=2, resident_bits=8)
+    for pack, target in ((other, "mlx"), (four_bits, "hf")):
+        assert run_convert(pack, out, "--to", target).code == 2
+    shard = next(out.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert run_convert(four_bits, out, "--to", "mlx").code == 2
+
+
+@pytest.mark.parametrize("target", ["hf", "mlx", "archive"])
+def test_what_does_not_go_with_a_pack_as_it_is(tmp_path: Path, four_bits: Path, target: str) -> None:
+    """And an archive is no place for --dry-run: how far it compresses nobody knows before."""
+    options: list[tuple[object, ...]] = [("--bits", 3), GROUP, ("--calibration", "x"), ("--resident-bits", 8)]
+    options += [("--quantizer", "mse"), ("--bpw", 3), ("--target-size", "1GB"), ("--redo", "0:1"), ("--overwrite",)]
+    options += [("--memory", "4GiB"), ("--scratch", "1GB"), ("--engine", "ray")]
+    options += [("--dry-run",)] if target == "archive" else []
+    for option in options:
+        result = run_convert(four_bits, tmp_path / "out", "--to", target, *option)
+        assert (result.code, result.out, len(result.errors)) == (2, "", 1), (option, result)
+        assert f"{option[0]} does not go with --to {target}" in result.errors[0]
+    assert list(tmp_path.iterdir()) == []
+    assert run_convert(four_bits, tmp_path / "out", "--to", target, "--resume", "--workers", 1).code == 0
+    if target == "archive":
+        for option in (("--bits", 3), ("--dry-run",), ("--overwrite",)):
+            result = run_convert(tmp_path / "out", tmp_path / "again", *option)
+            assert (result.code, len(result.errors)) == (2, 1)
+            assert f"{option[0]} does not go with an archive as SRC" in result.errors[0]
+        assert not (tmp_path / "again").exists()
 
 
 def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:

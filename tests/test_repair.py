@@ -1,5 +1,6 @@
 """moe-convert --redo LAYER:EXPERT: one block as it was, and nothing else; refused where that cannot be."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -50,6 +51,35 @@ def test_damaged_blocks_become_what_they_were(source, whole, pack):
     result = run_convert(source, pack, "--redo", "0:2", "--redo", "2:1")
     assert (result.code, result.errors) == (0, [])
     assert "2 blocks" in result.out
+    assert files_of(pack) == files_of(whole)
+
+
+@pytest.mark.parametrize("option", [
+    ("--dry-run",), ("--bits", 4), ("--group-size", 64), ("--quantizer", "minmax"), ("--resident-bits", 4),
+    ("--bpw", 3.0), ("--target-size", "1GB"), ("--workers", 1), ("--memory", "4GiB"), ("--engine", "ray"),
+    ("--overwrite",),
+])  # fmt: skip
+def test_what_does_not_go_with_a_block_as_it_was(source, pack, option):
+    damage(pack, 0, 2)
+    before = files_of(pack)
+    assert_one_line(run_convert(source, pack, "--redo", "0:2", *option), option[0], "does not go with --redo", code=2)
+    assert files_of(pack) == before
+
+
+def test_the_packs_own_settings_may_be_repeated(source, whole, pack):
+    damage(pack, 0, 2)
+    settings = (*GROUP, "--bits", 3, "--quantizer", "mse", "--resident-bits", 8)
+    assert run_convert(source, pack, *settings, "--redo", "0:2").code == 0
+    assert files_of(pack) == files_of(whole)
+    assert run_convert(source, pack, "--quantizer", "auto", "--redo", "0:2").code == 0
+
+
+def test_json_tells_which_blocks(source, whole, pack):
+    damage(pack, 0, 2)
+    result = run_convert(source, pack, "--redo", "0:2", "--json", "--resume")
+    assert (result.code, result.errors) == (0, [])
+    told = json.loads(result.out)
+    assert told == {"source": str(source), "pack": str(pack), "blocks": [{"layer": 0, "expert": 2}]}
     assert files_of(pack) == files_of(whole)
 
 
