@@ -135,7 +135,7 @@ def test_a_next_turn_computes_what_is_new_after_a_restart_too(demo_pack: Callabl
 @pytest.mark.slow
 def test_all_calls_of_a_two_bit_pack_are_well_formed(demo_pack: Callable[[int], Path]) -> None:
     prompts = read_tool_prompts(TOOLS)[:24]
-    with Engine.open(demo_pack(2), memory="1GiB") as engine:
+    with Engine.open(demo_pack(2)) as engine:  # this process may have grown by then
         scores = evaluate_tools(engine, prompts, is_constrained=True)
     assert scores.n == len(prompts)
     assert scores.well_formed == 1
