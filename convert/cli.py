@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from moepack.convert.plan import (
     remove_output,
 )
 from moepack.convert.quantizers import AUTO_QUANTIZER, QUANTIZERS
-from moepack.convert.ray_engine import SharedDirectory, convert_layers
+from moepack.convert.ray_engine import SharedDirectory, convert_layers, import_ray
 from moepack.convert.recipe import AUTO_GROUP_SIZE, MIXED, MIXED_BITS, Recipe
 from moepack.convert.repair import parse_places, recipe_of, repair_blocks
 from moepack.convert.report import Report
@@ -281,10 +280,7 @@ def _refuse_early(plan: ConversionPlan, engine: str, workers: int, memory_bytes:
     Raises UsageError, MemoryBudgetError.
     """
     if engine == "ray":
-        try:
-            import_module("ray")  # here already, for its memory counts too
-        except ImportError:
-            raise UsageError("--engine ray needs the package ray: pip install 'moepack[ray]'") from None
+        import_ray()  # here already, for its memory counts too
     fit_threads(plan, workers, memory_bytes)
 
 

@@ -296,10 +296,7 @@ def _read_block(pack: Pack, layer: int, expert: int) -> memoryview:
     """One block, as the manifest has it. Raises DamagedPack."""
     block = memoryview(bytearray(pack.geometry(layer).block(expert).block_stride))
     pack.read_block(layer, expert, block)
-    found, expected = hashlib.sha256(block).hexdigest(), pack.manifest.expert_files[layer].block_sha256[expert]
-    if found != expected:
-        again = f"moe-convert SRC {pack.directory} --redo {layer}:{expert} mends it, then run the same command again"
-        raise pack.damaged_block(layer, expert, f"{_name_digests(found, expected)}: {again}")
+    pack.check_block(layer, expert, block)
     return block
 
 
@@ -327,7 +324,7 @@ def _widen(matrix: MatrixGeometry, arrays: list[memoryview]) -> memoryview:
 
 def _residents(pack: Pack, target: str) -> Shard:
     """Every array outside the routed experts by the target's names and types."""
-    resident = pack.manifest.resident
+    resident, prefix = pack.manifest.resident, _hf_prefix(pack)
     tensors: list[ExportedTensor] = []
     jobs: list[Callable[[], Iterator[Callable[[], Converted]]]] = []
     for name, tensor in resident.tensors.items():
@@ -341,12 +338,12 @@ def _residents(pack: Pack, target: str) -> Shard:
             convert = partial(_add_one, dtype=tensor.dtype) if SHIFTED_NORM.fullmatch(name) else None
             jobs.append(partial(_array_jobs, pack, name, _mlx_name(name), convert))
         elif scheme is None:
-            tensors.append(ExportedTensor(_hf_name(pack, name), tensor.dtype, tensor.shape))
+            tensors.append(ExportedTensor(_hf_name(prefix, name), tensor.dtype, tensor.shape))
             jobs.append(partial(_array_jobs, pack, name, tensors[-1].name))
         elif part == "weight":
             geometry = MatrixGeometry(tensor.shape[0], tensor.shape[1] * 32 // scheme.bits, scheme)
             size = (geometry.out_features, geometry.in_features)
-            tensors.append(ExportedTensor(_hf_name(pack, name), "BF16", size))
+            tensors.append(ExportedTensor(_hf_name(prefix, name), "BF16", size))
             jobs.append(partial(_row_jobs, pack, matrix, tensors[-1].name, geometry))
     return Shard(tuple(tensors), lambda: (job for list_jobs in jobs for job in list_jobs()))
 
@@ -445,8 +442,8 @@ def _hf_prefix(pack: Pack) -> str:
     return "model.language_model." if nested else "model."
 
 
-def _hf_name(pack: Pack, name: str) -> str:
-    return _hf_prefix(pack) + name.removeprefix("model.") if name.startswith("model.") else name
+def _hf_name(prefix: str, name: str) -> str:
+    return prefix + name.removeprefix("model.") if name.startswith("model.") else name
 
 
 def _read_config(pack: Pack) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def convert_layers(output: Output, workers: int, on_bytes: Callable[[int], objec
 
     Raises UsageError without Ray, and what a conversion on one machine raises.
     """
-    ray, plan = _import_ray(), output.plan
+    ray, plan = import_ray(), output.plan
     started_here = not ray.is_initialized()
     if started_here:
         _connect(ray, workers)
@@ -222,7 +222,8 @@ def _write_at(descriptor: int, data: memoryview, offset_bytes: int) -> None:
         data, offset_bytes = data[count:], offset_bytes + count
 
 
-def _import_ray() -> Any:
+def import_ray() -> Any:
+    """The package. Raises UsageError if it is not installed."""
     try:
         return importlib.import_module("ray")
     except ImportError:

@@ -11,15 +11,13 @@ share wait for the end and go through the cache.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import sys
 from dataclasses import dataclass
 from types import TracebackType
 
 from moepack.layout.geometry import align_up
 from moepack.layout.pages import Pages
-from moepack.layout.storage import DIRECT_ALIGNMENT, REFUSED, stop_direct
+from moepack.layout.storage import DIRECT_ALIGNMENT, REFUSED, start_direct, stop_direct
 from moepack.layout.tensor_file import TensorSpec
 
 BUFFER_BYTES = 2 * 2**20  # there are nine of them, for the arrays of a quantized expert
@@ -50,7 +48,7 @@ class ShardWriter:
         self._spare: list[Pages] = []
         self._shared: list[tuple[int, bytes]] = [(0, header)]
         self._missing = sum(spec.size_bytes for spec in specs)
-        self._is_direct = _start_direct(descriptor)
+        self._is_direct = start_direct(descriptor)
 
     def write(self, name: str, data: memoryview) -> None:
         """Append to a tensor. Raises OSError."""
@@ -116,18 +114,3 @@ class ShardWriter:
         if self._is_direct:
             stop_direct(self._descriptor)
             self._is_direct = False
-
-
-def _start_direct(descriptor: int) -> bool:
-    """Let an open file be written past the page cache; whether what is written must be whole sectors now."""
-    if sys.platform == "darwin":
-        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
-    if not hasattr(os, "O_DIRECT"):
-        return False
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
-    except OSError as error:
-        if error.errno not in REFUSED:
-            raise
-        return False
-    return True

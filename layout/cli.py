@@ -38,7 +38,7 @@ from moepack.layout.errors import EXIT_DAMAGED, EXIT_FAILED, MoepackError, Usage
 from moepack.layout.geometry import BlockGeometry
 from moepack.layout.machine import MAX_GB_S, MIN_GB_S, Limits, known_machine, save_settings
 from moepack.layout.process import resident_set_bytes
-from moepack.layout.reader import Pack
+from moepack.layout.reader import REDO, Pack
 from moepack.layout.report import (
     describe_differences,
     describe_errors,
@@ -55,7 +55,7 @@ from moepack.layout.timeline import list_times, trace_token
 from moepack.layout.trace import Replay, Trace, compare_policies
 from moepack.layout.trace_file import read_trace
 from moepack.layout.trace_report import describe_trace
-from moepack.layout.verify import REDO, Problem, list_regions, verify_contents, verify_structure
+from moepack.layout.verify import Problem, list_regions, verify_contents, verify_structure
 from moepack.layout.writer import check_output
 
 if TYPE_CHECKING:  # imported where it is used: looking into a pack needs neither checkpoints nor torch

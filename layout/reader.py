@@ -23,6 +23,7 @@ from moepack.layout.spec import RESIDENT_NAME
 from moepack.layout.storage import DataFile
 from moepack.layout.tensor_file import read_tensor_header
 
+REDO = "moe-convert SRC PACK --redo"  # layer:expert behind it makes a block again
 NUMPY_DTYPES = {
     "BOOL": "?",
     "U8": "u1",
@@ -122,7 +123,7 @@ class Pack:
         """Compare a block that was read with its checksum. Raises DamagedPack naming layer, expert and offset."""
         found, expected = hashlib.sha256(block).hexdigest(), self.manifest.expert_files[layer].block_sha256[expert]
         if found != expected:
-            text = f"sha256 is {found[:12]}…, the manifest says {expected[:12]}…"
+            text = f"sha256 is {found[:12]}…, the manifest says {expected[:12]}…: {REDO} {layer}:{expert} mends it"
             raise self.damaged_block(layer, expert, text)
 
     def damaged_block(self, layer: int, expert: int, text: str) -> DamagedPack:

@@ -116,6 +116,21 @@ class DataFile:
         return os.preadv(self._descriptor, buffers, offset_bytes)
 
 
+def start_direct(descriptor: int) -> bool:
+    """Let an open file be read and written past the page cache; whether it must be by whole sectors now."""
+    if sys.platform == "darwin":
+        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+    if not hasattr(os, "O_DIRECT"):
+        return False
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_DIRECT)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        return False
+    return True
+
+
 def stop_direct(descriptor: int) -> None:
     """Let an open file be read and written through the page cache from now on."""
     if hasattr(os, "O_DIRECT"):

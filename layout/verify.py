@@ -27,7 +27,7 @@ from moepack.layout.errors import DamagedPack
 from moepack.layout.geometry import align_up
 from moepack.layout.manifest import Manifest
 from moepack.layout.pages import Pages
-from moepack.layout.reader import Pack
+from moepack.layout.reader import REDO, Pack
 from moepack.layout.spec import MANIFEST_NAME, RESIDENT_NAME
 from moepack.layout.storage import DIRECT_ALIGNMENT
 
@@ -35,7 +35,6 @@ PIECE_BYTES = 4 * 2**20  # large enough for the disk, small enough that many wor
 AHEAD = 3  # pieces that each worker has read while it hashes another one
 READERS = 2  # reads in flight: with pieces of that size, more bring nothing
 REPAIR = "restore the file from a copy, or convert again: moe-convert SRC PACK --overwrite"
-REDO = "moe-convert SRC PACK --redo"
 REREAD = "verify again; if other places fail next time, it is not the file but what lies between it and you"
 
 

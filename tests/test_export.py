@@ -267,7 +267,7 @@ def test_file_systems_without_direct_writes_get_the_same_bytes(
         return genuine(descriptor, data if is_direct else data[: len(data) // 2 + 1], offset)  # short ones happen, too
 
     if refused == "flag":
-        monkeypatch.setattr("moepack.convert.shard_writer._start_direct", lambda descriptor: False)
+        monkeypatch.setattr("moepack.convert.shard_writer.start_direct", lambda descriptor: False)
     monkeypatch.setattr(os, "pwrite", pwrite)
     export(four_bits, tmp_path / "other", "hf", 2, lambda size, total: None)
     assert len(seen) > 3
