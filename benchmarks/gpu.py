@@ -153,7 +153,7 @@ def bind_experts(device: CudaDevice, model: Model, bits: int, count: int) -> lis
     bank = random_bank(geometry.block_stride * count * layers)
     forms = device.upload_bytes(expert_form(Expert.from_block(geometry, bank), bank, 0))
     x = torch.randn(1, model.hidden, device="cuda")
-    experts = device.expert_launches(model.hidden, model.width)
+    experts = device.expert_launches(model.hidden, model.width, {bits})
     hidden = torch.randn(count, experts.hidden_width(model.width), device="cuda")
     weights = torch.rand(count, device="cuda")
     gate_up, down = [], []

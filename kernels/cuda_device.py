@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -65,9 +65,9 @@ class CudaDevice(Device):
         free, _ = torch.cuda.mem_get_info()
         return CONTEXT_BYTES + torch.cuda.memory_reserved(), free
 
-    def expert_launches(self, columns: int, width: int) -> Any:
-        is_own = token_launches.takes_experts(columns, width)
-        return self.launches if is_own else super().expert_launches(columns, width)
+    def expert_launches(self, columns: int, width: int, bits: Collection[int]) -> Any:
+        is_own = token_launches.takes_experts(columns, width, bits)
+        return self.launches if is_own else super().expert_launches(columns, width, bits)
 
     def new_mailbox(self, size_bytes: int) -> Mailbox:
         return _CudaMailbox(self, size_bytes)

@@ -14,7 +14,7 @@ anything may be. Every call is checked against the kernel's signature when it is
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -75,8 +75,8 @@ class Device(ABC):
         """Bytes of the device's own memory that this process has taken and may still take; None if it has none."""
         return None
 
-    def expert_launches(self, columns: int, width: int) -> Any:
-        """The module with the calls of a token's experts, for inputs of so many columns and experts of this width."""
+    def expert_launches(self, columns: int, width: int, bits: Collection[int]) -> Any:
+        """The module with the calls of a token's experts, for inputs of so many columns, this width and these bits."""
         return launches
 
     def zeros(self, *shape: int) -> torch.Tensor:

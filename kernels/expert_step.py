@@ -3,7 +3,7 @@
 The order of a sum changes its last bits, so what was in memory must not decide it. A backend makes one step for each
 layer (ops.expert_step) and keeps it.
 
-    step = ops.expert_step(norm, router, shared_gate, num_chosen=8, width=512, eps=1e-6)
+    step = ops.expert_step(norm, router, shared_gate, num_chosen=8, width=512, eps=1e-6, bits={4})
     expert_ids = step.choose(x)
     step.run([expert], rows=[3])      # expert_ids[3], as soon as it is there
     step.add()                        # x += all of them, each with its weight

@@ -7,13 +7,13 @@ one dispatch at the end, in the order of the ranks, so that it does not depend o
 
     mix = ops.fuse_delta_net(norm, in_projs, conv, a_log, dt_bias, gate_norm, out_proj, 16, 32, 1e-6)
     mix(x, conv_state, recurrent_state)
-    step = ops.expert_step(norm, router, shared_gate, num_chosen=8, width=512, eps=1e-6)
+    step = ops.expert_step(norm, router, shared_gate, num_chosen=8, width=512, eps=1e-6, bits={4})
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -141,11 +141,18 @@ class TokenOps:
         return self._layers[-1]
 
     def expert_step(
-        self, norm: torch.Tensor, router: Matrix, shared_gate: Matrix, num_chosen: int, width: int, eps: float
+        self,
+        norm: torch.Tensor,
+        router: Matrix,
+        shared_gate: Matrix,
+        num_chosen: int,
+        width: int,
+        eps: float,
+        bits: Collection[int],
     ) -> GpuExpertStep:
         """The next lane's step of a layer. What lasts from one call of its to the next is the lane's own."""
         steps = self._steps.setdefault(id(router), [])
-        steps.append(GpuExpertStep(self, norm, router, shared_gate, num_chosen, width, eps, len(steps)))
+        steps.append(GpuExpertStep(self, norm, router, shared_gate, num_chosen, width, eps, bits, len(steps)))
         return steps[-1]
 
     # Parts
@@ -271,6 +278,7 @@ class GpuExpertStep(ExpertStep):
         num_chosen: int,
         width: int,
         eps: float,
+        bits: Collection[int],
         lane: int,
     ):
         self._ops, self._norm, self._eps = ops, norm, eps
@@ -278,7 +286,7 @@ class GpuExpertStep(ExpertStep):
         rows, device = num_chosen + 1, ops.device
         self._place_bytes = struct_bytes("Place")
         self._normed = ops.scratch(f"normed {lane}", launches.spread_width(router.in_features))
-        self._experts = device.expert_launches(router.in_features, width)
+        self._experts = device.expert_launches(router.in_features, width, bits)
         width = self._experts.hidden_width(width)
         self._hidden = ops.scratch(f"hidden {lane}", rows * width).view(rows, width)
         # Two lists of places: in the order in which experts arrive, and in that of their ranks.

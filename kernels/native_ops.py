@@ -11,7 +11,7 @@ not depend on the number of threads, and with several tokens a token's result do
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -97,7 +97,14 @@ class NativeOps(FloatOps, TokenOps):
             self.add_expert(out, x, expert, at, weight)
 
     def expert_step(
-        self, norm: torch.Tensor, router: Matrix, shared_gate: Matrix, num_chosen: int, width: int, eps: float
+        self,
+        norm: torch.Tensor,
+        router: Matrix,
+        shared_gate: Matrix,
+        num_chosen: int,
+        width: int,
+        eps: float,
+        bits: Collection[int],
     ) -> ExpertStep:
         choose = reference.chooser(self, norm, router, shared_gate, num_chosen, eps)
         return HostExpertStep(choose, self.route, self.run_experts, self.add_rows)

@@ -9,7 +9,7 @@ needs more than a few MiB beside its operands. Shapes: T tokens, D hidden, N x K
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -296,9 +296,18 @@ def add_rows(x: torch.Tensor, rows: torch.Tensor, weights: Sequence[float]) -> N
 
 
 def expert_step(
-    norm: torch.Tensor, router: Matrix, shared_gate: Matrix, num_chosen: int, width: int, eps: float
+    norm: torch.Tensor,
+    router: Matrix,
+    shared_gate: Matrix,
+    num_chosen: int,
+    width: int,
+    eps: float,
+    bits: Collection[int],
 ) -> ExpertStep:
-    """What runs the experts of one token, of a layer with this norm and router and experts of at most this width."""
+    """What runs the experts of one token, of a layer with this norm and router.
+
+    width, bits   of the widest expert, and of all their matrices: a GPU's kernels are chosen by them
+    """
     choose = chooser(sys.modules[__name__], norm, router, shared_gate, num_chosen, eps)
     return HostExpertStep(choose, route, run_experts, add_rows)
 

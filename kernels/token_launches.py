@@ -10,7 +10,7 @@ takes_experts says it, since `hidden` is not the same (Device.expert_launches).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -27,7 +27,8 @@ GROUPS, WANTED = 128, 1024  # threadgroups, and simdgroups in all, that fill a l
 STRIP_UNITS, DIGITS_WORDS = 16, 30  # cuda/vector.h; words of a unit's digits, with what is known of them
 GATE_UP_THREADS, DOWN_SIMDGROUPS, FEW_PLACES = 128, 11, 10  # cuda/experts_vector.cu
 MAX_COLUMNS, MAX_WIDTH = 4096, 1024  # the same
-LEAST_WEIGHTS = 2**21  # of a projection of an expert: 397B's have twice as many, 35B's half (EXPERIMENTS.md)
+# Weights of a projection of an expert from which on the calls here pay, by bits: 397B's has 2^22, 35B's 2^20.
+LEAST_WEIGHTS = {2: 2**20, 3: 2**21, 4: 2**20, 8: 2**20, 16: 2**21}
 
 
 def matrix_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
@@ -72,14 +73,23 @@ def _divide(matrices: Sequence[Matrix]) -> tuple[int, int]:
     return max(1, min(MAX_SIMDGROUPS // parts, -(-num_tiles // GROUPS))), parts
 
 
-def takes_experts(columns: int, width: int) -> bool:
+def _count_groups(matrices: Sequence[Matrix], tiles: int, parts: int) -> list[int]:
+    """The threadgroups of each matrix: of packed ones `tiles` tiles each, of plain ones a row for each simdgroup."""
+    return [
+        -(-matrix.out_features // (tiles * parts if matrix.scales is None else tiles * TILE_ROWS))
+        for matrix in matrices
+    ]
+
+
+def takes_experts(columns: int, width: int, bits: Collection[int]) -> bool:
     """Whether threadgroup memory can hold the vectors of such experts, and the calls here pay.
 
-    Whatever their bits: ten of 397B's gain 27, 37, 18 and 14 % of the time at 4, 2, 8 and 3 bits, eleven at 3 hardly
-    anything (benchmarks/README.md); at 16 they were not timed. Of 35B's it would depend on the bits
-    (runtime/EXPERIMENTS.md).
+    Ten of 397B's gain 27, 37, 18 and 14 % of the time at 4, 2, 8 and 3 bits, eleven at 3 hardly anything
+    (benchmarks/README.md); at 16 they were not timed. Nine of 35B's gain 11, 5 and 7 % at 4, 2 and 8 bits and lose 22
+    at 3 (runtime/EXPERIMENTS.md).
     """
-    return columns <= MAX_COLUMNS and width <= MAX_WIDTH and columns * width >= LEAST_WEIGHTS
+    is_held = columns <= MAX_COLUMNS and width <= MAX_WIDTH
+    return is_held and columns * width >= max(LEAST_WEIGHTS[some] for some in bits)
 
 
 def hidden_width(width: int) -> int:

@@ -117,8 +117,10 @@ class SparseMoe:
         self.shared_expert_gate = weights.matrix(f"{stem}.mlp.shared_expert_gate")
         self.next_router: Matrix | None = None  # set where the next layer's experts are to be guessed
         self.scans_ahead = False  # whether those of the next layer are read early when a prompt needs them all
-        width = max(a.moe_intermediate_size, a.shared_expert_intermediate_size)
-        sizes = (a.num_experts_per_tok, width, a.rms_norm_eps)
+        self.width = max(a.moe_intermediate_size, a.shared_expert_intermediate_size)
+        tiers = store.pack.geometry(layer).tiers
+        bits = {matrix.scheme.bits for tier in tiers for _, matrix in tier.matrices}
+        sizes = (a.num_experts_per_tok, self.width, a.rms_norm_eps, bits)
         self.steps = [ops.expert_step(self.norm, self.router, self.shared_expert_gate, *sizes) for _ in range(lanes)]
         self.observe: Observer | None = None  # shown what each expert of several tokens reads (calibrate.py)
 

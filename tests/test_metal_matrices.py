@@ -307,9 +307,10 @@ def test_scales_that_vectors_cannot_be_read_from_are_refused() -> None:
 
 
 def test_token_launches_take_experts_that_fit_and_gain() -> None:
-    assert token_launches.takes_experts(4096, 1024)
-    for columns, width in ((4128, 1024), (4096, 1056), (2048, 512)):
-        assert not token_launches.takes_experts(columns, width)
+    assert token_launches.takes_experts(4096, 1024, {2, 3, 4, 8, 16})
+    assert token_launches.takes_experts(2048, 512, {2, 4, 8})
+    for columns, width, bits in ((4128, 1024, 4), (4096, 1056, 4), (2048, 512, 3), (2048, 512, 16), (1024, 512, 4)):
+        assert not token_launches.takes_experts(columns, width, {bits, 4})
 
 
 @pytest.mark.parametrize(
