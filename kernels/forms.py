@@ -90,7 +90,12 @@ def pack_segments(segments: np.ndarray) -> bytes:
 
 def count_segments(segments: torch.Tensor) -> int:
     """How many segments a tensor of them holds."""
-    return segments.nbytes // _segment().size_bytes
+    return segments.nbytes // segment_bytes()
+
+
+def segment_bytes() -> int:
+    """Size of a Segment."""
+    return _segment().size_bytes
 
 
 def _segment() -> msl.Struct:

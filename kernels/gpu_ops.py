@@ -20,9 +20,10 @@ import torch
 from moepack.kernels import launches, reference
 from moepack.kernels.device import Device, DeviceSlots, Step
 from moepack.kernels.forms import matrix_form, pack_segments
-from moepack.kernels.gpu_token import TokenOps, memory_of
+from moepack.kernels.gpu_token import TokenOps, form_of, memory_of
 from moepack.kernels.launches import Launch
 from moepack.kernels.matrix import Expert, Matrix
+from moepack.kernels.settled_experts import SettledExperts
 from moepack.layout.pages import Pages
 
 WIDENED_WEIGHTS = 2**25  # at a time: 128 MiB of float32
@@ -197,13 +198,25 @@ class GpuOps(TokenOps):
         places = np.array([self.forms.place_of(expert) for expert in experts])
         width = max(expert.gate_proj.out_features for expert in experts)
         ends = np.cumsum(counts)
-        parts = self._split(x) if self.forms.are_fit[places[:, 1]].any() else None
+        parts = self.split(x) if self.forms.are_fit[places[:, 1]].any() else None
         for first in range(0, len(tokens), self.device.expert_tokens):
             last = min(first + self.device.expert_tokens, len(tokens))
             # Of each expert what lies between first and last: none, all, or a part.
             starts, stops = np.clip(ends - counts, first, last), np.clip(ends, first, last)
             segments = np.column_stack([places, starts - first, stops - starts])[stops > starts]
             self._add_pairs(out, x, parts, segments, tokens_on_host[first:last], weights[first:last], width)
+
+    def settle_experts(self, codes: Sequence[int], shared: Expert, width: int) -> SettledExperts | None:
+        """Experts of a layer that are all in memory for good, and the shared one, as a prompt takes them.
+
+        codes   where each of them is, as the store's `places` have it
+        width   of the widest
+
+        None where the device has no kernels for such prompts, or not for all of these experts.
+        """
+        codes = [*codes, self.forms.code_of(shared)]
+        are_fit = self.forms.are_fit[[form_of(code) for code in codes]].all()  # none is, on other devices
+        return SettledExperts(self, codes, width) if are_fit else None
 
     def argmax(self, logits: torch.Tensor) -> tuple[int, float]:
         if self._likeliest is None or self._likeliest[0].shape != logits.shape:
@@ -221,13 +234,20 @@ class GpuOps(TokenOps):
         answer = self._found.read()
         return answer[:4].cast("i")[0], answer[4:8].cast("f")[0]
 
+    def split(self, x: torch.Tensor) -> Any:
+        """The rows of x as the device's own kernels for prompts read them."""
+        own = self.device.prompt_launches
+        parts = own.Parts.of(self.device, *x.shape)
+        self.device.run(own.split_rows(x.contiguous(), parts))
+        return parts
+
     def _products_of_rows(self, x: torch.Tensor, matrices: Sequence[Matrix]) -> list[torch.Tensor]:
         """x [T, K] times each matrix transposed."""
         own = self.device.prompt_launches
         if own is None:
             return self._tiled_products(launches, matrices, x.contiguous(), len(x))
         packed = [matrix for matrix in matrices if own.is_fit(matrix)]
-        found = iter(self._tiled_products(own, packed, self._split(x), len(x)) if packed else [])
+        found = iter(self._tiled_products(own, packed, self.split(x), len(x)) if packed else [])
         return [next(found) if own.is_fit(matrix) else self._widened_product(x, matrix) for matrix in matrices]
 
     def _tiled_products(self, calls: Any, matrices: Sequence[Matrix], rows: Any, num_rows: int) -> list[torch.Tensor]:
@@ -241,13 +261,6 @@ class GpuOps(TokenOps):
         out = self.device.empty(num_rows, sum(sizes))
         self.device.run(calls.matmul(*known, rows, out))
         return list(out.split(sizes, dim=1))
-
-    def _split(self, x: torch.Tensor) -> Any:
-        """The rows of x as the device's own kernels for prompts read them."""
-        own = self.device.prompt_launches
-        parts = own.Parts.of(self.device, *x.shape)
-        self.device.run(own.split_rows(x.contiguous(), parts))
-        return parts
 
     def _add_pairs(
         self,
@@ -274,7 +287,7 @@ class GpuOps(TokenOps):
         hidden, rows = device.empty(len(tokens), width), device.empty(len(tokens), x.shape[1])
         if fit.size:
             device.run(own.experts_gate_up_rows(banks, table, fit_table, of_pairs, parts, hidden))
-            device.run(own.experts_down_rows(banks, table, fit_table, self._split(hidden), rows))
+            device.run(own.experts_down_rows(banks, table, fit_table, self.split(hidden), rows))
         if plain.size:
             most = int(plain[:, 3].max())
             device.run(launches.experts_gate_up_rows(banks, table, plain_table, of_pairs, x, hidden, most))

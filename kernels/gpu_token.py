@@ -433,7 +433,12 @@ class GpuExpertStep(ExpertStep):
 
 def unpack_place(code: int, rank: int) -> tuple[int, int, int]:
     """(offset, form, rank) of an expert by its code."""
-    return code & (1 << OFFSET_BITS) - 1, (code >> OFFSET_BITS) - 1, rank
+    return code & (1 << OFFSET_BITS) - 1, form_of(code), rank
+
+
+def form_of(code: int) -> int:
+    """The index of an expert's form by its code."""
+    return (code >> OFFSET_BITS) - 1
 
 
 def memory_of(tensor: torch.Tensor) -> torch.Tensor:

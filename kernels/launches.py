@@ -449,10 +449,16 @@ def experts_down_rows(
     return Launch("experts_prefill", "experts_down_rows", arguments, grid, (TILE_THREADS, 1, 1))
 
 
-def add_expert_rows(rows: torch.Tensor, order: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> Launch:
-    """out [T, D] += weights[p] * rows[p] for each pair p of order int32 [T, K], one after the other; -1 is none."""
+def add_expert_rows(
+    rows: torch.Tensor, order: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, first: int = 0
+) -> Launch:
+    """out [T, D] += weights[p] * rows[p - first] for each pair p of order int32 [T, K] that has a row, in this order.
+
+    -1 in `order` is no pair.
+    """
     width, (tokens, most) = out.shape[-1], order.shape
-    shape = pack_struct("experts_prefill", "AddRowsShape", width=width, most=most)
+    sizes = {"width": width, "most": most, "first": first, "count": len(rows)}
+    shape = pack_struct("experts_prefill", "AddRowsShape", **sizes)
     arguments = (rows, order, weights, out, shape)
     threads = min(256, -(-width // LANES) * LANES)
     return Launch("experts_prefill", "add_expert_rows", arguments, (-(-width // 256), tokens, 1), (threads, 1, 1))

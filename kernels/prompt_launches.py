@@ -5,6 +5,8 @@ Rows of x are split once, and then meet any number of matrices; what is_fit refu
     parts = Parts.of(device, *x.shape)
     device.run(split_rows(x, parts))
     device.run(matmul(memory, forms, matrices, parts, out))      # forms by tile_forms
+
+Which tokens an expert has is found by the processor (cut_segments), or by the GPU (order_pairs).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 
 from moepack.kernels import launches
-from moepack.kernels.forms import count_segments, forms_side_by_side
+from moepack.kernels.forms import count_groups, count_segments, forms_side_by_side, segment_bytes
 from moepack.kernels.launches import UNIT, Launch
 from moepack.kernels.matrix import Expert, Matrix
 from moepack.kernels.msl import pack_struct
@@ -26,6 +28,7 @@ TILE_TOKENS, TILE_ROWS, THREADS = 64, 256, 128  # cuda/halves.h
 SUMMED, SUMS = 1024, 56  # the same
 PAIR_ROWS = 128  # cuda/experts_halves.cu
 SPLIT_THREADS = 256  # cuda/split_rows.cu
+PAIR_THREADS = 256  # cuda/order_pairs.cu
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,40 @@ class Parts:
     @property
     def buffers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.halves, self.sums, self.factors
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """All pairs of a prompt's tokens and their experts, the shared one first: what order_pairs writes.
+
+    Pairs are computed in parts, so many at a time; a part's segments are those of cut_segments, and empty ones.
+
+    part       pairs of a part; the last one may have fewer
+    tokens     int32 [pairs]: whose they are
+    weights    float32 [pairs]
+    order      int32 [T, K + 1]: the pairs of each token, ascending
+    segments   uint8 [parts, bytes of a part's segments]: count pairs from the part's first
+    """
+
+    part: int
+    tokens: torch.Tensor
+    weights: torch.Tensor
+    order: torch.Tensor
+    segments: torch.Tensor
+
+    @classmethod
+    def of(cls, device: Any, tokens: int, chosen: int, experts: int, most: int) -> Pairs:
+        """Pairs of so many tokens that choose among so many experts, to be written.
+
+        most   pairs of a part, a multiple of four, so that parts start on 16 bytes
+        """
+        count = tokens * (chosen + 1)
+        parts = -(-count // most)
+        part = -(-count // (4 * parts)) * 4
+        slots = part // TILE_TOKENS + experts + 1
+        of_tokens, order = (device.empty(*shape, dtype=torch.int32) for shape in ((count,), (tokens, chosen + 1)))
+        segments = device.empty(parts, slots * segment_bytes(), dtype=torch.uint8)
+        return cls(part, of_tokens, device.empty(count), order, segments)
 
 
 def is_fit(matrix: Matrix) -> bool:
@@ -117,6 +154,37 @@ def cut_segments(segments: np.ndarray) -> np.ndarray:
     cut[:, 2] += start
     cut[:, 3] = end - start
     return cut
+
+
+def count_choices(ids: torch.Tensor, counts: torch.Tensor) -> Launch:
+    """counts int32 [E]: how many of the tokens of ids int32 [T, K] chose each expert."""
+    shape = _pair_shape(ids, len(counts))
+    return Launch("order_pairs", "count_choices", (ids, counts, shape), (len(counts), 1, 1), (PAIR_THREADS, 1, 1))
+
+
+def order_pairs(
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    shared: torch.Tensor,
+    counts: torch.Tensor,
+    table: torch.Tensor,
+    pairs: Pairs,
+) -> Launch:
+    """The pairs of tokens that chose experts by ids int32 and weights [T, K], and the shared expert by shared [T].
+
+    counts   as count_choices leaves them
+    table    forms.pack_places of the E experts and the shared one, in a tensor
+    """
+    shape = _pair_shape(ids, len(counts), len(pairs.segments), pairs.part, count_segments(pairs.segments[0]))
+    arguments: tuple[torch.Tensor | bytes, ...]
+    arguments = (ids, weights, shared, counts, table, pairs.tokens, pairs.weights, pairs.order, pairs.segments, shape)
+    return Launch("order_pairs", "order_pairs", arguments, (len(counts) + 1, 1, 1), (PAIR_THREADS, 1, 1))
+
+
+def _pair_shape(ids: torch.Tensor, experts: int, parts: int = 0, part: int = 0, slots: int = 0) -> bytes:
+    tokens, chosen = ids.shape
+    sizes = {"tokens": tokens, "chosen": chosen, "experts": experts, "parts": parts, "part": part, "slots": slots}
+    return pack_struct("order_pairs", "PairShape", **sizes)
 
 
 def experts_gate_up_rows(

@@ -207,13 +207,19 @@ class ExpertStore:
                 pass
         self.counts.misses = 0  # nobody has asked for them yet
 
-    def note_use(self, layer: int, expert_ids: Sequence[int]) -> None:
+    def keeps(self, layer: int) -> bool:
+        """Whether all experts of a layer are in memory, for good."""
+        return self.has_room_for_all and bool(self._places[layer].all())
+
+    def note_use(self, layer: int, expert_ids: Sequence[int], in_order: bool = False) -> None:
         """Count as fetched what was found in `places` and used from there, before the next call."""
         if self.on_fetch:
-            self.on_fetch(layer, expert_ids, False)
+            self.on_fetch(layer, expert_ids, in_order)
         if self.recorder:
-            self.recorder.note_fetch(layer, expert_ids)
+            self.recorder.note_fetch(layer, expert_ids, in_order)
         self.counts.hits += len(expert_ids)
+        if self.holds_everything:
+            return
         for expert_id in expert_ids:
             held = self._held[layer, expert_id]
             self.counts.prefetch_used += held.is_hinted

@@ -182,9 +182,12 @@ def scratch_bytes(a: Architecture, chunk: int, expert_tokens: int = EXPERT_TOKEN
 
 
 def expert_bytes(a: Architecture, chunk: int, expert_tokens: int) -> int:
-    """What is held for the tokens of experts that are computed together: no more than a chunk has, and one token."""
+    """What is held for the tokens of experts that are computed together: no more than a chunk has, and one token.
+
+    The shared expert may be among them.
+    """
     width = max(a.moe_intermediate_size, a.shared_expert_intermediate_size)
-    tokens = min(expert_tokens, (chunk + 1) * a.num_experts_per_tok)
+    tokens = min(expert_tokens, (chunk + 1) * (a.num_experts_per_tok + 1))
     return FLOAT_BYTES * tokens * (2 * a.hidden_size + 4 * width)
 
 

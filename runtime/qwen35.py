@@ -27,6 +27,7 @@ its own, where its token is computed as it would be alone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from itertools import chain, pairwise, starmap
 from typing import Any
@@ -123,6 +124,8 @@ class SparseMoe:
         sizes = (a.num_experts_per_tok, self.width, a.rms_norm_eps, bits)
         self.steps = [ops.expert_step(self.norm, self.router, self.shared_expert_gate, *sizes) for _ in range(lanes)]
         self.observe: Observer | None = None  # shown what each expert of several tokens reads (calibrate.py)
+        self._settled: Any = None  # the backend's own way with a prompt, once every expert is in memory
+        self._counts_of_use: list[Callable[[], torch.Tensor]] = []  # of prompts that went that way: tokens by expert
 
     def fuse(self) -> Any:
         """The choice of one token's experts, norm included, as a part of the backend's own run."""
@@ -191,12 +194,20 @@ class SparseMoe:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x + experts(norm(x)) for T tokens: each expert once, in the order of ids, which is the file's."""
         normed = self.ops.rms_norm(x, self.norm, self.a.rms_norm_eps)
-        expert_ids, expert_weights = self.ops.route(normed, self.router, self.a.num_experts_per_tok)  # [T, K] each
-        read_ids = self.ops.begin_read(expert_ids)
-        shared_weights = self.ops.linear(normed, self.shared_expert_gate).sigmoid().squeeze(-1)  # [T]
+        expert_ids, weights = self.ops.route(normed, self.router, self.a.num_experts_per_tok)  # [T, K] each
+        settled = self._settle() if self.observe is None else None
+        add = self._add_fetched if settled is None else functools.partial(self._add_settled, settled)
         out = torch.zeros_like(x)
-        everyone = torch.arange(len(x))
-        self.ops.add_experts(out, normed, [self.shared_expert], [len(x)], everyone, shared_weights)
+        add(out, normed, expert_ids, weights)
+        return x + out
+
+    def _add_fetched(
+        self, out: torch.Tensor, normed: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor
+    ) -> None:
+        """Add the experts as the store brings them."""
+        read_ids = self.ops.begin_read(expert_ids)
+        everyone, shared_weights = torch.arange(len(out)), self._weigh_shared(normed)
+        self.ops.add_experts(out, normed, [self.shared_expert], [len(out)], everyone, shared_weights)
         chosen_ids = read_ids().flatten()  # the one wait for a GPU in a layer, which has the shared expert to do
         counts = chosen_ids.bincount(minlength=self.a.num_experts).tolist()
         # numpy sorts short integers by their digits, ten times as fast as torch.
@@ -214,7 +225,30 @@ class SparseMoe:
             first += sum(sizes)
         if self.scans_ahead and chosen_ids.numel() >= SCAN_CHOICES * self.a.num_experts:
             self.store.prefetch(self.layer + 1, range(self.a.num_experts), is_scan=True)  # beside the next mixer
-        return x + out
+
+    def _add_settled(
+        self, settled: Any, out: torch.Tensor, normed: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        """Add them where they are, without waiting for the ids."""
+        counts = settled.add(out, normed, expert_ids, weights, self._weigh_shared(normed))
+        self._counts_of_use.append(self.ops.begin_read(counts))
+
+    def _weigh_shared(self, normed: torch.Tensor) -> torch.Tensor:
+        """[T]"""
+        return self.ops.linear(normed, self.shared_expert_gate).sigmoid().squeeze(-1)
+
+    def _settle(self) -> Any:
+        """The experts as ops.settle_experts has them; None until they are in memory for good, and where it has none."""
+        if self._settled is None and self.ops.settles and self.store.keeps(self.layer):
+            places = self.store.places[self.layer].tolist()
+            self._settled = self.ops.settle_experts(places, self.shared_expert, self.width)
+        return self._settled
+
+    def note_use(self) -> None:
+        """Tell the store what prompts have used without asking it; waits until that is known."""
+        for read_counts in self._counts_of_use:
+            self.store.note_use(self.layer, read_counts().nonzero().flatten().tolist(), in_order=True)
+        self._counts_of_use = []
 
 
 class DecoderLayer:
@@ -288,6 +322,8 @@ class Qwen35:
             for layer, layer_state in zip(self.layers, state.layers):
                 x = layer(x, layer_state)
                 after_layer()
+            for layer in self.layers:
+                layer.experts.note_use()
         return self.ops.rms_norm(x, self.norm, self.a.rms_norm_eps)
 
     def step_together(
@@ -333,7 +369,7 @@ class Qwen35:
         self._note_fused(done, reached)
 
     def _note_fused(self, done: int, reached: int) -> None:
-        if self.store.holds_everything:
+        if self.store.holds_everything:  # the ids are of no interest, and not here yet
             self.store.counts.hits += (reached - done) * self.a.num_experts_per_tok
             return
         for layer in range(done, reached):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fake_cuda
+from conftest import budget_of, make_pack
 from moepack.kernels import cuda_device, cuda_slots, launches, token_launches
 from moepack.layout.errors import MoepackError
 from moepack.runtime import Engine, SamplingParams
@@ -73,7 +74,7 @@ def test_what_the_gpu_holds_at_a_time_is_planned_for(
                 plans[tokens, engine.memory_plan.prefill_chunk] = engine.memory_plan.scratch_bytes
     pair = 4 * (2 * 96 + 4 * 64)  # floats of the hidden size and of an expert's width
     assert plans[2048, 1024] - plans[512, 1024] == (2048 - 512) * pair
-    assert plans[2048, 64] == plans[512, 64]  # 65 tokens of two experts each
+    assert plans[2048, 64] == plans[512, 64]  # 65 tokens of two experts each, and the shared one
 
 
 def step_once(engine: Engine, token_id: int, state: object) -> int:
@@ -123,6 +124,50 @@ def test_a_token_is_few_calls(driver: fake_cuda.Driver, tiny_pack: Path) -> None
         streamed, waits = calls_of_a_token(driver, engine)
         assert streamed == settled + Counter(graph=layers, copy=layers, kernel=layers)
         assert waits == layers + 1
+
+
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_a_prompt_asks_nobody_where_everything_is_in_memory(
+    driver: fake_cuda.Driver, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch, is_watched: bool
+) -> None:
+    """The GPU finds who chose which expert, a few pairs at a time: the bits and the counts of the other way."""
+    monkeypatch.setattr(cuda_device.CudaDevice, "expert_tokens", 64)
+    ids = [place * place % 61 for place in range(150)]
+    few = budget_of(Engine.open(tiny_pack, exact=True, max_context=CONTEXT), 12)
+    found, fetched = [], []
+    for name, options in (("streamed", few), ("asking", {}), ("settled", {})):
+        with (
+            monkeypatch.context() as patch,
+            Engine.open(tiny_pack, **{**options, "device": "cuda", "exact": True, "max_context": len(ids)}) as engine,
+        ):
+            assert engine.store.has_room_for_all == (name != "streamed")
+            if name == "asking":
+                patch.setattr(engine.model.ops, "settle_experts", lambda *_: None)
+            if name == "settled":
+                patch.setattr(engine.store, "fetch", lambda *_, **__: pytest.fail("waits for the router"))
+            if is_watched and name != "streamed":
+                engine.store.on_fetch = lambda *fetch, name=name: fetched.append((name, *fetch))
+            driver.log.clear()
+            found.append((torch.cat(list(engine.iter_logits(ids))), engine.store.counts.hits))
+            assert driver.log.count("order_pairs/order_pairs") == (name == "settled") * len(engine.model.layers)
+    (streamed, _), (asking, asked), (settled, used) = found
+    assert torch.equal(settled, streamed)
+    assert torch.equal(settled, asking)
+    assert used == asked
+    assert [use for name, *use in fetched if name == "settled"] == [use for name, *use in fetched if name == "asking"]
+    assert bool(fetched) == is_watched
+
+
+def test_a_prompt_of_plain_experts_goes_by_the_processor(
+    driver: fake_cuda.Driver, tiny_source: Path, tmp_path: Path
+) -> None:
+    """No kernel of cuda/ takes them."""
+    pack = make_pack(tiny_source, tmp_path / "plain", bits=16)
+    expected = greedy(Engine.open(pack, exact=True, max_context=CONTEXT), 4)
+    with Engine.open(pack, device="cuda", exact=True, max_context=CONTEXT) as engine:
+        assert engine.store.keeps(0)
+        assert greedy(engine, 4) == expected
+    assert "order_pairs/order_pairs" not in driver.log
 
 
 def test_sequences_that_take_turns_keep_their_graphs(driver: fake_cuda.Driver, tiny_pack: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from kernel_devices import Runner, default_runner
 from kernel_memory import Host, bytes_tensor, lay_out
 from moepack.kernels import launches, prompt_launches, reference
-from moepack.kernels.forms import expert_form, pack_segments
+from moepack.kernels.forms import expert_form, pack_places, pack_segments, segment_bytes
 from moepack.kernels.matrix import Expert, Matrix
 from test_metal_token import close
 from test_native_matrices import SCHEMES, check_experts, check_linear, quantized, random_input
@@ -139,6 +139,84 @@ def test_experts_of_a_prompt_by_halves(executor: Runner) -> None:
     parts = split(executor, p.hidden, p.hidden.shape[1])
     executor.run(prompt_launches.experts_down_rows(banks, p.forms, segments, parts, p.rows))
     p.check()
+
+
+def choices(tokens: int, experts: int, chosen: int) -> torch.Tensor:
+    """Ids int32 [T, K], of a token all different, in any order; half of the tokens choose among few experts."""
+    scores = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(tokens))
+    scores[: tokens // 2, : chosen + 1] += 1.0
+    return scores.topk(chosen).indices.int()
+
+
+@pytest.mark.parametrize(("tokens", "experts", "chosen", "most"), [(1, 5, 2, 8192), (37, 3, 3, 64), (300, 9, 4, 512)])
+def test_pairs_are_those_that_the_processor_finds(
+    executor: Runner, tokens: int, experts: int, chosen: int, most: int
+) -> None:
+    check_pairs(executor, tokens, experts, chosen, most)
+
+
+@pytest.mark.parametrize(("tokens", "experts", "chosen", "most"), [(523, 40, 1, 100), (70, 270, 31, 1000)])
+def test_pairs_of_many_experts(tokens: int, experts: int, chosen: int, most: int) -> None:
+    check_pairs(RUNNER, tokens, experts, chosen, most)
+
+
+def check_pairs(executor: Runner, tokens: int, experts: int, chosen: int, most: int) -> None:
+    ids = choices(tokens, experts, chosen)
+    weights, shared = random_input(tokens, chosen), random_input(tokens, 1).flatten()
+    places = [(64 * expert, expert % 3, 7) for expert in range(experts + 1)]
+    pairs = prompt_launches.Pairs.of(Host, tokens, chosen, experts, most)
+    counts = torch.full((experts,), -1, dtype=torch.int32)
+    executor.run(prompt_launches.count_choices(ids, counts))
+    executor.run(prompt_launches.order_pairs(ids, weights, shared, counts, bytes_tensor(pack_places(places)), pairs))
+    assert counts.tolist() == ids.flatten().bincount(minlength=experts).tolist()
+
+    first_expert = torch.full((tokens, 1), -1)  # the shared one
+    all_ids = torch.cat([first_expert, ids], dim=1)
+    expected = all_ids.flatten().argsort(stable=True)
+    assert torch.equal(pairs.tokens, (expected // (chosen + 1)).int())
+    assert torch.equal(pairs.weights, torch.cat([shared[:, None], weights], dim=1).flatten()[expected])
+    order = torch.empty(len(expected), dtype=torch.int32)
+    order[expected] = torch.arange(len(expected), dtype=torch.int32)
+    assert torch.equal(pairs.order, order.view(tokens, -1).sort(dim=1).values)
+
+    ends = np.cumsum([tokens, *counts.tolist()])
+    starts, of_experts = ends - [tokens, *counts.tolist()], [places[-1], *places[:-1]]
+    for number, found in enumerate(pairs.segments):
+        begin, end = number * pairs.part, (number + 1) * pairs.part
+        segments = [
+            (*place[:2], max(start, begin) - begin, min(stop, end) - max(start, begin))
+            for place, start, stop in zip(of_experts, starts, ends)
+            if max(start, begin) < min(stop, end)
+        ]
+        cut = pack_segments(prompt_launches.cut_segments(np.array(segments)))
+        used = found.view(-1, segment_bytes())
+        used = used[used[:, -4:].contiguous().view(torch.int32).flatten() > 0]
+        assert used.flatten().tolist() == list(cut)
+
+
+def test_experts_of_a_prompt_in_parts(executor: Runner) -> None:
+    """By pairs that the kernel has ordered, the shared expert among them, in parts that end within an expert's."""
+    p = Prompt([(160, 4, 3, 32), (64, 2, 8, 64), (32, 3, 2, 32), (96, 4, 4, 32)], 320, 50)
+    ids, shared = (p.choices % 3).int(), torch.rand(50)
+    ids[:, 1] = (ids[:, 0] + 1) % 3
+    table = bytes_tensor(pack_places((0, form, 0) for form in range(4)))
+    pairs, counts = prompt_launches.Pairs.of(Host, 50, 2, 3, 40), torch.zeros(3, dtype=torch.int32)
+    executor.run(prompt_launches.count_choices(ids, counts))
+    executor.run(prompt_launches.order_pairs(ids, p.weights, shared, counts, table, pairs))
+    banks, parts, out = [p.base] * 3, split(executor, p.x, 320), torch.ones(50, 320)
+    for number, segments in enumerate(pairs.segments):
+        first = number * pairs.part
+        tokens = pairs.tokens[first : first + pairs.part]
+        hidden, rows = Host.empty(len(tokens), 160), Host.empty(len(tokens), 320)
+        executor.run(prompt_launches.experts_gate_up_rows(banks, p.forms, segments, tokens, parts, hidden))
+        executor.run(prompt_launches.experts_down_rows(banks, p.forms, segments, split(executor, hidden, 160), rows))
+        RUNNER.run(launches.add_expert_rows(rows, pairs.order, pairs.weights, out, first))
+    expected = torch.ones(50, 320)
+    reference.add_expert(expected, p.x, Expert(*p.groups[3]), torch.arange(50), shared)
+    for i, group in enumerate(p.groups[:3]):
+        at, which = (ids == i).nonzero(as_tuple=True)
+        reference.add_expert(expected, p.x, Expert(*group), at, p.weights[at, which])
+    check_experts(out, expected, EXPERT)
 
 
 def test_the_rows_of_halves_keep_what_they_hold(executor: Runner) -> None:

@@ -93,7 +93,8 @@ def test_the_restricted_style(name: str) -> None:
 def test_geometry_is_that_of_the_text() -> None:
     """The modules of launches repeat some constants of the files."""
     values = {}
-    for name in (*FILES, "linears_bytes", "experts_vector", "split_rows", "matmul_halves", "experts_halves"):
+    of_cuda = [path.stem for path in msl.CUDA.glob("*.cu")]
+    for name in (*FILES, *of_cuda):
         values |= {(name, constant): int(value) for constant, value in constants_of(name).items()}
     assert values["linears", "UNIT"] == launches.UNIT
     assert values["linears", "LINEAR_ROWS"] == launches.LINEAR_ROWS
@@ -170,8 +171,11 @@ def test_geometry_is_that_of_the_text() -> None:
     assert storages == set(PLAIN_STORAGES.values())
 
 
-def test_segments_are_the_same_to_both_kernels_of_a_prompts_experts() -> None:
-    segments = {msl.load(name).structs["Segment"] for name in ("experts_prefill", "experts_halves")}
+def test_segments_are_the_same_to_all_kernels_of_a_prompts_experts() -> None:
+    segments = {msl.load(name).structs["Segment"] for name in ("experts_prefill", "experts_halves", "order_pairs")}
+    assert values["order_pairs", "TILE_TOKENS"] == prompt_launches.TILE_TOKENS
+    assert values["order_pairs", "PAIR_THREADS"] == prompt_launches.PAIR_THREADS
+    assert values["order_pairs", "PAIR_SIMDGROUPS"] * launches.LANES == prompt_launches.PAIR_THREADS
     assert len(segments) == 1
 
 

@@ -12,8 +12,8 @@ using namespace metal;
 //   rows[p, n] = down[n] . hidden[p]                                           experts_down_rows
 //
 // bank0 ...  memories that may hold experts, as in experts.metal;   forms   ExpertForm [any]
-// segments   Segment [n]: an expert's place, the first of its pairs and their number, at most TILE_TOKENS: an expert of
-//            more tokens has several. Its matrices are packed, gate and up alike
+// segments   Segment [n]: an expert's place, the first of its pairs and their number, at most TILE_TOKENS, or none: an
+//            expert of more tokens has several. Its matrices are packed, gate and up alike
 // tokens     int [pairs]
 // halves, sums, factors   x [T, D], then hidden [pairs, out_stride], as split_rows.cu leaves them
 // hidden     float [pairs, out_stride], zero beyond the rows of a smaller expert;   rows   float [pairs, out_stride]
@@ -47,6 +47,7 @@ constant constexpr uint PAIR_ROWS = 128;  // of gate and of up in a threadgroup
   constant ExpertForm& form = forms[segment.place.form];
   device const uchar* expert = expert_at(bank0, bank1, bank2, form.bank, segment.place.offset);
   const uint row = group.x * PAIR_ROWS, count = segment.count, padded = (count + 7) / 8 * 8;
+  if (count == 0) return;
   const RowTile tile = tile_of_two(weights_at(expert, form.gate), weights_at(expert, form.up), row);
   device float* out = hidden + ulong(segment.first) * shape.out_stride;
   if (row >= tile.w.rows) {  // of a smaller expert, all lanes alike
@@ -88,6 +89,7 @@ constant constexpr uint PAIR_ROWS = 128;  // of gate and of up in a threadgroup
   const Weights down = weights_at(expert_at(bank0, bank1, bank2, form.bank, segment.place.offset), form.down);
   const RowTile tile = tile_of_one(down, group.x * TILE_ROWS);
   const uint first = segment.first, count = segment.count, padded = (count + 7) / 8 * 8;
+  if (count == 0) return;
   const Parts parts = {(device const uint4*)halves, sums, factors, shape.blocks};
   const HalvesMemory at = halves_memory(memory);
   if (index < padded) put_token(parts, at, index, first + min(index, count - 1));

@@ -17,9 +17,10 @@ using namespace metal;
 // tokens     int [pairs]
 // x          float [T, D], normed;   out   float [T, D]
 // hidden     float [pairs, hidden_stride];   rows   float [pairs, D]
-// order      int [T, K]: the pairs of each token, then -1;   weights   float [pairs]
+// order      int [T, K]: pairs of each token, or -1;   weights   float [pairs]
 //
-// A token's experts are added one after the other, so that it does not matter which of them come in one call.
+// A token's experts are added one after the other, so that it does not matter which of them come in one call:
+// add_expert_rows passes over pairs that have no row.
 //
 // Threads: grid (rows / TILE, most pairs of a segment / TILE, segments), four simdgroups, tiles as in tile.h;
 // add_expert_rows: grid (D / 256, T), one thread for each number. Bound by arithmetic, with few tokens by the weights.
@@ -38,7 +39,9 @@ struct ExpertRowsShape {
 
 struct AddRowsShape {
   uint width;
-  uint most;  // pairs of a token
+  uint most;   // pairs of a token
+  uint first;  // pair that has a row
+  uint count;  // of rows
 };
 
 [[kernel, max_total_threads_per_threadgroup(128)]] void experts_gate_up_rows(device const uchar* bank0 [[buffer(0)]],
@@ -134,9 +137,8 @@ struct AddRowsShape {
   if (n >= shape.width) return;
   float sum = out[ulong(t) * shape.width + n];
   for (uint k = 0; k < shape.most; k++) {
-    const int pair = order[t * shape.most + k];
-    if (pair < 0) break;
-    sum = fma(weights[pair], rows[ulong(pair) * shape.width + n], sum);
+    const uint pair = uint(order[t * shape.most + k]), row = pair - shape.first;
+    if (row < shape.count) sum = fma(weights[pair], rows[ulong(row) * shape.width + n], sum);
   }
   out[ulong(t) * shape.width + n] = sum;
 }
