@@ -51,14 +51,19 @@ def matrix_form(matrix: Matrix, base: torch.Tensor, first_out: int = 0, first_gr
     )
 
 
-def forms_side_by_side(matrices: Sequence[Matrix], base: torch.Tensor, rows_each: int) -> bytes:
-    """The MatrixForms of matrices whose results and threadgroups, of rows_each rows, follow each other."""
+def forms_side_by_side(matrices: Sequence[Matrix], base: torch.Tensor, groups: Sequence[int]) -> bytes:
+    """The MatrixForms of matrices whose results follow each other, and their threadgroups, so many of each."""
     forms, first_out, first_group = [], 0, 0
-    for matrix in matrices:
+    for matrix, count in zip(matrices, groups):
         forms.append(matrix_form(matrix, base, first_out, first_group))
         first_out += matrix.out_features
-        first_group += -(-matrix.out_features // rows_each)
+        first_group += count
     return b"".join(forms)
+
+
+def count_groups(matrices: Sequence[Matrix], rows: int) -> list[int]:
+    """How many threadgroups of so many rows each matrix has."""
+    return [-(-matrix.out_features // rows) for matrix in matrices]
 
 
 def expert_form(expert: Expert, base: torch.Tensor, bank: int) -> bytes:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from moepack.kernels import msl
-from moepack.kernels.forms import count_places, count_segments, forms_side_by_side
+from moepack.kernels.forms import count_groups, count_places, count_segments, forms_side_by_side
 from moepack.kernels.matrix import Matrix
 from moepack.kernels.msl import pack_struct
 
@@ -78,14 +78,13 @@ def hidden_width(width: int) -> int:
 
 def matrix_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
     """The MatrixForms of matrices that share an input, for linears: results and threadgroups follow each other."""
-    return forms_side_by_side(
-        matrices, base, rows_of_group(lanes_of_row(matrices[0].in_features), LINEAR_ROWS, LINEAR_SIMDGROUPS)
-    )
+    rows = rows_of_group(lanes_of_row(matrices[0].in_features), LINEAR_ROWS, LINEAR_SIMDGROUPS)
+    return forms_side_by_side(matrices, base, count_groups(matrices, rows))
 
 
 def tile_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
     """The same for matmul, whose threadgroups have other sizes."""
-    return forms_side_by_side(matrices, base, TILE)
+    return forms_side_by_side(matrices, base, count_groups(matrices, TILE))
 
 
 def linears(
@@ -107,16 +106,16 @@ def linears(
     normed    [T, spread_width(K)], gets rms_norm(x, norm), spread, if given
     """
     lanes = lanes_of_row(matrices[0].in_features)
-    rows_each = rows_of_group(lanes, LINEAR_ROWS, LINEAR_SIMDGROUPS)
+    groups = sum(count_groups(matrices, rows_of_group(lanes, LINEAR_ROWS, LINEAR_SIMDGROUPS)))
     sizes = {"columns": matrices[0].in_features, "shift": lanes.bit_length() - 1}
     rest = (weights, forms, matrices, x, out, norm, normed, accumulate, eps)
-    return linears_by("linears", sizes, rows_each, LINEAR_SIMDGROUPS, *rest)
+    return linears_by("linears", sizes, groups, LINEAR_SIMDGROUPS, *rest)
 
 
 def linears_by(
     file: str,
     sizes: dict[str, int],
-    rows_each: int,
+    groups: int,
     simdgroups: int,
     weights: torch.Tensor,
     forms: torch.Tensor,
@@ -128,7 +127,7 @@ def linears_by(
     accumulate: bool,
     eps: float,
 ) -> Launch:
-    """linears by a file's kernel, whose threadgroups have `simdgroups` and multiply rows_each rows. sizes: its own."""
+    """linears by a file's kernel, of so many threadgroups of so many simdgroups. sizes: its own."""
     if any(matrix.in_features != matrices[0].in_features for matrix in matrices):
         raise ValueError("matrices of one dispatch have one number of columns")
     if normed is not None and norm is None:
@@ -136,7 +135,6 @@ def linears_by(
     strides = {"x_stride": x.shape[-1], "out_stride": out.shape[-1]}
     choices = {"is_normed": norm is not None, "keeps_normed": normed is not None, "accumulates": accumulate}
     shape = pack_struct(file, "LinearsShape", count=len(matrices), **sizes, **strides, **choices, eps=eps)
-    groups = sum(-(-matrix.out_features // rows_each) for matrix in matrices)
     arguments = (weights, forms, x, x if norm is None else norm, out if normed is None else normed, out, shape)
     return Launch(file, "linears", arguments, (groups, x.shape[0], 1), (simdgroups * LANES, 1, 1))
 

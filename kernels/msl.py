@@ -87,6 +87,7 @@ _CUDA_GROUPS = {
     "experts_down": 2,
     "experts_down_few": 2,
     "linears": 2,
+    "linears_plain/linears": 1,
     "attention_tiles": 2,
     "delta_scan": 2,
 }

@@ -120,7 +120,7 @@ def split_rows(x: torch.Tensor, parts: Parts) -> Launch:
 
 def tile_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
     """The MatrixForms of matrices that share an input, for matmul."""
-    return forms_side_by_side(matrices, base, TILE_ROWS)
+    return forms_side_by_side(matrices, base, count_groups(matrices, TILE_ROWS))
 
 
 def matmul(
@@ -138,7 +138,7 @@ def matmul(
         raise ValueError("matrices of one dispatch are packed and have one number of columns")
     sizes = {"count": len(matrices), "tokens": rows, "blocks": columns // UNIT, "out_stride": out.shape[-1]}
     shape = pack_struct("matmul_halves", "MatmulShape", **sizes)
-    grid = (sum(-(-matrix.out_features // TILE_ROWS) for matrix in matrices), -(-rows // TILE_TOKENS), 1)
+    grid = (sum(count_groups(matrices, TILE_ROWS)), -(-rows // TILE_TOKENS), 1)
     return Launch("matmul_halves", "matmul", (weights, forms, *parts.buffers, out, shape), grid, (THREADS, 1, 1))
 
 

@@ -1,8 +1,8 @@
-"""The calls of a token's products on NVIDIA's GPUs: cuda/'s kernels for packed weights.
+"""The calls of a token's products on NVIDIA's GPUs: cuda/'s kernels for packed weights, and for a few plain rows.
 
-They multiply bytes (cuda/bytes.h, cuda/vector.h). Same names, arguments and results as in launches.py, within the
-kernels' tolerances. Linears that cannot be taken here, or gain nothing, go there by themselves; of experts
-takes_experts says it, since `hidden` is not the same (Device.expert_launches).
+Packed weights are multiplied as bytes (cuda/bytes.h, cuda/vector.h). Same names, arguments and results as in
+launches.py, within the kernels' tolerances. Linears that cannot be taken here, or gain nothing, go there by themselves;
+of experts takes_experts says it, since `hidden` is not the same (Device.expert_launches).
 
     launch = token_launches.linears(memory, forms, matrices, x, out)          # forms by token_launches.matrix_forms
     launch = token_launches.experts_gate_up(banks, forms, places, x, hidden)  # hidden [ranks, hidden_width(width)]
@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 import torch
 
 from moepack.kernels import launches
-from moepack.kernels.forms import count_places, forms_side_by_side
+from moepack.kernels.forms import count_groups, count_places, forms_side_by_side
 from moepack.kernels.launches import LANES, UNIT, Launch
 from moepack.kernels.matrix import Matrix
 from moepack.kernels.msl import pack_struct
@@ -23,6 +23,8 @@ from moepack.kernels.msl import pack_struct
 TILE_ROWS = 16  # cuda/bytes.h and cuda/vector.h
 STRIP, MAX_STRIPS = 512, 8  # cuda/bytes.h
 MAX_SIMDGROUPS = 8  # cuda/linears_bytes.cu
+PLAIN_SIMDGROUPS, KEEPERS, PLAIN_COLUMNS = 4, 4, 4096  # cuda/linears_plain.cu
+PLAIN_ROWS = 2048  # in all: more would be bound by bytes
 GROUPS, WANTED = 128, 1024  # threadgroups, and simdgroups in all, that fill a large GPU
 STRIP_UNITS, DIGITS_WORDS = 16, 30  # cuda/vector.h; words of a unit's digits, with what is known of them
 GATE_UP_THREADS, DOWN_SIMDGROUPS, FEW_PLACES = 128, 11, 10  # cuda/experts_vector.cu
@@ -33,9 +35,11 @@ LEAST_WEIGHTS = {2: 2**20, 3: 2**21, 4: 2**20, 8: 2**20, 16: 2**21}
 
 def matrix_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
     """The MatrixForms of matrices that share an input, for linears."""
+    if _are_few(matrices):
+        return forms_side_by_side(matrices, base, count_groups(matrices, PLAIN_SIMDGROUPS))
     if not _is_fit(matrices):
         return launches.matrix_forms(matrices, base)
-    return forms_side_by_side(matrices, base, TILE_ROWS * _divide(matrices)[0])
+    return forms_side_by_side(matrices, base, _count_groups(matrices, *_divide(matrices)))
 
 
 def linears(
@@ -49,13 +53,27 @@ def linears(
     accumulate: bool = False,
     eps: float = 0.0,
 ) -> Launch:
-    """launches.linears."""
+    """launches.linears. Raises ValueError if rows of x, which follow each other, would not start on 16 bytes."""
     rest = (weights, forms, matrices, x, out, norm, normed, accumulate, eps)
+    if len(x) > 1 and x.shape[-1] % 4 and _are_few(matrices):
+        raise ValueError(f"rows of x start on 16 bytes, got {x.shape[-1]} columns")
+    if _are_few(matrices):
+        groups, keepers = sum(count_groups(matrices, PLAIN_SIMDGROUPS)), 0 if normed is None else KEEPERS
+        sizes = {"columns": matrices[0].in_features, "groups": groups}
+        return launches.linears_by("linears_plain", sizes, groups + keepers, PLAIN_SIMDGROUPS, *rest)
     if not _is_fit(matrices):
         return launches.linears(*rest)
     tiles, parts = _divide(matrices)
     sizes = {"columns": matrices[0].in_features, "tiles": tiles, "parts": parts}
-    return launches.linears_by("linears_bytes", sizes, TILE_ROWS * tiles, tiles * parts, *rest)
+    groups = sum(_count_groups(matrices, tiles, parts))
+    return launches.linears_by("linears_bytes", sizes, groups, tiles * parts, *rest)
+
+
+def _are_few(matrices: Sequence[Matrix]) -> bool:
+    """Whether the matrices are a few rows of bfloat16, as a router's, which latency bounds and not bytes."""
+    columns, rows = matrices[0].in_features, sum(matrix.out_features for matrix in matrices)
+    is_plain = all(matrix.data.dtype == torch.bfloat16 for matrix in matrices)
+    return is_plain and rows <= PLAIN_ROWS and columns <= PLAIN_COLUMNS and columns % 8 == 0
 
 
 def _is_fit(matrices: Sequence[Matrix]) -> bool:

@@ -92,6 +92,30 @@ def test_linears_of_a_norm(executor: Runner, chosen_launches: Any) -> None:
         check_linear(part, expected, matrix, PRODUCT)
 
 
+@pytest.mark.parametrize("columns", [8, 320, 1032, 2048, 4096, 4104])
+def test_linears_of_a_router(chosen_launches: Any, columns: int) -> None:
+    """A few plain rows and a single one, of two tokens, with the norm and without, the last ones beyond all kernels."""
+    matrices, x = [plain(rows, columns, torch.bfloat16) for rows in (9, 1, 6)], 3 * random_input(2, columns)
+    norm, normed = random_input(1, columns)[0], torch.zeros(2, launches.spread_width(columns))
+    expected = reference.rms_norm(x, norm, 1e-6)
+    for inputs, options in ((expected, {"norm": norm, "normed": normed}), (expected, {"norm": norm}), (x, {})):
+        out = run_linears(RUNNER, chosen_launches, x, matrices, **options)
+        for part, matrix in zip(out.split([9, 1, 6], dim=1), matrices):
+            check_linear(part, inputs, matrix, PRODUCT)
+    torch.testing.assert_close(gather(normed, columns), expected, rtol=2e-6, atol=2e-6)
+
+
+def test_a_few_plain_rows(executor: Runner, chosen_launches: Any) -> None:
+    """As a router has them, added to what is there, and the normed input beside."""
+    matrices, x = [plain(5, 320, torch.bfloat16), plain(2, 320, torch.bfloat16)], random_input(1, 320)
+    norm, normed = random_input(1, 320)[0], torch.zeros(1, 320)
+    out = run_linears(executor, chosen_launches, x, matrices, norm=norm, normed=normed, accumulate=True) - 0.5
+    expected = reference.rms_norm(x, norm, 1e-6)
+    for part, matrix in zip(out.split([5, 2], dim=1), matrices):
+        check_linear(part, expected, matrix, PRODUCT)
+    torch.testing.assert_close(gather(normed, 320), expected, rtol=2e-6, atol=2e-6)
+
+
 def test_linears_add_to_what_is_there(executor: Runner, chosen_launches: Any) -> None:
     matrix, x = quantized(40, 320, 8, 32), random_input(2, 320)
     check_linear(run_linears(executor, chosen_launches, x, [matrix], accumulate=True) - 0.5, x, matrix, PRODUCT)

@@ -137,6 +137,12 @@ def test_geometry_is_that_of_the_text() -> None:
     assert values["linears_bytes", "DIGIT_QUADS"] == strips + values["linears_bytes", "ZERO_QUADS"]
     lines = 2 * values["linears_bytes", "MAX_SIMDGROUPS"] * values["linears_bytes", "LINE_QUADS"]
     assert values["linears_bytes", "ALL_LINE_QUADS"] == lines
+    assert values["linears_plain", "PLAIN_SIMDGROUPS"] == token_launches.PLAIN_SIMDGROUPS
+    assert values["linears_plain", "KEEPERS"] == token_launches.KEEPERS
+    plain = {name: value for (file, name), value in values.items() if file == "linears_plain"}
+    assert plain["ROW_STRIPS"] * plain["ROW_STRIP"] == token_launches.PLAIN_COLUMNS
+    threads = plain["PLAIN_SIMDGROUPS"] * launches.LANES
+    assert plain["KEPT"] * plain["KEEPERS"] * threads * 4 == token_launches.PLAIN_COLUMNS
     assert values["experts_vector", "TILE_ROWS"] == token_launches.TILE_ROWS
     assert values["experts_vector", "STRIP_UNITS"] == token_launches.STRIP_UNITS
     vector = {name: value for (file, name), value in values.items() if file == "experts_vector"}
@@ -167,15 +173,15 @@ def test_geometry_is_that_of_the_text() -> None:
         quads = sum(values[name, of_all] for of_all in ("INPUT_QUADS", "WEIGHT_QUADS", "LINE_QUADS"))
         assert values[name, "HALVES_QUADS"] == 2 * quads + 3 * values[name, "TILE_TOKENS"] // 4
     assert values["experts_halves", "PAIR_ROWS"] == prompt_launches.PAIR_ROWS
+    assert values["order_pairs", "TILE_TOKENS"] == prompt_launches.TILE_TOKENS
+    assert values["order_pairs", "PAIR_THREADS"] == prompt_launches.PAIR_THREADS
+    assert values["order_pairs", "PAIR_SIMDGROUPS"] * launches.LANES == prompt_launches.PAIR_THREADS
     storages = {values["linears", name] for name in ("BF16", "F16", "F32")}
     assert storages == set(PLAIN_STORAGES.values())
 
 
 def test_segments_are_the_same_to_all_kernels_of_a_prompts_experts() -> None:
     segments = {msl.load(name).structs["Segment"] for name in ("experts_prefill", "experts_halves", "order_pairs")}
-    assert values["order_pairs", "TILE_TOKENS"] == prompt_launches.TILE_TOKENS
-    assert values["order_pairs", "PAIR_THREADS"] == prompt_launches.PAIR_THREADS
-    assert values["order_pairs", "PAIR_SIMDGROUPS"] * launches.LANES == prompt_launches.PAIR_THREADS
     assert len(segments) == 1
 
 

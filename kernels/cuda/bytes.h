@@ -1,5 +1,5 @@
-// Products of rows with a vector on NVIDIA's matrix units for bytes. Put into kernel files by text, after normed.h and
-// byte_numbers.h.
+// Products of rows with a vector on NVIDIA's matrix units for bytes. Put into kernel files by text, after plain_rows.h
+// and byte_numbers.h.
 //
 // matrix.h spends three instructions on a weight: a shift, a mask, a product. Here one mask serves four weights, which
 // stay integers, and one product 512 of them: [16 rows, 32 columns] times [32, 8], unsigned by signed bytes. For that
@@ -32,7 +32,6 @@ constant constexpr uint STRIP_QUADS = 118;  // of four words: the digits, factor
 constant constexpr uint ZERO_QUADS = 2;     // after the strips
 constant constexpr uint LINE = 16;          // scales of a row for a strip, at most
 constant constexpr uint LINE_QUADS = 64;    // the scales and biases of a tile's strip
-constant constexpr uint PLAIN_ROWS = 4;     // that a simdgroup takes of a plain matrix at a time
 constant constexpr uint MAX_STRIPS = 8;     // of a row: 4096 columns
 
 struct Scratch {  // threadgroup memory
@@ -51,30 +50,31 @@ inline Scratch scratch_at(threadgroup uint4* memory) {
   return scratch;
 }
 
-struct RowInputs {  // a row, times 1 + norm if asked
-  device const float* x;
-  device const float* norm;
-  uint columns;
-  bool is_aligned;  // to four numbers
-  bool is_normed;
-  float squares;    // of what this lane has loaded
-};
-
 // Sixteen inputs of half a unit, zeros beyond the last column.
 inline void load_half(thread RowInputs& inputs, uint unit, uint half_unit, thread float* out) {
+  const uint column = unit * UNIT + half_unit * HALF_UNIT, columns = inputs.columns;
+  float4 fours[4], norms[4];
+  if (inputs.is_aligned) {  // as nearly always: all of them requested together
+#pragma unroll
+    for (uint i = 0; i < 4; i++) fours[i] = load_quad(inputs.x, column + 4 * i, columns);
+#pragma unroll
+    for (uint i = 0; i < 4; i++) norms[i] = load_quad(inputs.norm, column + 4 * i, inputs.is_normed ? columns : 0);
+  } else {
+#pragma unroll
+    for (uint i = 0; i < 4; i++) fours[i] = load_four(inputs.x, column + 4 * i, columns, false);
+#pragma unroll
+    for (uint i = 0; i < 4; i++) norms[i] = load_four(inputs.norm, column + 4 * i, inputs.is_normed ? columns : 0, false);
+  }
 #pragma unroll
   for (uint i = 0; i < 4; i++) {
-    const uint column = unit * UNIT + half_unit * HALF_UNIT + 4 * i;
-    float4 four = load_four(inputs.x, column, inputs.columns, inputs.is_aligned);
     if (inputs.is_normed) {
-      const float4 norm = load_four(inputs.norm, column, inputs.columns, inputs.is_aligned);
-      inputs.squares = add_squares(four, inputs.squares);
-      four = apply_norm(four, norm, 1.0f);
+      inputs.squares = add_squares(fours[i], inputs.squares);
+      fours[i] = apply_norm(fours[i], norms[i], 1.0f);
     }
-    out[4 * i] = four.x;
-    out[4 * i + 1] = four.y;
-    out[4 * i + 2] = four.z;
-    out[4 * i + 3] = four.w;
+    out[4 * i] = fours[i].x;
+    out[4 * i + 1] = fours[i].y;
+    out[4 * i + 2] = fours[i].z;
+    out[4 * i + 3] = fours[i].w;
   }
 }
 
@@ -340,56 +340,6 @@ inline float multiply_bits(thread const Weights& w, uint row, thread const RowIn
     threadgroup uint4* digits, threadgroup uint4* lines, threadgroup float* results) {
   if (w.shift == 5) return multiply_packed<BITS, true>(w, row, inputs, share, digits, lines, results);
   return multiply_packed<BITS, false>(w, row, inputs, share, digits, lines, results);
-}
-
-// results[r] = row + r of a plain matrix times the inputs, in float32, for every row that is this simdgroup's:
-// PLAIN_ROWS at a time, with all columns. Returns the squares of all inputs in the first simdgroup, nothing in others.
-MSL_NOINLINE float multiply_plain(Weights w, uint row, uint rows, RowInputs inputs, uint simdgroup, uint simdgroups,
-    uint lane, threadgroup float* results) {
-  float squares = 0.0f;
-  wait_for_last();
-#pragma unroll 1
-  for (uint r = simdgroup * PLAIN_ROWS; r < rows && row + r < w.rows; r += simdgroups * PLAIN_ROWS) {
-    float sums[PLAIN_ROWS];
-#pragma unroll
-    for (uint k = 0; k < PLAIN_ROWS; k++) sums[k] = 0.0f;
-#pragma unroll 1
-    for (uint column = 16 * lane; column < w.columns; column += STRIP) {
-      float x[16];
-      load_half(inputs, column / UNIT, column / HALF_UNIT % 2, x);
-#pragma unroll
-      for (uint k = 0; k < PLAIN_ROWS; k++) {
-        const ulong at = ulong(min(row + r + k, w.rows - 1)) * w.columns + column;
-        if (w.storage == BF16 && w.columns % 16 == 0) {
-#pragma unroll
-          for (uint i = 0; i < 2; i++) {
-            const uint4 words = *(device const uint4*)(w.data + 2 * at + 16 * i);
-            sums[k] = fma(widen_bf16(words.x), x[8 * i], sums[k]);
-            sums[k] = fma(as_type<float>(words.x & 0xffff0000u), x[8 * i + 1], sums[k]);
-            sums[k] = fma(widen_bf16(words.y), x[8 * i + 2], sums[k]);
-            sums[k] = fma(as_type<float>(words.y & 0xffff0000u), x[8 * i + 3], sums[k]);
-            sums[k] = fma(widen_bf16(words.z), x[8 * i + 4], sums[k]);
-            sums[k] = fma(as_type<float>(words.z & 0xffff0000u), x[8 * i + 5], sums[k]);
-            sums[k] = fma(widen_bf16(words.w), x[8 * i + 6], sums[k]);
-            sums[k] = fma(as_type<float>(words.w & 0xffff0000u), x[8 * i + 7], sums[k]);
-          }
-        } else {
-          // Unrolled, as an index into registers must be; no loads beyond the row.
-#pragma unroll
-          for (uint i = 0; i < 16; i++) {
-            if (column + i < w.columns) sums[k] = fma(load_plain(w, at + i), x[i], sums[k]);
-          }
-        }
-      }
-    }
-    if (r == 0) squares = inputs.squares;
-    team_sums<PLAIN_ROWS>(sums, 5);
-#pragma unroll
-    for (uint k = 0; k < PLAIN_ROWS; k++) {
-      if (lane == k && r + k < rows) results[r + k] = sums[k];
-    }
-  }
-  return squares;
 }
 
 // results[r] as multiply_packed has it, whatever the bits. All simdgroups of a threadgroup come here, with one matrix.

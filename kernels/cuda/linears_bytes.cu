@@ -4,13 +4,15 @@ using namespace metal;
 #include "normed.h"
 #include "sums.h"
 #include "packed.h"
+#include "plain_rows.h"
 #include "byte_numbers.h"
 #include "bytes.h"
 
 // metal/linears.metal on NVIDIA's matrix units for bytes: the same formula and arguments.
 //
 // Threads: grid (threadgroups of all matrices, T); a threadgroup multiplies `tiles` tiles of rows, each by `parts`
-// simdgroups, which share out its columns (bytes.h) and meet in threadgroup memory. Bound by the bytes of the weights.
+// simdgroups, which share out its columns (bytes.h) and meet in threadgroup memory; of a plain matrix a row by each
+// simdgroup (plain_rows.h). Bound by the bytes of the weights.
 // Reference: rms_norm, linears. Test: test_metal_matrices.py.
 
 constant constexpr uint MAX_SIMDGROUPS = 8;
@@ -45,12 +47,15 @@ struct LinearsShape {
   while (which + 1 < shape.count && matrices[which + 1].first_group <= group.x) which++;
   const Weights w = weights_at(weights, matrices[which]);
   const uint tiles = shape.tiles, parts = shape.parts, columns = shape.columns, tile = simdgroup / parts;
-  const uint first_row = (group.x - matrices[which].first_group) * tiles * TILE_ROWS;
-  const bool is_aligned = (columns | shape.x_stride) % 4 == 0;
-  RowInputs inputs = {x + ulong(group.y) * shape.x_stride, norm, columns, is_aligned, shape.is_normed != 0, 0.0f};
+  const bool is_plain = w.storage >= BF16, is_aligned = (columns | shape.x_stride) % 4 == 0;
+  const uint rows = is_plain ? simdgroups : tiles * TILE_ROWS;  // of the threadgroup
+  const uint first_row = (group.x - matrices[which].first_group) * rows;
+  const RowInputs inputs = {x + ulong(group.y) * shape.x_stride, norm, columns, is_aligned, shape.is_normed != 0, 0.0f};
   float own;
-  if (w.storage >= BF16) {
-    own = multiply_plain(w, first_row, tiles * TILE_ROWS, inputs, simdgroup, simdgroups, lane, results[0]);
+  if (is_plain) {
+    const float2 result = multiply_plain_row(w, first_row + simdgroup, inputs, lane);
+    own = simdgroup == 0 ? result.y : 0.0f;
+    if (lane == 0) results[0][simdgroup] = result.x;
   } else {
     const Share share = share_of((columns + STRIP - 1) / STRIP, simdgroup % parts, parts, index, simdgroups * 32);
     const uint row = min(first_row + tile * TILE_ROWS, w.rows - 1);  // a tile beyond the last row is not stored
@@ -58,11 +63,9 @@ struct LinearsShape {
   }
   const float squares = threadgroup_sum(own, partial, simdgroup, simdgroups, lane);
   const float factor = shape.is_normed ? rsqrt(squares / float(columns) + shape.eps) : 1.0f;
-  if (index < tiles * TILE_ROWS && first_row + index < w.rows) {
-    float sum = w.storage >= BF16 ? results[index / TILE_ROWS][index % TILE_ROWS] : 0.0f;
-    for (uint s = 0; s < parts && w.storage < BF16; s++) {
-      sum += results[index / TILE_ROWS * parts + s][index % TILE_ROWS];
-    }
+  if (index < rows && first_row + index < w.rows) {
+    float sum = is_plain ? results[0][index] : 0.0f;
+    for (uint s = 0; s < parts && !is_plain; s++) sum += results[index / TILE_ROWS * parts + s][index % TILE_ROWS];
     const ulong at = ulong(group.y) * shape.out_stride + matrices[which].first_out + first_row + index;
     out[at] = shape.accumulates ? fma(sum, factor, out[at]) : sum * factor;
   }

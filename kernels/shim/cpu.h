@@ -89,6 +89,7 @@ template <class T>
 T load_once(const T* from) {
   return *from;
 }
+inline uint4 load_early(const uint4* from) { return *from; }
 inline float max_magnitude(float a, float b) { return fmaxf(a, fabsf(b)); }
 inline uint permute_bytes(uint a, uint b, uint selector) {
   const uint64_t bytes = uint64_t(b) << 32 | a;

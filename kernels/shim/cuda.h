@@ -77,6 +77,16 @@ MSL_FUNCTION uint4 load_once(const uint4* from) {
   return four;
 }
 
+// The same, requested before wait_for_last where it stands before it: the compiler may put the other behind it.
+MSL_FUNCTION uint4 load_early(const uint4* from) {
+  uint4 four;
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(four.x), "=r"(four.y), "=r"(four.z), "=r"(four.w)
+               : "l"(from)
+               : "memory");
+  return four;
+}
+
 MSL_FUNCTION float max_magnitude(float a, float b) { return fmaxf(a, fabsf(b)); }  // of a >= 0; a NaN is passed over
 
 // Bytes of a (0 to 3) and b (4 to 7), by the selector's digits, the lowest first.

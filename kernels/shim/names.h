@@ -14,6 +14,7 @@ using metal::first_half;
 using metal::fma;
 using metal::half;
 using metal::launch_next;
+using metal::load_early;
 using metal::load_once;
 using metal::log;
 using metal::make_filled_simdgroup_matrix;
