@@ -199,30 +199,37 @@ def bench_peers(model: Model, bits: int, limit: float) -> list[Row]:
 
 
 def bench_linears(device: CudaDevice, model: Model, bits: int, limit: float) -> list[Row]:
-    """The input and output projections of both mixers."""
+    """The input and output projections of both mixers, and the router with the shared expert's gate.
+
+    As in a pack, DeltaNet's a and b and the router are never quantized.
+    """
     value = model.value_heads * 128
-    delta = [2 * model.key_heads * 128 + value, value, model.value_heads, model.value_heads]
-    attention = [2 * model.heads * model.head_dim, *[model.kv_heads * model.head_dim] * 2]
-    return [
-        bench_matrices(device, "linears: DeltaNet in", model, delta, model.hidden, bits, limit),
-        bench_matrices(device, "linears: attention in", model, attention, model.hidden, bits, limit),
-        bench_matrices(device, "linears: DeltaNet out", model, [model.hidden], value, bits, limit),
+    delta = [(2 * model.key_heads * 128 + value, bits), (value, bits), *[(model.value_heads, 16)] * 2]
+    attention = [(2 * model.heads * model.head_dim, bits), *[(model.kv_heads * model.head_dim, bits)] * 2]
+    rows = [
+        bench_matrices(device, "linears: DeltaNet in", model, delta, model.hidden, limit),
+        bench_matrices(device, "linears: attention in", model, attention, model.hidden, limit),
+        bench_matrices(device, "linears: DeltaNet out", model, [(model.hidden, bits)], value, limit),
     ]
+    if bits == 16:
+        router = [(model.experts, bits), (1, bits)]
+        rows.append(bench_matrices(device, "linears: router", model, router, model.hidden, limit))
+    return rows
 
 
 def bench_matrices(
-    device: CudaDevice, name: str, model: Model, rows: Sequence[int], columns: int, bits: int, limit: float
+    device: CudaDevice, name: str, model: Model, sizes: Sequence[tuple[int, int]], columns: int, limit: float
 ) -> Row:
-    """linears of matrices with these numbers of rows, which share a normed input of so many columns."""
-    geometries = [MatrixGeometry(row, columns, Scheme.of(bits, 64)) for row in rows]
+    """linears of matrices of such (rows, bits), which share a normed input of so many columns."""
+    geometries = [MatrixGeometry(rows, columns, Scheme.of(bits, 64)) for rows, bits in sizes]
     payload = sum(geometry.payload_bytes for geometry in geometries)
     copies = -(-WORKING_SET // payload)
-    bank = random_bank(copies * (payload + 4096 * len(rows)))
+    bank = random_bank(copies * (payload + 4096 * len(sizes)))
     x, norm = torch.randn(1, columns, device="cuda"), torch.randn(columns, device="cuda")
-    out, steps, end = torch.empty(1, sum(rows), device="cuda"), [], 0
+    out, steps, end = torch.empty(1, sum(rows for rows, _ in sizes), device="cuda"), [], 0
     for _ in range(copies):
         matrices = []
-        for geometry in geometries:
+        for geometry, (_, bits) in zip(geometries, sizes):
             arrays = []
             for _, _, shape in geometry.arrays:
                 size = shape[0] * shape[1] * (4 if not arrays and bits != 16 else 2)
@@ -233,7 +240,7 @@ def bench_matrices(
         forms = device.upload_bytes(device.launches.matrix_forms(matrices, memory))
         steps.append(device.bind(device.launches.linears(memory, forms, matrices, x, out, norm=norm, eps=1e-6)))
     seconds = time_graph(device.capture, steps)
-    return Row(name, model.name, bits, payload / 1e6, seconds * 1e6, payload / seconds / limit)
+    return Row(name, model.name, sizes[0][1], payload / 1e6, seconds * 1e6, payload / seconds / limit)
 
 
 def bench_attention(device: CudaDevice, model: Model, limit: float) -> list[Row]:
