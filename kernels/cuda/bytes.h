@@ -291,7 +291,7 @@ inline Share share_of(uint strips, uint part, uint parts, uint index, uint threa
 template <int BITS, bool IS_SMALL>
 MSL_NOINLINE float multiply_packed(Weights w, uint row, RowInputs inputs, Share share, threadgroup uint4* digits,
     threadgroup uint4* lines, threadgroup float* results) {
-  constexpr int AHEAD = 4;  // spans under way: eight of four bits were slower
+  constexpr int AHEAD = BITS == 8 ? 2 : 4;  // spans under way: more were slower
   const Scratch scratch = scratch_at(digits);
   const Tile tile = tile_of<BITS>(w, row, share.lane);
   const uint first = share.first_strip * STRIP_SPANS, end = share.end_strip * STRIP_SPANS;

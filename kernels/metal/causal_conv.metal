@@ -54,6 +54,12 @@ struct ConvShape {
     out[ulong(first + i) * channels + c] = silu(sum);
   }
   if (first > 0) return;
+  if (shape.tokens == 1) {  // all of them are here
+    for (uint i = 1; i < MAX_TAPS; i++) {
+      if (i > unused) state[(i - 1 - unused) * channels + c] = inputs[i];
+    }
+    return;
+  }
   for (uint j = 0; j < kept; j++) {  // a place is read before it is written: those read are further on
     const uint t = shape.tokens + j;
     state[j * channels + c] = t < kept ? state[t * channels + c] : x[ulong(t - kept) * shape.x_stride + c];
