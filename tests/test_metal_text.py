@@ -101,6 +101,8 @@ def test_geometry_is_that_of_the_text() -> None:
     assert values["linears", "LINEAR_SIMDGROUPS"] == launches.LINEAR_SIMDGROUPS
     assert values["linears", "STAGED"] * 4 == 16 * (values["linears", "STAGED_QUADS"] - 8)
     assert values["linears", "STAGED_UNITS"] * 8 == values["linears", "STAGED_QUADS"]
+    lanes = values["linears", "LINEAR_SIMDGROUPS"] * launches.LANES
+    assert values["linears", "STAGED"] == values["linears", "STAGED_EACH"] * 4 * lanes
     assert values["experts", "GATE_UP_ROWS"] == launches.GATE_UP_ROWS
     assert values["experts", "DOWN_ROWS"] == launches.DOWN_ROWS
     assert values["linears", "SIMDGROUPS"] == launches.SIMDGROUPS

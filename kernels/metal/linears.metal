@@ -25,6 +25,7 @@ constant constexpr uint LINEAR_SIMDGROUPS = 8;
 constant constexpr uint STAGED = 4096;
 constant constexpr uint STAGED_UNITS = 129;  // of STAGED columns, and one so that neighbours lie in other memory banks
 constant constexpr uint STAGED_QUADS = 1032;
+constant constexpr uint STAGED_EACH = 4;     // times four columns: those of a thread
 
 struct LinearsShape {
   uint count;
@@ -59,13 +60,22 @@ struct LinearsShape {
   float squares = 0.0f;
   for (uint start = 0; start < units; start += STAGED / UNIT) {
     const uint end = min(start + STAGED / UNIT, units);
-    for (uint i = start * QUADS + index; i < end * QUADS; i += threads) {
-      float4 four = load_four(input, i * 4, columns, is_aligned);
+    float4 fours[STAGED_EACH], norms[STAGED_EACH];  // all of them requested before any is used
+#pragma unroll
+    for (uint k = 0; k < STAGED_EACH; k++) {
+      const uint column = (start * QUADS + index + k * threads) * 4, last = min(columns, end * UNIT);
+      fours[k] = load_four(input, column, last, is_aligned);
+      norms[k] = load_four(norm, column, shape.is_normed ? last : 0, is_aligned);
+    }
+#pragma unroll
+    for (uint k = 0; k < STAGED_EACH; k++) {
+      const uint i = start * QUADS + index + k * threads;
+      if (i >= end * QUADS) break;
       if (shape.is_normed) {
-        squares = add_squares(four, squares);
-        four = apply_norm(four, load_four(norm, i * 4, columns, is_aligned), 1.0f);
+        squares = add_squares(fours[k], squares);
+        fours[k] = apply_norm(fours[k], norms[k], 1.0f);
       }
-      staged[i % QUADS * STAGED_UNITS + i / QUADS - start] = four;
+      staged[i % QUADS * STAGED_UNITS + i / QUADS - start] = fours[k];
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const Walk walk = {start + (lane & (lanes - 1)), end, lanes, start, STAGED_UNITS};
