@@ -73,7 +73,7 @@ def expert_form(expert: Expert, base: torch.Tensor, bank: int) -> bytes:
 
 
 def struct_bytes(name: str) -> int:
-    """Size of a struct of metal/experts.metal: MatrixForm, ExpertForm, Place."""
+    """Size of a struct of metal/matrix.h: MatrixForm, ExpertForm, Place."""
     return msl.load("experts").structs[name].size_bytes
 
 
@@ -104,4 +104,4 @@ def segment_bytes() -> int:
 
 
 def _segment() -> msl.Struct:
-    return msl.load("experts_prefill").structs["Segment"]
+    return msl.load("experts").structs["Segment"]

@@ -306,7 +306,7 @@ def expert_step(
 ) -> ExpertStep:
     """What runs the experts of one token, of a layer with this norm and router.
 
-    width, bits   of the widest expert, and of all their matrices: a GPU's kernels are chosen by them
+    width, bits   of the widest expert, and of all routed experts' matrices: a GPU's kernels are chosen by them
     """
     choose = chooser(sys.modules[__name__], norm, router, shared_gate, num_chosen, eps)
     return HostExpertStep(choose, route, run_experts, add_rows)

@@ -39,7 +39,7 @@ def matrix_forms(matrices: Sequence[Matrix], base: torch.Tensor) -> bytes:
         return forms_side_by_side(matrices, base, count_groups(matrices, PLAIN_SIMDGROUPS))
     if not _is_fit(matrices):
         return launches.matrix_forms(matrices, base)
-    return forms_side_by_side(matrices, base, _count_groups(matrices, *_divide(matrices)))
+    return forms_side_by_side(matrices, base, _count_byte_groups(matrices, *_divide(matrices)))
 
 
 def linears(
@@ -55,9 +55,9 @@ def linears(
 ) -> Launch:
     """launches.linears. Raises ValueError if rows of x, which follow each other, would not start on 16 bytes."""
     rest = (weights, forms, matrices, x, out, norm, normed, accumulate, eps)
-    if len(x) > 1 and x.shape[-1] % 4 and _are_few(matrices):
-        raise ValueError(f"rows of x start on 16 bytes, got {x.shape[-1]} columns")
     if _are_few(matrices):
+        if len(x) > 1 and x.shape[-1] % 4:
+            raise ValueError(f"rows of x start on 16 bytes, got {x.shape[-1]} columns")
         groups, keepers = sum(count_groups(matrices, PLAIN_SIMDGROUPS)), 0 if normed is None else KEEPERS
         sizes = {"columns": matrices[0].in_features, "groups": groups}
         return launches.linears_by("linears_plain", sizes, groups + keepers, PLAIN_SIMDGROUPS, *rest)
@@ -65,7 +65,7 @@ def linears(
         return launches.linears(*rest)
     tiles, parts = _divide(matrices)
     sizes = {"columns": matrices[0].in_features, "tiles": tiles, "parts": parts}
-    groups = sum(_count_groups(matrices, tiles, parts))
+    groups = sum(_count_byte_groups(matrices, tiles, parts))
     return launches.linears_by("linears_bytes", sizes, groups, tiles * parts, *rest)
 
 
@@ -91,8 +91,8 @@ def _divide(matrices: Sequence[Matrix]) -> tuple[int, int]:
     return max(1, min(MAX_SIMDGROUPS // parts, -(-num_tiles // GROUPS))), parts
 
 
-def _count_groups(matrices: Sequence[Matrix], tiles: int, parts: int) -> list[int]:
-    """The threadgroups of each matrix: of packed ones `tiles` tiles each, of plain ones a row for each simdgroup."""
+def _count_byte_groups(matrices: Sequence[Matrix], tiles: int, parts: int) -> list[int]:
+    """The threadgroups of each matrix: packed ones by `tiles` tiles, plain ones by a row for each simdgroup."""
     return [
         -(-matrix.out_features // (tiles * parts if matrix.scales is None else tiles * TILE_ROWS))
         for matrix in matrices

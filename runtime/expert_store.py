@@ -208,8 +208,12 @@ class ExpertStore:
         self.counts.misses = 0  # nobody has asked for them yet
 
     def keeps(self, layer: int) -> bool:
-        """Whether all experts of a layer are in memory, for good."""
-        return self.has_room_for_all and bool(self._places[layer].all())
+        """Whether all experts of a layer are in memory until the store is closed."""
+        return self._close.alive and self.has_room_for_all and bool(self._places[layer].all())
+
+    def expert_bits(self, layer: int) -> set[int]:
+        """The bits of all matrices of a layer's experts."""
+        return {matrix.scheme.bits for tier in self.pack.geometry(layer).tiers for _, matrix in tier.matrices}
 
     def note_use(self, layer: int, expert_ids: Sequence[int], in_order: bool = False) -> None:
         """Count as fetched what was found in `places` and used from there, before the next call."""

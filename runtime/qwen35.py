@@ -27,7 +27,6 @@ its own, where its token is computed as it would be alone.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from itertools import chain, pairwise, starmap
 from typing import Any
@@ -43,6 +42,7 @@ from moepack.runtime.resident import ResidentWeights
 from moepack.runtime.state import DeltaState, KeyValueCache, SequenceState
 
 SCAN_CHOICES = 4  # for each expert, in a prompt: evenly spread, 2 % of the experts are then chosen by nobody
+LAYERS_AHEAD = 2  # so that the GPU has work, and who breaks off or watches a prompt is not far behind it
 Observer = Callable[[int, Expert, torch.Tensor, torch.Tensor], None]  # expert id, expert, inputs [n, D], weights [n]
 
 
@@ -119,13 +119,12 @@ class SparseMoe:
         self.next_router: Matrix | None = None  # set where the next layer's experts are to be guessed
         self.scans_ahead = False  # whether those of the next layer are read early when a prompt needs them all
         self.width = max(a.moe_intermediate_size, a.shared_expert_intermediate_size)
-        tiers = store.pack.geometry(layer).tiers
-        bits = {matrix.scheme.bits for tier in tiers for _, matrix in tier.matrices}
-        sizes = (a.num_experts_per_tok, self.width, a.rms_norm_eps, bits)
+        sizes = (a.num_experts_per_tok, self.width, a.rms_norm_eps, store.expert_bits(layer))
         self.steps = [ops.expert_step(self.norm, self.router, self.shared_expert_gate, *sizes) for _ in range(lanes)]
         self.observe: Observer | None = None  # shown what each expert of several tokens reads (calibrate.py)
         self._settled: Any = None  # the backend's own way with a prompt, once every expert is in memory
-        self._counts_of_use: list[Callable[[], torch.Tensor]] = []  # of prompts that went that way: tokens by expert
+        self._may_settle: bool = ops.settles
+        self._read_use: Callable[[], torch.Tensor] | None = None  # tokens by expert, of a prompt that went that way
 
     def fuse(self) -> Any:
         """The choice of one token's experts, norm included, as a part of the backend's own run."""
@@ -195,10 +194,12 @@ class SparseMoe:
         """x + experts(norm(x)) for T tokens: each expert once, in the order of ids, which is the file's."""
         normed = self.ops.rms_norm(x, self.norm, self.a.rms_norm_eps)
         expert_ids, weights = self.ops.route(normed, self.router, self.a.num_experts_per_tok)  # [T, K] each
-        settled = self._settle() if self.observe is None else None
-        add = self._add_fetched if settled is None else functools.partial(self._add_settled, settled)
         out = torch.zeros_like(x)
-        add(out, normed, expert_ids, weights)
+        if self._is_settled():
+            used = self._settled.add(out, normed, expert_ids, weights, self._weigh_shared(normed))
+            self._read_use = self.ops.begin_read(used)
+        else:
+            self._add_fetched(out, normed, expert_ids, weights)
         return x + out
 
     def _add_fetched(
@@ -226,29 +227,29 @@ class SparseMoe:
         if self.scans_ahead and chosen_ids.numel() >= SCAN_CHOICES * self.a.num_experts:
             self.store.prefetch(self.layer + 1, range(self.a.num_experts), is_scan=True)  # beside the next mixer
 
-    def _add_settled(
-        self, settled: Any, out: torch.Tensor, normed: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
-    ) -> None:
-        """Add them where they are, without waiting for the ids."""
-        counts = settled.add(out, normed, expert_ids, weights, self._weigh_shared(normed))
-        self._counts_of_use.append(self.ops.begin_read(counts))
-
     def _weigh_shared(self, normed: torch.Tensor) -> torch.Tensor:
         """[T]"""
         return self.ops.linear(normed, self.shared_expert_gate).sigmoid().squeeze(-1)
 
-    def _settle(self) -> Any:
-        """The experts as ops.settle_experts has them; None until they are in memory for good, and where it has none."""
-        if self._settled is None and self.ops.settles and self.store.keeps(self.layer):
+    def _is_settled(self) -> bool:
+        """Whether the backend finds all experts by itself: then nothing is fetched, and nobody waits for the ids."""
+        if self.observe is not None or not self.store.keeps(self.layer):
+            return False
+        if self._may_settle:
             places = self.store.places[self.layer].tolist()
             self._settled = self.ops.settle_experts(places, self.shared_expert, self.width)
-        return self._settled
+            self._may_settle = False
+        return self._settled is not None
 
     def note_use(self) -> None:
-        """Tell the store what prompts have used without asking it; waits until that is known."""
-        for read_counts in self._counts_of_use:
-            self.store.note_use(self.layer, read_counts().nonzero().flatten().tolist(), in_order=True)
-        self._counts_of_use = []
+        """Tell the store what the last prompt has used without asking it; waits until that is known."""
+        if self._read_use is not None:
+            read, self._read_use = self._read_use, None
+            self.store.note_use(self.layer, read().nonzero().flatten().tolist(), in_order=True)
+
+    def forget_use(self) -> None:
+        """The last prompt has been broken off."""
+        self._read_use = None
 
 
 class DecoderLayer:
@@ -319,12 +320,23 @@ class Qwen35:
         if self.fused and len(x) == 1:
             self._run_fused(x, state)
         else:
-            for layer, layer_state in zip(self.layers, state.layers):
-                x = layer(x, layer_state)
-                after_layer()
-            for layer in self.layers:
-                layer.experts.note_use()
+            x = self._run_layers(x, state, after_layer)
         return self.ops.rms_norm(x, self.norm, self.a.rms_norm_eps)
+
+    def _run_layers(self, x: torch.Tensor, state: SequenceState, after_layer: Callable[[], object]) -> torch.Tensor:
+        """One after the other. A GPU that finds its experts by itself is LAYERS_AHEAD behind what is handed over."""
+        try:
+            for number, (layer, layer_state) in enumerate(zip(self.layers, state.layers)):
+                x = layer(x, layer_state)
+                if number >= LAYERS_AHEAD:
+                    self.layers[number - LAYERS_AHEAD].experts.note_use()
+                after_layer()
+            for layer in self.layers[-LAYERS_AHEAD:]:
+                layer.experts.note_use()
+        finally:
+            for layer in self.layers:
+                layer.experts.forget_use()
+        return x
 
     def step_together(
         self, token_ids: Sequence[int], states: Sequence[SequenceState]

@@ -181,6 +181,7 @@ class _AllInMemory:
         self._pool = [
             Expert.from_block(block, data[start : start + stride]) for start in range(0, count * stride, stride)
         ]
+        self._bits = {matrix.scheme.bits for _, matrix in block.matrices}
         self._next, self.one_by_one = 0, False
         self.meanwhile_s: list[float] = []  # from each fetch, one by one, until the first expert is waited for
         self.counts = StoreCounts()
@@ -206,8 +207,16 @@ class _AllInMemory:
     def prefetch(self, layer: int, expert_ids: Sequence[int]) -> None:
         """Nothing to do."""
 
-    def note_use(self, layer: int, expert_ids: Sequence[int]) -> None:
+    def note_use(self, layer: int, expert_ids: Sequence[int], in_order: bool = False) -> None:
         """Nothing to note."""
+
+    def keeps(self, layer: int) -> bool:
+        """No: it is experts that come and go whose cost is wanted."""
+        return False
+
+    def expert_bits(self, layer: int) -> set[int]:
+        """Of the one kind of block that there is."""
+        return self._bits
 
     def _take(self) -> Expert:
         self._next = (self._next + 1) % len(self._pool)

@@ -158,6 +158,31 @@ def test_a_prompt_asks_nobody_where_everything_is_in_memory(
     assert bool(fetched) == is_watched
 
 
+def test_a_prompt_that_is_broken_off_leaves_nothing_to_the_next(driver: fake_cuda.Driver, tiny_pack: Path) -> None:
+    """What it used is counted while it runs, two layers behind what is handed over, and not by who comes next."""
+    ids, notes = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6]), []
+    with Engine.open(tiny_pack, device="cuda", exact=True, max_context=CONTEXT) as engine:
+        engine.store.on_fetch = lambda layer, expert_ids, in_order: notes.append(layer)
+        done = []
+
+        def stop_at_the_fourth() -> None:
+            done.append(len(notes))
+            if len(done) == 4:
+                raise KeyboardInterrupt
+
+        with torch.inference_mode():
+            with pytest.raises(KeyboardInterrupt):
+                engine.model(ids, engine.new_state(8), stop_at_the_fourth)
+            assert done == [0, 0, 1, 2]
+            notes.clear()
+            state = engine.new_state(16)
+            engine.model(ids, state)
+            assert notes == list(range(len(engine.model.layers)))
+            engine.close()
+            with pytest.raises(RuntimeError, match="closed"):
+                engine.model(ids, state)
+
+
 def test_a_prompt_of_plain_experts_goes_by_the_processor(
     driver: fake_cuda.Driver, tiny_source: Path, tmp_path: Path
 ) -> None:

@@ -90,12 +90,15 @@ def test_the_restricted_style(name: str) -> None:
     assert "constant constexpr" not in re.sub(r"^constant constexpr [^\n]*$", "", text, flags=re.M)
 
 
+def constants_of_all() -> dict[tuple[str, str], int]:
+    """By file and name."""
+    files = [*FILES, *(path.stem for path in msl.CUDA.glob("*.cu"))]
+    return {(name, constant): int(value) for name in files for constant, value in constants_of(name).items()}
+
+
 def test_geometry_is_that_of_the_text() -> None:
     """The modules of launches repeat some constants of the files."""
-    values = {}
-    of_cuda = [path.stem for path in msl.CUDA.glob("*.cu")]
-    for name in (*FILES, *of_cuda):
-        values |= {(name, constant): int(value) for constant, value in constants_of(name).items()}
+    values = constants_of_all()
     assert values["linears", "UNIT"] == launches.UNIT
     assert values["linears", "LINEAR_ROWS"] == launches.LINEAR_ROWS
     assert values["linears", "LINEAR_SIMDGROUPS"] == launches.LINEAR_SIMDGROUPS
@@ -131,6 +134,13 @@ def test_geometry_is_that_of_the_text() -> None:
     assert values["delta_scan", "MAX_ROWS"] * 8 == launches.MAX_WIDTH
     assert values["causal_conv", "TOKENS"] == launches.CONV_TOKENS
     assert values["attention_tiles", "SIMDGROUPS"] == launches.TILES_SIMDGROUPS
+    storages = {values["linears", name] for name in ("BF16", "F16", "F32")}
+    assert storages == set(PLAIN_STORAGES.values())
+
+
+def test_geometry_of_a_token_is_that_of_the_text() -> None:
+    """The same of token_launches.py."""
+    values = constants_of_all()
     assert values["linears_bytes", "TILE_ROWS"] == token_launches.TILE_ROWS
     assert values["linears_bytes", "STRIP"] == token_launches.STRIP
     assert values["linears_bytes", "MAX_STRIPS"] == token_launches.MAX_STRIPS
@@ -164,6 +174,11 @@ def test_geometry_is_that_of_the_text() -> None:
         assert vector[f"{prefix}_QUADS"] == simdgroups * vector["HIDDEN_QUADS"] + vector["ZERO_QUADS"]
         assert vector[f"{prefix}_KNOWN"] == simdgroups * vector["HIDDEN_KNOWN"]
         assert vector[f"{prefix}_LINES"] == simdgroups * vector["HIDDEN_LINES"]
+
+
+def test_geometry_of_a_prompt_is_that_of_the_text() -> None:
+    """The same of prompt_launches.py."""
+    values = constants_of_all()
     for name in ("split_rows", "matmul_halves", "experts_halves"):
         assert values[name, "SUMMED"] == prompt_launches.SUMMED
         assert values[name, "SUMS"] == prompt_launches.SUMS
@@ -178,13 +193,6 @@ def test_geometry_is_that_of_the_text() -> None:
     assert values["order_pairs", "TILE_TOKENS"] == prompt_launches.TILE_TOKENS
     assert values["order_pairs", "PAIR_THREADS"] == prompt_launches.PAIR_THREADS
     assert values["order_pairs", "PAIR_SIMDGROUPS"] * launches.LANES == prompt_launches.PAIR_THREADS
-    storages = {values["linears", name] for name in ("BF16", "F16", "F32")}
-    assert storages == set(PLAIN_STORAGES.values())
-
-
-def test_segments_are_the_same_to_all_kernels_of_a_prompts_experts() -> None:
-    segments = {msl.load(name).structs["Segment"] for name in ("experts_prefill", "experts_halves", "order_pairs")}
-    assert len(segments) == 1
 
 
 def constants_of(name: str) -> dict[str, str]:

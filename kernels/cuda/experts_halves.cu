@@ -21,12 +21,6 @@ using namespace metal;
 // Threads: grid (rows of an expert / PAIR_ROWS or TILE_ROWS, segments), four simdgroups, tiles as in halves.h. Bound by
 // arithmetic, with few tokens by the weights. Reference: add_expert. Test: test_metal_prefill.py.
 
-struct Segment {
-  Place place;
-  uint first;
-  uint count;
-};
-
 struct ExpertHalvesShape {
   uint blocks;  // of 32 columns, in a row of the parts
   uint out_stride;

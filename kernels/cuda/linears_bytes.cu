@@ -64,8 +64,12 @@ struct LinearsShape {
   const float squares = threadgroup_sum(own, partial, simdgroup, simdgroups, lane);
   const float factor = shape.is_normed ? rsqrt(squares / float(columns) + shape.eps) : 1.0f;
   if (index < rows && first_row + index < w.rows) {
-    float sum = is_plain ? results[0][index] : 0.0f;
-    for (uint s = 0; s < parts && !is_plain; s++) sum += results[index / TILE_ROWS * parts + s][index % TILE_ROWS];
+    float sum = 0.0f;
+    if (is_plain) {
+      sum = results[0][index];
+    } else {
+      for (uint s = 0; s < parts; s++) sum += results[index / TILE_ROWS * parts + s][index % TILE_ROWS];
+    }
     const ulong at = ulong(group.y) * shape.out_stride + matrices[which].first_out + first_row + index;
     out[at] = shape.accumulates ? fma(sum, factor, out[at]) : sum * factor;
   }

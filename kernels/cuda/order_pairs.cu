@@ -22,12 +22,6 @@ constant constexpr uint TILE_TOKENS = 64;  // as in halves.h
 constant constexpr uint PAIR_SIMDGROUPS = 8;
 constant constexpr uint PAIR_THREADS = 256;
 
-struct Segment {
-  Place place;
-  uint first;
-  uint count;
-};
-
 struct PairShape {
   uint tokens;
   uint chosen;

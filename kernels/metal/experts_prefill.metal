@@ -26,12 +26,6 @@ using namespace metal;
 // add_expert_rows: grid (D / 256, T), one thread for each number. Bound by arithmetic, with few tokens by the weights.
 // Reference: add_expert, add_rows. Test: test_metal_prefill.py.
 
-struct Segment {
-  Place place;
-  uint first;
-  uint count;
-};
-
 struct ExpertRowsShape {
   uint x_stride;
   uint out_stride;

@@ -47,6 +47,12 @@ struct Place {   // an expert to be run
   uint rank;     // among the experts of its token
 };
 
+struct Segment {  // an expert to be run for some tokens of a prompt
+  Place place;
+  uint first;     // of their pairs with it
+  uint count;
+};
+
 struct Weights {  // a MatrixForm at a base
   device const uchar* data;
   device const ushort* scales;
