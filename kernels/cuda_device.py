@@ -119,17 +119,25 @@ class CudaDevice(Device):
 
     def begin_read(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         twin = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        copied, epoch = torch.cuda.Event(), self.epoch
         twin.copy_(tensor, non_blocking=True)
-        copied.record()
-        self.epoch += 1
+        wait = self.mark()
 
         def finish() -> torch.Tensor:
-            copied.synchronize()
-            self.done = max(self.done, epoch)
+            wait()
             return twin
 
         return finish
+
+    def mark(self) -> Callable[[], None]:
+        event, epoch = torch.cuda.Event(), self.epoch
+        event.record()
+        self.epoch += 1
+
+        def wait() -> None:
+            event.synchronize()
+            self.done = max(self.done, epoch)
+
+        return wait
 
     def copy_in(self, place: int, source: int, size_bytes: int) -> None:
         """Copy pinned memory of the processor to the GPU, by addresses, in the order of the kernels."""

@@ -93,6 +93,10 @@ class Device(ABC):
         """What `read` does, in two parts: work handed over before the function is called need not be waited for."""
         return lambda: self.read(tensor)
 
+    def mark(self) -> Callable[[], None]:
+        """A function that returns once all work handed over before this call is done."""
+        return self.wait
+
     def upload_bytes(self, raw: bytes) -> torch.Tensor:
         """Packed structs on the device: uint8."""
         return self.upload(torch.frombuffer(bytearray(raw), dtype=torch.uint8))

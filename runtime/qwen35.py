@@ -42,7 +42,7 @@ from moepack.runtime.resident import ResidentWeights
 from moepack.runtime.state import DeltaState, KeyValueCache, SequenceState
 
 SCAN_CHOICES = 4  # for each expert, in a prompt: evenly spread, 2 % of the experts are then chosen by nobody
-LAYERS_AHEAD = 2  # so that the GPU has work, and who breaks off or watches a prompt is not far behind it
+LAYERS_AHEAD = 8  # of a prompt: the GPU never lacks work, and who breaks it off or watches it is not far ahead
 Observer = Callable[[int, Expert, torch.Tensor, torch.Tensor], None]  # expert id, expert, inputs [n, D], weights [n]
 
 
@@ -124,7 +124,7 @@ class SparseMoe:
         self.observe: Observer | None = None  # shown what each expert of several tokens reads (calibrate.py)
         self._settled: Any = None  # the backend's own way with a prompt, once every expert is in memory
         self._may_settle: bool = ops.settles
-        self._read_use: Callable[[], torch.Tensor] | None = None  # tokens by expert, of a prompt that went that way
+        self._read_use: Callable[[], np.ndarray] | None = None  # tokens by expert, of a prompt that went that way
 
     def fuse(self) -> Any:
         """The choice of one token's experts, norm included, as a part of the backend's own run."""
@@ -196,8 +196,7 @@ class SparseMoe:
         expert_ids, weights = self.ops.route(normed, self.router, self.a.num_experts_per_tok)  # [T, K] each
         out = torch.zeros_like(x)
         if self._is_settled():
-            used = self._settled.add(out, normed, expert_ids, weights, self._weigh_shared(normed))
-            self._read_use = self.ops.begin_read(used)
+            self._read_use = self._settled.add(out, normed, expert_ids, weights, self._weigh_shared(normed))
         else:
             self._add_fetched(out, normed, expert_ids, weights)
         return x + out
@@ -245,7 +244,7 @@ class SparseMoe:
         """Tell the store what the last prompt has used without asking it; waits until that is known."""
         if self._read_use is not None:
             read, self._read_use = self._read_use, None
-            self.store.note_use(self.layer, read().nonzero().flatten().tolist(), in_order=True)
+            self.store.note_use(self.layer, read().nonzero()[0].tolist(), in_order=True)
 
     def forget_use(self) -> None:
         """The last prompt has been broken off."""

@@ -14,7 +14,7 @@ import fake_cuda
 from conftest import budget_of, make_pack
 from moepack.kernels import cuda_device, cuda_slots, launches, token_launches
 from moepack.layout.errors import MoepackError
-from moepack.runtime import Engine, SamplingParams
+from moepack.runtime import Engine, SamplingParams, qwen35
 from moepack.runtime.evaluate import evaluate_text
 from moepack.runtime.expert_io import Read
 from test_emulated_device import CONTEXT, IDS, greedy, open_with
@@ -158,8 +158,11 @@ def test_a_prompt_asks_nobody_where_everything_is_in_memory(
     assert bool(fetched) == is_watched
 
 
-def test_a_prompt_that_is_broken_off_leaves_nothing_to_the_next(driver: fake_cuda.Driver, tiny_pack: Path) -> None:
-    """What it used is counted while it runs, two layers behind what is handed over, and not by who comes next."""
+def test_a_prompt_that_is_broken_off_leaves_nothing_to_the_next(
+    driver: fake_cuda.Driver, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it used is counted while it runs, some layers behind what is handed over, and not by who comes next."""
+    monkeypatch.setattr(qwen35, "LAYERS_AHEAD", 2)
     ids, notes = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6]), []
     with Engine.open(tiny_pack, device="cuda", exact=True, max_context=CONTEXT) as engine:
         engine.store.on_fetch = lambda layer, expert_ids, in_order: notes.append(layer)
