@@ -11,6 +11,7 @@ processor ms        of such a token on the CPU: its time less the waits for GPU 
 layers GPU ms       of all layers of such a token on the GPU, without embedding, output and argmax: events around the
                     recorded work, its start included. Steady. Only where all are handed over at once: resident
 prefill tok/s       by the median of 11 prompts of 2048 after 3
+chunk               tokens of a prompt that are computed together, at most
 GPU GB              the most that torch has reserved
 experts in memory   with random weights the choice is nearly even: a token misses about the share that is not there
 
@@ -41,7 +42,7 @@ BITS = ("2", "3", "4", "8", "16")
 COLUMNS = (  # title, measurement, format
     ("decode tok/s", "decode_tok_s", ".1f"), ("processor ms", "processor_ms", ".2f"),
     ("layers GPU ms", "layers_gpu_ms", ".3f"), ("prefill tok/s", "prefill_tok_s", ".0f"),
-    ("GPU GB", "gpu_gb", ".1f"), ("experts in memory", "slots", "d"),
+    ("chunk", "chunk", "d"), ("GPU GB", "gpu_gb", ".1f"), ("experts in memory", "slots", "d"),
 )  # fmt: skip
 
 
@@ -52,22 +53,23 @@ def prompt(length: int, seed: int = SEED) -> list[int]:
 
 
 def run_moepack(pack: Path, device: str, share: float) -> dict[str, Any]:
-    """Decode and prefill with this share of the experts in memory."""
+    """Decode and prefill with this share of the experts in memory; all of them need no budget."""
     from moepack.runtime import Engine
 
-    context = PROMPT + 8
-    with Engine.open(pack, device=device, max_context=context) as engine:
-        plan = engine.memory_plan
-    memory = plan.total_bytes - int((1 - share) * plan.num_slots) * plan.slot_bytes
-    with Engine.open(
-        pack, device=device, max_context=context, memory=memory, process_bytes=plan.process_bytes
-    ) as engine:
+    options: dict[str, Any] = {"device": device, "max_context": PROMPT + 8}
+    if share < 1:  # a budget this tight shortens a prompt's chunks too
+        with Engine.open(pack, **options) as engine:
+            plan = engine.memory_plan
+        memory = plan.total_bytes - int((1 - share) * plan.num_slots) * plan.slot_bytes
+        options |= {"memory": memory, "process_bytes": plan.process_bytes}
+    with Engine.open(pack, **options) as engine:
         list(answer(engine, prompt(CONTEXT_PROMPT, 1), DECODE))  # compiles, and fills the slots
         result = decode(engine)
         if share == 1 and engine.model.ops.device.can_capture:
             result["layers_gpu_ms"] = layers_gpu_ms(engine)
         result["prefill_tok_s"] = prefill(engine)
-        return result | {"slots": engine.store.num_slots, "gpu_gb": gpu_bytes(device) / 1e9}
+        found = {"slots": engine.store.num_slots, "chunk": engine.memory_plan.prefill_chunk}
+        return result | found | {"gpu_gb": gpu_bytes(device) / 1e9}
 
 
 def answer(engine: Any, ids: list[int], count: int) -> Any:

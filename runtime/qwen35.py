@@ -42,7 +42,7 @@ from moepack.runtime.resident import ResidentWeights
 from moepack.runtime.state import DeltaState, KeyValueCache, SequenceState
 
 SCAN_CHOICES = 4  # for each expert, in a prompt: evenly spread, 2 % of the experts are then chosen by nobody
-LAYERS_AHEAD = 8  # of a prompt: the GPU never lacks work, and who breaks it off or watches it is not far ahead
+LAYERS_AHEAD = 4  # of a prompt: the GPU never lacks work, and who breaks it off or watches it is not far ahead
 Observer = Callable[[int, Expert, torch.Tensor, torch.Tensor], None]  # expert id, expert, inputs [n, D], weights [n]
 
 
