@@ -3,7 +3,8 @@
 The order of a sum changes its last bits, so what was in memory must not decide it. A backend makes one step for each
 layer (ops.expert_step) and keeps it.
 
-    step = ops.expert_step(norm, router, shared_gate, num_chosen=8, width=512, eps=1e-6, bits={4})
+    settings = StepSettings(num_chosen=8, width=512, eps=1e-6, bits={4})
+    step = ops.expert_step(norm, router, shared_gate, settings)
     expert_ids = step.choose(x)
     step.run([expert], rows=[3])      # expert_ids[3], as soon as it is there
     step.add()                        # x += all of them, each with its weight
@@ -12,7 +13,8 @@ layer (ops.expert_step) and keeps it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -20,6 +22,22 @@ from moepack.kernels.matrix import Expert, Matrix
 
 Choice = tuple[torch.Tensor, list[int], list[float]]
 Route = Callable[[torch.Tensor, Matrix, int], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What the steps of a layer have in common.
+
+    num_chosen   experts of a token, the shared one not counted
+    width        of the widest expert
+    eps          of the norm
+    bits         of all routed experts' matrices: by them and the width a GPU's kernels are chosen
+    """
+
+    num_chosen: int
+    width: int
+    eps: float
+    bits: Collection[int]
 
 
 class ExpertStep(ABC):

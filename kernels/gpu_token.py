@@ -7,13 +7,13 @@ one dispatch at the end, in the order of the ranks, so that it does not depend o
 
     mix = ops.fuse_delta_net(norm, in_projs, conv, a_log, dt_bias, gate_norm, out_proj, 16, 32, 1e-6)
     mix(x, conv_state, recurrent_state)
-    step = ops.expert_step(norm, router, shared_gate, num_chosen=8, width=512, eps=1e-6, bits={4})
+    step = ops.expert_step(norm, router, shared_gate, StepSettings(num_chosen=8, width=512, eps=1e-6, bits={4}))
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 
 from moepack.kernels import launches
 from moepack.kernels.device import Device, Step
-from moepack.kernels.expert_step import Choice, ExpertStep
+from moepack.kernels.expert_step import Choice, ExpertStep, StepSettings
 from moepack.kernels.forms import RESIDENT_BANK, SLOT_BANKS, expert_form, pack_places, struct_bytes
 from moepack.kernels.gpu_layers import GpuLayers
 from moepack.kernels.launches import Launch
@@ -141,18 +141,11 @@ class TokenOps:
         return self._layers[-1]
 
     def expert_step(
-        self,
-        norm: torch.Tensor,
-        router: Matrix,
-        shared_gate: Matrix,
-        num_chosen: int,
-        width: int,
-        eps: float,
-        bits: Collection[int],
+        self, norm: torch.Tensor, router: Matrix, shared_gate: Matrix, settings: StepSettings
     ) -> GpuExpertStep:
         """The next lane's step of a layer. What lasts from one call of its to the next is the lane's own."""
         steps = self._steps.setdefault(id(router), [])
-        steps.append(GpuExpertStep(self, norm, router, shared_gate, num_chosen, width, eps, bits, len(steps)))
+        steps.append(GpuExpertStep(self, norm, router, shared_gate, settings, len(steps)))
         return steps[-1]
 
     # Parts
@@ -242,6 +235,10 @@ class ExpertForms:
         offset, form = self.place_of(expert)
         return form + 1 << OFFSET_BITS | offset
 
+    def upload_places(self, codes: Iterable[int]) -> torch.Tensor:
+        """Places on the device, of any rank, from where experts are (code_of)."""
+        return self._device.upload_bytes(pack_places(unpack_place(code, 0) for code in codes))
+
     def _find(self, expert: Expert) -> tuple[int, int]:
         matrices = (expert.gate_proj, expert.up_proj, expert.down_proj)
         parts = [part for m in matrices for part in (m.data, m.scales, m.biases) if part is not None]
@@ -275,19 +272,16 @@ class GpuExpertStep(ExpertStep):
         norm: torch.Tensor,
         router: Matrix,
         shared_gate: Matrix,
-        num_chosen: int,
-        width: int,
-        eps: float,
-        bits: Collection[int],
+        settings: StepSettings,
         lane: int,
     ):
-        self._ops, self._norm, self._eps = ops, norm, eps
-        self._matrices, self._num_chosen = [router, shared_gate], num_chosen
-        rows, device = num_chosen + 1, ops.device
+        self._ops, self._norm, self._eps = ops, norm, settings.eps
+        self._matrices, self._num_chosen = [router, shared_gate], settings.num_chosen
+        rows, device = settings.num_chosen + 1, ops.device
         self._place_bytes = struct_bytes("Place")
         self._normed = ops.scratch(f"normed {lane}", launches.spread_width(router.in_features))
-        self._experts = device.expert_launches(router.in_features, width, bits)
-        width = self._experts.hidden_width(width)
+        self._experts = device.expert_launches(router.in_features, settings.width, settings.bits)
+        width = self._experts.hidden_width(settings.width)
         self._hidden = ops.scratch(f"hidden {lane}", rows * width).view(rows, width)
         # Two lists of places: in the order in which experts arrive, and in that of their ranks.
         self._places = device.new_mailbox(2 * rows * self._place_bytes)
@@ -394,7 +388,7 @@ class GpuExpertStep(ExpertStep):
     def settle(self, codes: Sequence[int], shared: Expert) -> None:
         """All experts of the layer are in memory for good: from now on run_settled can be used."""
         codes = [*codes, self._ops.forms.code_of(shared)]
-        table = self._ops.device.upload_bytes(pack_places(unpack_place(code, 0) for code in codes))
+        table = self._ops.forms.upload_places(codes)
         rows = self._num_chosen + 1
         places = self._ops.device.upload_bytes(bytes(rows * self._place_bytes))
         chosen = self._ids.bytes[: self._num_chosen * INT_BYTES].view(torch.int32).view(1, -1)

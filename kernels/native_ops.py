@@ -11,12 +11,12 @@ not depend on the number of threads, and with several tokens a token's result do
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from moepack.kernels import reference
-from moepack.kernels.expert_step import ExpertStep, HostExpertStep
+from moepack.kernels.expert_step import ExpertStep, HostExpertStep, StepSettings
 from moepack.kernels.matrix import Expert, Matrix
 from moepack.kernels.native_floats import FloatOps
 from moepack.kernels.native_library import ADDRESS, INT, declare
@@ -97,16 +97,9 @@ class NativeOps(FloatOps, TokenOps):
             self.add_expert(out, x, expert, at, weight)
 
     def expert_step(
-        self,
-        norm: torch.Tensor,
-        router: Matrix,
-        shared_gate: Matrix,
-        num_chosen: int,
-        width: int,
-        eps: float,
-        bits: Collection[int],
+        self, norm: torch.Tensor, router: Matrix, shared_gate: Matrix, settings: StepSettings
     ) -> ExpertStep:
-        choose = reference.chooser(self, norm, router, shared_gate, num_chosen, eps)
+        choose = reference.chooser(self, norm, router, shared_gate, settings.num_chosen, settings.eps)
         return HostExpertStep(choose, self.route, self.run_experts, self.add_rows)
 
     def route(self, x: torch.Tensor, router: Matrix, num_chosen: int) -> tuple[torch.Tensor, torch.Tensor]:

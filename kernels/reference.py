@@ -9,13 +9,13 @@ needs more than a few MiB beside its operands. Shapes: T tokens, D hidden, N x K
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from moepack.kernels.expert_step import Choice, ExpertStep, HostExpertStep
+from moepack.kernels.expert_step import Choice, ExpertStep, HostExpertStep, StepSettings
 from moepack.kernels.matrix import Expert, Matrix
 from moepack.kernels.slots import HostSlots, view_host_pages
 from moepack.layout.pages import Pages
@@ -295,20 +295,9 @@ def add_rows(x: torch.Tensor, rows: torch.Tensor, weights: Sequence[float]) -> N
     x += torch.tensor([weights]) @ rows
 
 
-def expert_step(
-    norm: torch.Tensor,
-    router: Matrix,
-    shared_gate: Matrix,
-    num_chosen: int,
-    width: int,
-    eps: float,
-    bits: Collection[int],
-) -> ExpertStep:
-    """What runs the experts of one token, of a layer with this norm and router.
-
-    width, bits   of the widest expert, and of all routed experts' matrices: a GPU's kernels are chosen by them
-    """
-    choose = chooser(sys.modules[__name__], norm, router, shared_gate, num_chosen, eps)
+def expert_step(norm: torch.Tensor, router: Matrix, shared_gate: Matrix, settings: StepSettings) -> ExpertStep:
+    """What runs the experts of one token, of a layer with this norm and router."""
+    choose = chooser(sys.modules[__name__], norm, router, shared_gate, settings.num_chosen, settings.eps)
     return HostExpertStep(choose, route, run_experts, add_rows)
 
 

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 
 from moepack.kernels import launches
-from moepack.kernels.forms import pack_places
-from moepack.kernels.gpu_token import INT_BYTES, unpack_place
+from moepack.kernels.gpu_token import INT_BYTES
 
 if TYPE_CHECKING:
     from moepack.kernels.gpu_ops import GpuOps
@@ -35,7 +34,7 @@ class SettledExperts:
         """
         self._ops, self._width, self._num_experts = ops, width, len(codes) - 1
         self._counts = ops.device.new_mailbox(self._num_experts * INT_BYTES)
-        self._table = ops.device.upload_bytes(pack_places(unpack_place(code, 0) for code in codes))
+        self._table = ops.forms.upload_places(codes)
 
     def add(
         self,

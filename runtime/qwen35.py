@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moepack.kernels.expert_step import StepSettings
 from moepack.kernels.matrix import Expert, Matrix
 from moepack.layout.architecture import LINEAR, Architecture
 from moepack.layout.errors import MoepackError
@@ -119,8 +120,9 @@ class SparseMoe:
         self.next_router: Matrix | None = None  # set where the next layer's experts are to be guessed
         self.scans_ahead = False  # whether those of the next layer are read early when a prompt needs them all
         self.width = max(a.moe_intermediate_size, a.shared_expert_intermediate_size)
-        sizes = (a.num_experts_per_tok, self.width, a.rms_norm_eps, store.expert_bits(layer))
-        self.steps = [ops.expert_step(self.norm, self.router, self.shared_expert_gate, *sizes) for _ in range(lanes)]
+        settings = StepSettings(a.num_experts_per_tok, self.width, a.rms_norm_eps, store.expert_bits(layer))
+        parts = (self.norm, self.router, self.shared_expert_gate, settings)
+        self.steps = [ops.expert_step(*parts) for _ in range(lanes)]
         self.observe: Observer | None = None  # shown what each expert of several tokens reads (calibrate.py)
         self._settled: Any = None  # the backend's own way with a prompt, once every expert is in memory
         self._may_settle: bool = ops.settles
