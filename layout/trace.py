@@ -133,19 +133,22 @@ def replay(trace: Trace, policy: EvictionPolicy, num_slots: int, uncounted_token
         is_cold = request.is_prefill and is_flushing_scan(len(keys), trace.num_hidden_layers, num_slots)
         for key in keys:
             if key not in held:
-                _let_in(key, held, policy, num_slots, busy, is_cold)
+                _let_in(key, held, policy, num_slots, busy)
+            if is_cold and key in held:
+                busy.discard(key)
+                policy.use(key, cold=True)
     return counts
 
 
-def _let_in(key: Key, held: set[Key], policy: EvictionPolicy, num_slots: int, busy: set[Key], is_cold: bool) -> None:
+def _let_in(key: Key, held: set[Key], policy: EvictionPolicy, num_slots: int, busy: set[Key]) -> None:
     if len(held) == num_slots:
         victim = policy.evict(busy.__contains__)
         if victim is None:  # read, used and not kept
-            policy.use(key, is_cold)
+            policy.use(key)
             policy.forget(key)
             return
         held.remove(victim)
-    policy.use(key, is_cold)
+    policy.use(key)
     held.add(key)
 
 
@@ -162,7 +165,8 @@ class FarthestNextUse(RankedPolicy):
                 self._coming.setdefault((request.layer, expert_id), deque()).append(step)
 
     def use(self, key: Key, cold: bool = False) -> None:
-        super().use(key)
+        if not cold:  # that is known better here
+            super().use(key)
 
     def next_rank(self, key: Key, rank: float | None) -> float:
         coming = self._coming[key]

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -72,16 +73,25 @@ class StoreCounts:
         return StoreCounts(**vars(self))
 
 
+class _Room(NamedTuple):
+    """A slot that may be filled, and whose expert lies there until it is, if any's."""
+
+    slot: int
+    last: Key | None = None
+
+
 class _Held:
     """An expert that has a slot. While it loads or is pinned, the slot is not given away.
 
+    last        whose expert is in the slot as long as the read has not begun
     is_hinted   read because of a hint, not fetched yet
     """
 
-    __slots__ = ("is_hinted", "is_loading", "is_pinned", "slot")
+    __slots__ = ("is_hinted", "is_loading", "is_pinned", "last", "slot")
 
-    def __init__(self, slot: int, is_hinted: bool):
-        self.slot, self.is_loading, self.is_pinned, self.is_hinted = slot, True, not is_hinted, is_hinted
+    def __init__(self, room: _Room, is_hinted: bool):
+        self.slot, self.last = room
+        self.is_loading, self.is_pinned, self.is_hinted = True, not is_hinted, is_hinted
 
     @property
     def is_busy(self) -> bool:
@@ -91,7 +101,7 @@ class _Held:
 class _Fetch:
     """One fetch under way.
 
-    is_cold   what it reads will not be needed soon
+    is_cold   what it wants will not be needed again soon
     planned   ids before this position are held, or their reads are queued
     left      ids that the caller has not done with, in the order given
     missed    those of them that had to be read and have a slot
@@ -247,10 +257,11 @@ class ExpertStore:
             if self._hints >= most:  # more than that, if a scan's are still under way
                 return
             if (layer, expert_id) not in self._held:
-                slot = self._take_slot(may_wait=False)
-                if slot is None:
+                room = self._take_room(may_wait=False)
+                if room is None:
                     return
-                self._start(layer, (expert_id,), (slot,), is_hint=True)
+                # A guess is the first to make room for another; what will be needed is not.
+                self._start(layer, (expert_id,), (room,), is_hint=True, is_cold=not is_scan)
 
     def fill(self) -> None:
         """Hint that all experts will be fetched sooner or later, where there is room for all of them."""
@@ -259,7 +270,7 @@ class ExpertStore:
             if self._hints >= FILL_HINTS:
                 return
             if (layer, expert_id) not in self._held:
-                self._start(layer, (expert_id,), (self._free.pop(),), is_hint=True)
+                self._start(layer, (expert_id,), (_Room(self._free.pop()),), is_hint=True)
 
     def describe(self) -> dict[str, str | int | bool]:
         """How this store reads and keeps, for people."""
@@ -316,15 +327,15 @@ class ExpertStore:
             run = self._next_run(fetch)
             if fetch.in_order and fetch.missed and len(fetch.missed) + len(run) > self._ahead:
                 return
-            slots: list[int] = []
-            while len(slots) < len(run) and (slot := self._take_slot()) is not None:
-                slots.append(slot)
-            if not slots:
+            rooms: list[_Room] = []
+            while len(rooms) < len(run) and (room := self._take_room()) is not None:
+                rooms.append(room)
+            if not rooms:
                 return
-            self._start(fetch.layer, tuple(run[: len(slots)]), slots, is_cold=fetch.is_cold)
-            fetch.missed.update(run[: len(slots)])
-            fetch.planned += len(slots)
-            self.counts.misses += len(slots)
+            self._start(fetch.layer, run[: len(rooms)], rooms)
+            fetch.missed.update(run[: len(rooms)])
+            fetch.planned += len(rooms)
+            self.counts.misses += len(rooms)
 
     def _next_run(self, fetch: _Fetch) -> list[int]:
         """The ids from the planned position on that one read can bring, of which the first is not held."""
@@ -384,6 +395,8 @@ class ExpertStore:
         for expert_id in expert_ids:
             del fetch.left[expert_id]
             fetch.missed.discard(expert_id)
+            if fetch.is_cold:
+                self._policy.use((fetch.layer, expert_id), cold=True)
         if fetch.in_order or not self._slots.are_read_to_the_end:
             self._unpin(fetch.layer, expert_ids)
         self._plan(fetch)
@@ -396,33 +409,43 @@ class ExpertStore:
             expert.is_pinned = False
 
     def _take_back(self) -> None:
-        """End the fetch under way and drop the reads that have not started; others run to their end."""
-        for read in self._queue.cancel():
+        """End the fetch under way and the reads that have not started; others run to their end."""
+        for read in reversed(self._queue.cancel()):
             self._reads -= 1
             self._hints -= read.is_hint
-            for expert_id in read.experts:
-                self._drop((read.layer, expert_id))
+            for expert_id in reversed(read.experts):
+                self._undo((read.layer, expert_id))
         if self._fetch:
             self._unpin(self._fetch.layer, self._fetch.expert_ids)
         self._fetch = None
 
     # Slots
 
-    def _take_slot(self, may_wait: bool = True) -> int | None:
+    def _take_room(self, may_wait: bool = True) -> _Room | None:
         """A slot that nobody needs now; None if there is none.
 
         may_wait   take one that a GPU still reads, if there is no other: filling it then waits
         """
         if self._free:
-            return self._free.pop()
+            return _Room(self._free.pop())
         victim = self._policy.evict(lambda key: self._held[key].is_busy or self._slots.is_in_use(self._held[key].slot))
         if victim is None and may_wait:
             victim = self._policy.evict(lambda key: self._held[key].is_busy)
-        return None if victim is None else self._leave(victim)
+        return None if victim is None else _Room(self._leave(victim), victim)
 
     def _drop(self, key: Key) -> None:
         self._free.append(self._leave(key))
         self._policy.forget(key)
+
+    def _undo(self, key: Key) -> None:
+        """Forget a read that has not begun. Who left the slot for it is still there, and the next to leave it again."""
+        last = self._held[key].last
+        self._drop(key)
+        if last is not None and last not in self._held:
+            held = self._held[last] = _Held(_Room(self._free.pop()), is_hinted=True)
+            held.is_loading = held.is_hinted = False
+            self._places[last] = self._slots.describe(self._views.get(held.slot, *last))
+            self._policy.use(last, cold=True)
 
     def _leave(self, key: Key) -> int:
         """Take a key out of its slot; the slot."""
@@ -430,14 +453,19 @@ class ExpertStore:
         return self._held.pop(key).slot
 
     def _start(
-        self, layer: int, expert_ids: Sequence[int], slots: Sequence[int], is_hint: bool = False, is_cold: bool = False
+        self,
+        layer: int,
+        expert_ids: Sequence[int],
+        rooms: Sequence[_Room],
+        is_hint: bool = False,
+        is_cold: bool = False,
     ) -> None:
         buffers = []
-        for expert_id, slot in zip(expert_ids, slots):
-            self._held[layer, expert_id] = _Held(slot, is_hint)
-            self._policy.use((layer, expert_id), cold=is_cold or is_hint)
-            self._slots.wait_until_free(slot)  # nearly always it is: see _take_slot
-            buffers.append(self._slots.buffer(slot, self.pack.geometry(layer).block(expert_id).block_stride))
+        for expert_id, room in zip(expert_ids, rooms):
+            self._held[layer, expert_id] = _Held(room, is_hint)
+            self._policy.use((layer, expert_id), is_cold)
+            self._slots.wait_until_free(room.slot)  # nearly always it is: see _take_room
+            buffers.append(self._slots.buffer(room.slot, self.pack.geometry(layer).block(expert_id).block_stride))
         self._reads += 1
         self._hints += is_hint
         self._queue.submit(Read(layer, tuple(expert_ids), buffers, is_hint))

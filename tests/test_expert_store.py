@@ -473,6 +473,63 @@ def test_a_hint_that_cannot_be_read_is_an_error_only_when_it_is_fetched(
             fetch_all(store, 1, [3])
 
 
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("reads_ahead", [False, True])
+def test_a_scan_keeps_what_it_will_come_round_to(
+    make_store: Callable[..., ExpertStore], policy: str, reads_ahead: bool
+) -> None:
+    """Rounds over all experts, as chunks of a prompt make them: a layer's slots are for passing, the rest is kept."""
+    store = make_store(16, policy=POLICIES[policy]())
+    passing, rounds = len(EXPERTS), []
+    for _ in range(6):
+        before = store.counts.bytes_read
+        for layer in LAYERS:
+            assert fetch_all(store, layer, EXPERTS, in_order=True) == list(EXPERTS)
+            if reads_ahead and layer + 1 in LAYERS:
+                store.prefetch(layer + 1, EXPERTS, is_scan=True)
+                while store._hints:
+                    finish_hints(store, store.counts.prefetched + 1)
+        rounds.append((store.counts.bytes_read - before) // store.slot_bytes)
+    assert rounds[0] == 24
+    assert max(rounds[1:]) <= 24 - 16 + passing
+    assert store.counts.prefetch_used == store.counts.prefetched
+    assert bool(store.counts.prefetched) == reads_ahead
+
+
+def test_reads_that_have_not_begun_leave_what_lies_in_their_slots(
+    make_store: Callable[..., ExpertStore], gate: Gate
+) -> None:
+    store = make_store(6, io=ReadOptions(queue_depth=HINTS_AT_ONCE + 1))
+    ids_of(store.fetch(0, EXPERTS))
+    gate.close()
+    store.prefetch(1, EXPERTS)  # in the slots of all
+    gate.wait_for_reads(6 + HINTS_AT_ONCE)
+    kept = EXPERTS[HINTS_AT_ONCE:]
+    batches = store.fetch(0, kept)
+    gate.open()
+    assert ids_of(batches) == list(kept)
+    finish_hints(store, HINTS_AT_ONCE)
+    assert len(gate.reads) == 6 + HINTS_AT_ONCE
+    assert sorted(fetch_all(store, 0, kept)) == list(kept)
+    assert sorted(fetch_all(store, 1, EXPERTS[:HINTS_AT_ONCE])) == list(EXPERTS[:HINTS_AT_ONCE])
+    assert store.counts.misses == 6
+
+
+def test_a_fetch_that_is_broken_off_leaves_what_it_has_not_replaced(
+    make_store: Callable[..., ExpertStore], gate: Gate
+) -> None:
+    store = make_store(6, io=ReadOptions(queue_depth=1))
+    ids_of(store.fetch(0, EXPERTS))
+    gate.close()
+    store.fetch(1, EXPERTS)
+    gate.wait_for_reads(6 + 1)
+    batches = store.fetch(0, EXPERTS[1:])
+    gate.open()
+    assert ids_of(batches) == list(EXPERTS[1:])
+    assert sorted(fetch_all(store, 0, EXPERTS[1:])) == list(EXPERTS[1:])
+    assert store.places[1].tolist()[1:] == [0] * 5
+
+
 # The file system, threads, memory
 
 
@@ -582,7 +639,8 @@ def test_whatever_is_asked_for_in_whatever_way_is_right(
         layer, ids = data.draw(st.integers(0, 3)), data.draw(st.lists(st.integers(0, 5), min_size=1, unique=True))
         in_order, stop = data.draw(st.booleans()), data.draw(st.integers(1, 8))
         ids = sorted(ids) if in_order else ids
-        store.prefetch(data.draw(st.integers(0, 3)), data.draw(st.lists(st.integers(0, 5), max_size=3)))
+        ahead = data.draw(st.lists(st.integers(0, 5), max_size=3))
+        store.prefetch(data.draw(st.integers(0, 3)), ahead, is_scan=data.draw(st.booleans()))
         order = []
         for number, batch in enumerate(store.fetch(layer, ids, in_order), start=1):
             for expert_id, expert in batch:
