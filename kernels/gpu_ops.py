@@ -199,8 +199,8 @@ class GpuOps(TokenOps):
         width = max(expert.gate_proj.out_features for expert in experts)
         ends = np.cumsum(counts)
         parts = self.split(x) if self.forms.are_fit[places[:, 1]].any() else None
-        for first in range(0, len(tokens), self.device.expert_tokens):
-            last = min(first + self.device.expert_tokens, len(tokens))
+        for first in range(0, len(tokens), self.expert_tokens):
+            last = min(first + self.expert_tokens, len(tokens))
             # Of each expert what lies between first and last: none, all, or a part.
             starts, stops = np.clip(ends - counts, first, last), np.clip(ends, first, last)
             segments = np.column_stack([places, starts - first, stops - starts])[stops > starts]

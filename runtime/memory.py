@@ -31,6 +31,7 @@ from moepack.runtime.state import FLOAT_BYTES, SequenceState
 PREFILL_CHUNKS = (4096, 2048, 1024, 512, 256, 128, 64)  # prompt tokens run together: multiples of DeltaNet's own 64
 SCRATCH_SHARE = 8  # a chunk may take one part in so many of the memory to spare: a longer one reads experts less often
 EXPERT_TOKENS = reference.expert_tokens  # of the processor; a GPU holds more at a time
+EXPERT_SHARES = (1, 2, 4)  # of those: with fewer it lacks work, but a longer chunk saves more than that
 SLOT_VIEW_BYTES = 8 * 2**10  # Python's views of the expert in a slot
 LOGIT_ELEMENTS = 2**22  # scores that exist at the same time where every position is scored
 LOGIT_ROWS = 64  # divides every chunk, so that pieces of scores do not depend on the budget
@@ -46,7 +47,11 @@ DEFAULT_SHARE = 0.9  # of what is available, so that a default run never makes t
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The split of a budget; all in bytes but num_slots and prefill_chunk, the prompt tokens run together."""
+    """The split of a budget; all in bytes but the last three.
+
+    prefill_chunk   prompt tokens run together
+    expert_tokens   of them and their experts, that are computed together
+    """
 
     budget_bytes: int
     process_bytes: int
@@ -57,6 +62,7 @@ class MemoryPlan:
     slot_bytes: int
     num_slots: int
     prefill_chunk: int
+    expert_tokens: int
 
     @property
     def total_bytes(self) -> int:
@@ -82,7 +88,7 @@ def plan_memory(
     snapshot_bytes  to set aside for states of earlier prompts; None is a share of the budget
     sequences       states of max_positions at the same time
     cache_dtype     of keys and values
-    expert_tokens   tokens of experts that the backend holds at a time
+    expert_tokens   tokens of experts that the backend holds at a time, at most
 
     Raises MemoryBudgetError with the numbers if one token's experts do not fit: with fewer slots than a token
     uses, each expert would be read again for every token.
@@ -114,7 +120,7 @@ def split_budget(
     kept = state + snapshots
     smallest = scratch_bytes(architecture, PREFILL_CHUNKS[-1], expert_tokens)
     least = process_bytes + resident + kept + smallest + one_token * slot
-    chunk = _choose_chunk(architecture, budget_bytes - least, max_positions, expert_tokens)
+    chunk, expert_tokens = _choose_chunk(architecture, budget_bytes - least, max_positions, expert_tokens)
     scratch = scratch_bytes(architecture, chunk, expert_tokens)
     fixed = process_bytes + resident + kept + scratch
     num_slots = min(all_experts, (budget_bytes - fixed) // slot)
@@ -128,7 +134,8 @@ def split_budget(
             f"the {one_token} experts of one token": one_token * slot,
         }
         raise MemoryBudgetError(_describe_refusal(budget_bytes, parts, snapshot_bytes, sequences))
-    return MemoryPlan(budget_bytes, process_bytes, resident, state, snapshots, scratch, slot, num_slots, chunk)
+    fixed_parts = (process_bytes, resident, state, snapshots, scratch)
+    return MemoryPlan(budget_bytes, *fixed_parts, slot, num_slots, chunk, expert_tokens)
 
 
 def _describe_refusal(budget_bytes: int, parts: dict[str, int], snapshot_bytes: int | None, sequences: int) -> str:
@@ -163,15 +170,20 @@ def is_rounded(pack: Pack) -> bool:
     return is_quantized or bool(pack.manifest.resident.quantized)
 
 
-def _choose_chunk(a: Architecture, spare_bytes: int, max_positions: int, expert_tokens: int) -> int:
-    """The longest chunk that takes little of what is to spare. What a token computes does not depend on it."""
+def _choose_chunk(a: Architecture, spare_bytes: int, max_positions: int, expert_tokens: int) -> tuple[int, int]:
+    """The longest chunk that takes little of what is to spare, and the most tokens of experts that go with it.
+
+    What a token computes does not depend on either.
+    """
     shortest = PREFILL_CHUNKS[-1]
-    for chunk in PREFILL_CHUNKS:
-        experts = expert_bytes(a, chunk, expert_tokens) - expert_bytes(a, shortest, expert_tokens)  # beyond the least
-        is_useful = chunk < 2 * max_positions
-        if is_useful and chunk * chunk_token_bytes(a) + experts <= spare_bytes // SCRATCH_SHARE:
-            return chunk
-    return shortest
+    fewer = (expert_tokens // share for share in EXPERT_SHARES)
+    together = [tokens for tokens in fewer if tokens >= EXPERT_TOKENS] or [expert_tokens]
+    for chunk in (chunk for chunk in PREFILL_CHUNKS if chunk < 2 * max_positions):
+        for tokens in together:
+            experts = expert_bytes(a, chunk, tokens) - expert_bytes(a, shortest, tokens)  # beyond the least
+            if chunk * chunk_token_bytes(a) + experts <= spare_bytes // SCRATCH_SHARE:
+                return chunk, tokens
+    return shortest, expert_tokens
 
 
 def scratch_bytes(a: Architecture, chunk: int, expert_tokens: int = EXPERT_TOKENS) -> int:

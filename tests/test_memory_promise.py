@@ -103,3 +103,23 @@ def test_a_refusal_names_the_options_that_take_the_memory() -> None:
 def test_what_there_is_not_limits_nothing(system: Path) -> None:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < memory.available_bytes() <= total
+
+
+def test_a_longer_chunk_is_worth_fewer_tokens_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a GPU, which holds many at a time: half or a quarter of them where a budget is tight, never fewer."""
+
+    def plan(budget_mib: int, shares: tuple[int, ...]) -> memory.MemoryPlan:
+        monkeypatch.setattr(memory, "EXPERT_SHARES", shares)
+        sizes = (10 * 2**20, 40960, 0)
+        return memory.split_budget(MODEL, budget_mib * 2**20, 4096, 2**28, *sizes, expert_tokens=8192)
+
+    budgets = range(400, 4000, 20)
+    pairs = [(plan(budget, (1,)), plan(budget, (1, 2, 4))) for budget in budgets]
+    assert {fixed.expert_tokens for fixed, _ in pairs} == {8192}
+    assert {fitted.expert_tokens for _, fitted in pairs} == {8192, 4096, 2048}
+    for fixed, fitted in pairs:
+        assert fitted.total_bytes <= fitted.budget_bytes
+        assert fitted.scratch_bytes == memory.scratch_bytes(MODEL, fitted.prefill_chunk, fitted.expert_tokens)
+        assert fitted.prefill_chunk >= fixed.prefill_chunk
+        if fitted.prefill_chunk == fixed.prefill_chunk:
+            assert fitted.expert_tokens == 8192
