@@ -25,10 +25,12 @@ from moepack.layout.errors import MemoryBudgetError
 from moepack.layout.process import resident_set_bytes
 from moepack.layout.reader import Pack
 from moepack.runtime.expert_store import largest_block
+from moepack.runtime.qwen35 import MIXER_TOKENS
 from moepack.runtime.resident import ResidentWeights
 from moepack.runtime.state import FLOAT_BYTES, SequenceState
 
-PREFILL_CHUNKS = (4096, 2048, 1024, 512, 256, 128, 64)  # prompt tokens run together: multiples of DeltaNet's own 64
+# Prompt tokens run together: multiples of DeltaNet's own 64. The longest are for models of which most is on the SSD.
+PREFILL_CHUNKS = (16384, 8192, 4096, 2048, 1024, 512, 256, 128, 64)
 SCRATCH_SHARE = 8  # a chunk may take one part in so many of the memory to spare: a longer one reads experts less often
 EXPERT_TOKENS = reference.expert_tokens  # of the processor; a GPU holds more at a time
 EXPERT_SHARES = (1, 2, 4)  # of those: with fewer it lacks work, but a longer chunk saves more than that
@@ -181,7 +183,7 @@ def _choose_chunk(a: Architecture, spare_bytes: int, max_positions: int, expert_
     for chunk in (chunk for chunk in PREFILL_CHUNKS if chunk < 2 * max_positions):
         for tokens in together:
             experts = expert_bytes(a, chunk, tokens) - expert_bytes(a, shortest, tokens)  # beyond the least
-            if chunk * chunk_token_bytes(a) + experts <= spare_bytes // SCRATCH_SHARE:
+            if chunk_bytes(a, chunk) + experts <= spare_bytes // SCRATCH_SHARE:
                 return chunk, tokens
     return shortest, expert_tokens
 
@@ -190,7 +192,7 @@ def scratch_bytes(a: Architecture, chunk: int, expert_tokens: int = EXPERT_TOKEN
     """Upper bound of what the operations hold at once beside weights and state, for a chunk of prefill."""
     logits = FLOAT_BYTES * 3 * logit_rows(a) * a.vocab_size
     experts = expert_bytes(a, chunk, expert_tokens)
-    return (chunk + 1) * chunk_token_bytes(a) + experts + logits + ALLOCATOR_BYTES
+    return chunk_bytes(a, chunk + 1) + experts + logits + ALLOCATOR_BYTES
 
 
 def expert_bytes(a: Architecture, chunk: int, expert_tokens: int) -> int:
@@ -203,12 +205,29 @@ def expert_bytes(a: Architecture, chunk: int, expert_tokens: int) -> int:
     return FLOAT_BYTES * tokens * (2 * a.hidden_size + 4 * width)
 
 
+def chunk_bytes(a: Architecture, tokens: int) -> int:
+    """What so many tokens need that are run together, where the most is alive: around the experts or inside a mixer.
+
+    A mixer has no more than MIXER_TOKENS of them at a time, and one.
+    """
+    mixing = min(tokens, MIXER_TOKENS + 1) * _mixer_floats(a)
+    choosing = tokens * _choice_floats(a)
+    return FLOAT_BYTES * (tokens * 7 * a.hidden_size + max(mixing, choosing))
+
+
 def chunk_token_bytes(a: Architecture) -> int:
-    """What one token of a chunk needs where the most is alive, inside a mixer or around the experts."""
+    """What one token of a chunk needs where a mixer has all of it."""
+    return FLOAT_BYTES * (7 * a.hidden_size + max(_mixer_floats(a), _choice_floats(a)))
+
+
+def _mixer_floats(a: Architecture) -> int:
     delta = 2 * a.conv_dim + 5 * a.linear_value_dim
     attention = 8 * a.num_attention_heads * a.head_dim
-    mixers = max(delta if LINEAR in a.layer_types else 0, attention)
-    return FLOAT_BYTES * (7 * a.hidden_size + max(mixers, 2 * a.num_experts + 8 * a.num_experts_per_tok))
+    return max(delta if LINEAR in a.layer_types else 0, attention)
+
+
+def _choice_floats(a: Architecture) -> int:
+    return 2 * a.num_experts + 8 * a.num_experts_per_tok
 
 
 def logit_rows(a: Architecture) -> int:

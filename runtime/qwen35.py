@@ -43,6 +43,7 @@ from moepack.runtime.resident import ResidentWeights
 from moepack.runtime.state import DeltaState, KeyValueCache, SequenceState
 
 SCAN_CHOICES = 4  # for each expert, in a prompt: evenly spread, 2 % of the experts are then chosen by nobody
+MIXER_TOKENS = 1024  # of a prompt, that a mixer has at a time: it needs much more memory for a token than experts do
 LAYERS_AHEAD = 4  # of a prompt: the GPU never lacks work, and who breaks it off or watches it is not far ahead
 Observer = Callable[[int, Expert, torch.Tensor, torch.Tensor], None]  # expert id, expert, inputs [n, D], weights [n]
 
@@ -253,6 +254,12 @@ class SparseMoe:
         self._read_use = None
 
 
+def mixer_sizes(tokens: int) -> list[int]:
+    """How many tokens a mixer has at a time. A last single one joins the others: it has operations of its own."""
+    sizes = [min(MIXER_TOKENS, tokens - first) for first in range(0, tokens, MIXER_TOKENS)]
+    return [*sizes[:-2], MIXER_TOKENS + 1] if sizes[-1] == 1 < len(sizes) else sizes
+
+
 class DecoderLayer:
     """Mixer and experts, each behind a norm and added to the stream."""
 
@@ -268,9 +275,12 @@ class DecoderLayer:
         self.experts = SparseMoe(layer, a, weights, store, ops, lanes)
 
     def __call__(self, x: torch.Tensor, state: DeltaState | KeyValueCache) -> torch.Tensor:
-        x = self.mix(x, state)
+        """x [T, D], which is not kept, through the layer: the mixer goes through it in parts, experts see it once."""
         if len(x) > 1:
+            for part in x.split(mixer_sizes(len(x))):
+                part.copy_(self.mix(part, state))
             return self.experts(x)
+        x = self.mix(x, state)
         self.experts.add_one_token(x)
         return x
 

@@ -13,7 +13,7 @@ import torch
 from conftest import budget_of, make_pack
 from moepack.layout.errors import DamagedPack, MemoryBudgetError, MoepackError, UsageError
 from moepack.layout.reader import Pack
-from moepack.runtime import Engine, SamplingParams
+from moepack.runtime import Engine, SamplingParams, qwen35
 from moepack.runtime import engine as engine_module
 from moepack.runtime.engine import read_sampling
 from moepack.runtime.tokenizer import Tokenizer
@@ -180,6 +180,26 @@ def test_where_a_prompt_is_cut_does_not_change_a_bit(demo_pack: Callable[[int], 
     for chunk in (64, 128):
         whole.memory_plan = dataclasses.replace(whole.memory_plan, prefill_chunk=chunk)
         assert torch.equal(whole.logits(ids), expected), f"chunks of {chunk}"
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_how_much_of_a_chunk_a_mixer_has_at_a_time_does_not_change_a_bit(
+    demo_pack: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, exact: bool
+) -> None:
+    engine = Engine.open(demo_pack(4), exact=exact, max_context=1024)
+    for ids in ((IDS * 3)[:385], (IDS * 3)[:200]):  # whole parts and one token, and a shorter part
+        expected = engine.logits(ids)
+        for tokens in (64, 128):
+            with monkeypatch.context() as patch:
+                patch.setattr(qwen35, "MIXER_TOKENS", tokens)
+                assert torch.equal(engine.logits(ids), expected), f"parts of {tokens}"
+
+
+def test_a_mixer_never_has_one_token_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qwen35, "MIXER_TOKENS", 64)
+    sizes = {tokens: qwen35.mixer_sizes(tokens) for tokens in range(2, 300)}
+    assert all(sum(parts) == tokens for tokens, parts in sizes.items())
+    assert all(set(parts[:-1]) <= {64} and 1 < parts[-1] <= 65 for parts in sizes.values())
 
 
 def test_the_number_of_threads_does_not_change_a_bit(demo_pack: Callable[[int], Path]) -> None:
