@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from moepack.kernels import msl, prompt_launches, token_launches
+from moepack.kernels.batch import BatchSizes
 from moepack.kernels.cuda_slots import CudaSlots
 from moepack.kernels.device import Device, DeviceSlots, Mailbox, Step
 from moepack.kernels.launches import Launch
@@ -35,7 +36,7 @@ class CudaDevice(Device):
 
     launches = token_launches
     can_capture = True
-    expert_tokens = 8192  # half and twice as many were slower: runtime/EXPERIMENTS.md
+    batch = BatchSizes(experts=8192, mixer=2048)  # half of either was slower: runtime/EXPERIMENTS.md
     prompt_launches: Any = prompt_launches
 
     def __init__(self) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from moepack.kernels import launches, msl
+from moepack.kernels.batch import BatchSizes
 from moepack.kernels.launches import Launch
 from moepack.kernels.matrix import Expert
 from moepack.kernels.slots import HostSlots
@@ -42,7 +43,7 @@ class Device(ABC):
     name: str
     place: torch.device
     can_capture = False  # whether capture works
-    expert_tokens = 512  # tokens of experts that are computed together: planned for as scratch
+    batch = BatchSizes(experts=512, mixer=2048)
     prompt_launches: Any = None  # the module with the calls of a prompt's products, if it is not that of all devices
 
     def __init__(self) -> None:

@@ -53,7 +53,7 @@ class GpuOps(TokenOps):
     cache_dtype = torch.float32  # of keys and values
 
     def __init__(self, device: Device, exact: bool = False):
-        self.device, self.exact, self.expert_tokens = device, exact, device.expert_tokens
+        self.device, self.exact, self.batch = device, exact, device.batch
         super().__init__()
         self._streams: dict[tuple[int, int], tuple[torch.Tensor, Step]] = {}  # hidden states of the tokens under way
         self._products: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor, Step, Sequence[Matrix]]] = {}
@@ -199,8 +199,8 @@ class GpuOps(TokenOps):
         width = max(expert.gate_proj.out_features for expert in experts)
         ends = np.cumsum(counts)
         parts = self.split(x) if self.forms.are_fit[places[:, 1]].any() else None
-        for first in range(0, len(tokens), self.expert_tokens):
-            last = min(first + self.expert_tokens, len(tokens))
+        for first in range(0, len(tokens), self.batch.experts):
+            last = min(first + self.batch.experts, len(tokens))
             # Of each expert what lies between first and last: none, all, or a part.
             starts, stops = np.clip(ends - counts, first, last), np.clip(ends, first, last)
             segments = np.column_stack([places, starts - first, stops - starts])[stops > starts]

@@ -33,7 +33,7 @@ class NativeOps(FloatOps, TokenOps):
 
     new_slots, new_pages = HostSlots, Pages
     view_pages, zeros, upload = staticmethod(view_host_pages), staticmethod(torch.zeros), staticmethod(reference.upload)
-    begin_read, expert_tokens = staticmethod(reference.begin_read), reference.expert_tokens
+    begin_read, batch = staticmethod(reference.begin_read), reference.batch
     argmax = staticmethod(reference.argmax)
 
     def __init__(self, exact: bool = False):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from moepack.kernels.batch import BatchSizes
 from moepack.kernels.expert_step import Choice, ExpertStep, HostExpertStep, StepSettings
 from moepack.kernels.matrix import Expert, Matrix
 from moepack.kernels.slots import HostSlots, view_host_pages
@@ -28,7 +29,7 @@ zeros = torch.zeros  # memory for activations and states
 settles = False  # whether it runs faster once every expert is in memory
 cache_dtype = torch.float32  # of keys and values
 has_lanes = True  # whether several tokens can be under way, each in a run of the layers (and steps) of its own
-expert_tokens = 512  # of one expert, or of several together, that are computed at a time
+batch = BatchSizes(experts=512, mixer=512)
 fuses_tokens = False  # a backend that does has fuse_layers and its like: native_token.py
 ELEMENTS_PER_UNIT = {2: (1, 4), 3: (3, 8), 4: (1, 2), 8: (1, 1)}  # bits -> (bytes of a unit, elements in it)
 

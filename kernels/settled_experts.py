@@ -54,7 +54,7 @@ class SettledExperts:
         """
         device, own = self._ops.device, self._ops.device.prompt_launches
         ids, counts = expert_ids.to(torch.int32).contiguous(), self._counts.bytes.view(torch.int32)
-        pairs = own.Pairs.of(device, *ids.shape, self._num_experts, self._ops.expert_tokens)
+        pairs = own.Pairs.of(device, *ids.shape, self._num_experts, self._ops.batch.experts)
         device.run(own.count_choices(ids, counts))
         chosen = (ids, weights.contiguous(), shared_weights.contiguous(), counts)
         device.run(own.order_pairs(*chosen, self._table, pairs))

@@ -23,7 +23,7 @@ Key = tuple[int, int]  # layer and expert
 def is_flushing_scan(num_experts: int, num_layers: int, num_slots: int) -> bool:
     """Whether prefill, with so many experts in each layer, would push everything out before it comes round again.
 
-    What it is done with is then cold: the latest makes room, and most of what is held is hit in the next round.
+    Its experts are then let in cold: most of what is held stays, and is hit in the next round.
     """
     return num_experts * num_layers > num_slots
 
@@ -35,10 +35,10 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def use(self, key: Key, cold: bool = False) -> None:
-        """A key is asked for, or done with: one that is held, or one that is held from now on.
+        """A key is asked for: one that is held, or one that is held from now on.
 
-        cold   it will not be needed soon: evict it before all others, the latest such key first. For what a scan that
-               is larger than the cache is done with: of a cycle, the key used last is the one needed last.
+        cold   it will not be needed soon: evict it before all others, the latest such key first. For scans that are
+               larger than the cache: of a cycle, the key used last is the one needed last.
         """
 
     @abstractmethod

@@ -133,40 +133,39 @@ def replay(trace: Trace, policy: EvictionPolicy, num_slots: int, uncounted_token
         is_cold = request.is_prefill and is_flushing_scan(len(keys), trace.num_hidden_layers, num_slots)
         for key in keys:
             if key not in held:
-                _let_in(key, held, policy, num_slots, busy)
-            if is_cold and key in held:
-                busy.discard(key)
-                policy.use(key, cold=True)
+                _let_in(key, held, policy, num_slots, busy, is_cold)
     return counts
 
 
-def _let_in(key: Key, held: set[Key], policy: EvictionPolicy, num_slots: int, busy: set[Key]) -> None:
+def _let_in(key: Key, held: set[Key], policy: EvictionPolicy, num_slots: int, busy: set[Key], is_cold: bool) -> None:
     if len(held) == num_slots:
         victim = policy.evict(busy.__contains__)
         if victim is None:  # read, used and not kept
-            policy.use(key)
+            policy.use(key, is_cold)
             policy.forget(key)
             return
         held.remove(victim)
-    policy.use(key)
+    policy.use(key, is_cold)
     held.add(key)
 
 
 class FarthestNextUse(RankedPolicy):
-    """Belady's policy: evicts what will not be needed for longest. It knows the whole trace, and none hits more."""
+    """Belady's policy: evicts what will not be needed for longest. It knows the whole trace.
+
+    In decode none hits more, in prompts hardly one: there what is hit makes room for nothing of the same request.
+    """
 
     name = OPTIMAL
 
     def __init__(self, trace: Trace):
         super().__init__()
         self._coming: dict[Key, deque[int]] = {}
-        for step, request in enumerate(trace.requests):
-            for expert_id in request.expert_ids:
-                self._coming.setdefault((request.layer, expert_id), deque()).append(step)
+        keys = ((request.layer, expert_id) for request in trace.requests for expert_id in request.expert_ids)
+        for place, key in enumerate(keys):
+            self._coming.setdefault(key, deque()).append(place)
 
     def use(self, key: Key, cold: bool = False) -> None:
-        if not cold:  # that is known better here
-            super().use(key)
+        super().use(key)
 
     def next_rank(self, key: Key, rank: float | None) -> float:
         coming = self._coming[key]

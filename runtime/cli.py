@@ -570,7 +570,7 @@ def _print_plan(engine: Engine) -> None:
 
     for name, value in vars(engine.memory_plan).items():
         title, is_size = name.removesuffix("_bytes"), name.endswith("_bytes")
-        log(f"memory: {title:14} {format_size(value) if is_size else value:>12}")
+        log(f"memory: {title:14} {format_size(value) if is_size else value!s:>12}")
     for name, value in engine.describe().items():
         log(f"{name}: {value}")
 

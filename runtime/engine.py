@@ -127,8 +127,8 @@ class Engine:
             process_bytes = taken_bytes(device) if process_bytes is None else process_bytes
             cache_dtype = _choose_cache_dtype(opened, ops)
             kept = (snapshot_bytes, sequences, cache_dtype)
-            plan = plan_memory(opened, architecture, budget, context, process_bytes, *kept, ops.expert_tokens)
-            ops.expert_tokens = plan.expert_tokens  # as many as before, or fewer
+            plan = plan_memory(opened, architecture, budget, context, process_bytes, *kept, ops.batch)
+            ops.batch = plan.batch
             settings, settings_note = load_settings(opened.directory)
             store = _open_store(opened, plan.num_slots, settings, policy, verify_reads, ops)
             undo.callback(store.close)

@@ -73,35 +73,39 @@ class StoreCounts:
         return StoreCounts(**vars(self))
 
 
-class _Room(NamedTuple):
-    """A slot that may be filled, and whose expert lies there until it is, if any's."""
-
-    slot: int
-    last: Key | None = None
-
-
 class _Held:
     """An expert that has a slot. While it loads or is pinned, the slot is not given away.
 
-    last        whose expert is in the slot as long as the read has not begun
+    room        where it loads: what lies there until its read begins
     is_hinted   read because of a hint, not fetched yet
     """
 
-    __slots__ = ("is_hinted", "is_loading", "is_pinned", "last", "slot")
+    __slots__ = ("is_hinted", "is_loading", "is_pinned", "room")
 
     def __init__(self, room: _Room, is_hinted: bool):
-        self.slot, self.last = room
-        self.is_loading, self.is_pinned, self.is_hinted = True, not is_hinted, is_hinted
+        self.room, self.is_loading, self.is_pinned, self.is_hinted = room, True, not is_hinted, is_hinted
+
+    @property
+    def slot(self) -> int:
+        return self.room.slot
 
     @property
     def is_busy(self) -> bool:
         return self.is_loading or self.is_pinned
 
 
+class _Room(NamedTuple):
+    """A slot to be filled, and the expert that has left it for that, if any."""
+
+    slot: int
+    key: Key | None = None
+    held: _Held | None = None
+
+
 class _Fetch:
     """One fetch under way.
 
-    is_cold   what it wants will not be needed again soon
+    is_cold   what it reads will not be needed soon
     planned   ids before this position are held, or their reads are queued
     left      ids that the caller has not done with, in the order given
     missed    those of them that had to be read and have a slot
@@ -158,6 +162,7 @@ class ExpertStore:
         self._policy = policy or LeastRecentlyUsed()
         self._fetch: _Fetch | None = None
         self._reads, self._hints = 0, 0  # under way, of all and of hints
+        self._due: set[Key] = set()  # read ahead for the next fetch of a scan: the policy does not know them yet
         self._reader = BlockReader(pack, io.direct, verify_reads)
         execute, advise = self._slots.reads_into(self._reader.read), self._reader.advise if io.advise else None
         self._queue, self._advises = ReadQueue(execute, io.queue_depth, advise), io.advise
@@ -196,7 +201,12 @@ class ExpertStore:
                 self.counts.hits += 1
                 self.counts.prefetch_used += held.is_hinted
                 held.is_hinted, held.is_pinned = False, True
-                self._policy.use((layer, expert_id))
+                # What was read ahead is needed again no sooner than what this fetch reads.
+                self._policy.use((layer, expert_id), cold=is_cold and (layer, expert_id) in self._due)
+                self._due.discard((layer, expert_id))
+        for key in self._due:  # nobody wanted it
+            self._policy.use(key, cold=True)
+        self._due.clear()
         self._plan(fetch)
         return self._hand_out(fetch)
 
@@ -260,8 +270,10 @@ class ExpertStore:
                 room = self._take_room(may_wait=False)
                 if room is None:
                     return
-                # A guess is the first to make room for another; what will be needed is not.
-                self._start(layer, (expert_id,), (room,), is_hint=True, is_cold=not is_scan)
+                self._start(layer, (expert_id,), (room,), is_hint=True)
+                if is_scan:
+                    self._policy.forget((layer, expert_id))  # it makes room for nobody until its fetch has come
+                    self._due.add((layer, expert_id))
 
     def fill(self) -> None:
         """Hint that all experts will be fetched sooner or later, where there is room for all of them."""
@@ -332,7 +344,7 @@ class ExpertStore:
                 rooms.append(room)
             if not rooms:
                 return
-            self._start(fetch.layer, run[: len(rooms)], rooms)
+            self._start(fetch.layer, run[: len(rooms)], rooms, is_cold=fetch.is_cold)
             fetch.missed.update(run[: len(rooms)])
             fetch.planned += len(rooms)
             self.counts.misses += len(rooms)
@@ -395,8 +407,6 @@ class ExpertStore:
         for expert_id in expert_ids:
             del fetch.left[expert_id]
             fetch.missed.discard(expert_id)
-            if fetch.is_cold:
-                self._policy.use((fetch.layer, expert_id), cold=True)
         if fetch.in_order or not self._slots.are_read_to_the_end:
             self._unpin(fetch.layer, expert_ids)
         self._plan(fetch)
@@ -409,12 +419,12 @@ class ExpertStore:
             expert.is_pinned = False
 
     def _take_back(self) -> None:
-        """End the fetch under way and the reads that have not started; others run to their end."""
+        """End the fetch under way and call off the reads that have not begun; others run to their end."""
         for read in reversed(self._queue.cancel()):
             self._reads -= 1
             self._hints -= read.is_hint
             for expert_id in reversed(read.experts):
-                self._undo((read.layer, expert_id))
+                self._call_off((read.layer, expert_id))
         if self._fetch:
             self._unpin(self._fetch.layer, self._fetch.expert_ids)
         self._fetch = None
@@ -431,26 +441,36 @@ class ExpertStore:
         victim = self._policy.evict(lambda key: self._held[key].is_busy or self._slots.is_in_use(self._held[key].slot))
         if victim is None and may_wait:
             victim = self._policy.evict(lambda key: self._held[key].is_busy)
-        return None if victim is None else _Room(self._leave(victim), victim)
+        if victim is None:
+            return None
+        held = self._leave(victim)
+        return _Room(held.slot, victim, held)
 
     def _drop(self, key: Key) -> None:
-        self._free.append(self._leave(key))
-        self._policy.forget(key)
+        self._free.append(self._forget(key).slot)
 
-    def _undo(self, key: Key) -> None:
-        """Forget a read that has not begun. Who left the slot for it is still there, and the next to leave it again."""
-        last = self._held[key].last
-        self._drop(key)
-        if last is not None and last not in self._held:
-            held = self._held[last] = _Held(_Room(self._free.pop()), is_hinted=True)
-            held.is_loading = held.is_hinted = False
-            self._places[last] = self._slots.describe(self._views.get(held.slot, *last))
-            self._policy.use(last, cold=True)
+    def _call_off(self, key: Key) -> None:
+        """Forget an expert whose read has not begun: who has left the slot for it is back, the next to leave it."""
+        slot, last, held = self._forget(key).room
+        if last is None or held is None:
+            self._free.append(slot)
+            return
+        assert last not in self._held  # reads begin in turn: if it had been asked for again, this one would have begun
+        self._held[last] = held
+        self._places[last] = self._slots.describe(self._views.get(slot, *last))
+        self._policy.use(last, cold=True)
 
-    def _leave(self, key: Key) -> int:
-        """Take a key out of its slot; the slot."""
+    def _forget(self, key: Key) -> _Held:
+        if key in self._due:
+            self._due.remove(key)
+        else:
+            self._policy.forget(key)
+        return self._leave(key)
+
+    def _leave(self, key: Key) -> _Held:
+        """Take a key out of its slot."""
         self._places[key] = 0
-        return self._held.pop(key).slot
+        return self._held.pop(key)
 
     def _start(
         self,
@@ -463,7 +483,7 @@ class ExpertStore:
         buffers = []
         for expert_id, room in zip(expert_ids, rooms):
             self._held[layer, expert_id] = _Held(room, is_hint)
-            self._policy.use((layer, expert_id), is_cold)
+            self._policy.use((layer, expert_id), cold=is_cold or is_hint)
             self._slots.wait_until_free(room.slot)  # nearly always it is: see _take_room
             buffers.append(self._slots.buffer(room.slot, self.pack.geometry(layer).block(expert_id).block_stride))
         self._reads += 1
@@ -486,7 +506,7 @@ class ExpertStore:
             self.counts.prefetched += read.is_hint
             for key in keys:
                 held = self._held[key]
-                held.is_loading = False
+                held.room, held.is_loading = _Room(held.slot), False  # who was there is gone
                 self._places[key] = self._slots.describe(self._views.get(held.slot, *key))
             return
         is_wanted = any(self._held[key].is_pinned for key in keys)

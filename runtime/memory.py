@@ -20,20 +20,20 @@ import torch
 
 from moepack.kernels import reference
 from moepack.kernels.backend import device_memory
+from moepack.kernels.batch import BatchSizes
 from moepack.layout.architecture import LINEAR, Architecture
 from moepack.layout.errors import MemoryBudgetError
 from moepack.layout.process import resident_set_bytes
 from moepack.layout.reader import Pack
 from moepack.runtime.expert_store import largest_block
-from moepack.runtime.qwen35 import MIXER_TOKENS
 from moepack.runtime.resident import ResidentWeights
 from moepack.runtime.state import FLOAT_BYTES, SequenceState
 
 # Prompt tokens run together: multiples of DeltaNet's own 64. The longest are for models of which most is on the SSD.
 PREFILL_CHUNKS = (16384, 8192, 4096, 2048, 1024, 512, 256, 128, 64)
 SCRATCH_SHARE = 8  # a chunk may take one part in so many of the memory to spare: a longer one reads experts less often
-EXPERT_TOKENS = reference.expert_tokens  # of the processor; a GPU holds more at a time
-EXPERT_SHARES = (1, 2, 4)  # of those: with fewer it lacks work, but a longer chunk saves more than that
+BATCH = reference.batch  # of the processor; a GPU holds more at a time
+BATCH_SHARES = (1, 2, 4)  # of those: with fewer it lacks work, but a longer chunk saves more than that
 SLOT_VIEW_BYTES = 8 * 2**10  # Python's views of the expert in a slot
 LOGIT_ELEMENTS = 2**22  # scores that exist at the same time where every position is scored
 LOGIT_ROWS = 64  # divides every chunk, so that pieces of scores do not depend on the budget
@@ -51,8 +51,8 @@ DEFAULT_SHARE = 0.9  # of what is available, so that a default run never makes t
 class MemoryPlan:
     """The split of a budget; all in bytes but the last three.
 
-    prefill_chunk   prompt tokens run together
-    expert_tokens   of them and their experts, that are computed together
+    prefill_chunk   prompt tokens run together, layer by layer
+    batch           and of them, in a layer
     """
 
     budget_bytes: int
@@ -64,7 +64,7 @@ class MemoryPlan:
     slot_bytes: int
     num_slots: int
     prefill_chunk: int
-    expert_tokens: int
+    batch: BatchSizes
 
     @property
     def total_bytes(self) -> int:
@@ -82,7 +82,7 @@ def plan_memory(
     snapshot_bytes: int | None = 0,
     sequences: int = 1,
     cache_dtype: torch.dtype = torch.float32,
-    expert_tokens: int = EXPERT_TOKENS,
+    batch: BatchSizes = BATCH,
 ) -> MemoryPlan:
     """Split a budget. Slots are as many as fit, at most one for every expert.
 
@@ -90,14 +90,14 @@ def plan_memory(
     snapshot_bytes  to set aside for states of earlier prompts; None is a share of the budget
     sequences       states of max_positions at the same time
     cache_dtype     of keys and values
-    expert_tokens   tokens of experts that the backend holds at a time, at most
+    batch           what the backend computes together, at most
 
     Raises MemoryBudgetError with the numbers if one token's experts do not fit: with fewer slots than a token
     uses, each expert would be read again for every token.
     """
     process_bytes = resident_set_bytes() if process_bytes is None else process_bytes
     resident, block = ResidentWeights.size_bytes(pack), largest_block(pack)
-    kept = (snapshot_bytes, sequences, cache_dtype, expert_tokens)
+    kept = (snapshot_bytes, sequences, cache_dtype, batch)
     return split_budget(architecture, budget_bytes, max_positions, process_bytes, resident, block, *kept)
 
 
@@ -111,7 +111,7 @@ def split_budget(
     snapshot_bytes: int | None = 0,
     sequences: int = 1,
     cache_dtype: torch.dtype = torch.float32,
-    expert_tokens: int = EXPERT_TOKENS,
+    batch: BatchSizes = BATCH,
 ) -> MemoryPlan:
     """The same from sizes, for a pack that need not exist: of the resident weights, and of the largest block."""
     resident, slot = resident_bytes, block_bytes + SLOT_VIEW_BYTES
@@ -120,10 +120,11 @@ def split_budget(
     one_token = min(all_experts, architecture.num_hidden_layers * architecture.num_experts_per_tok)
     snapshots = budget_bytes // SNAPSHOT_SHARE if snapshot_bytes is None else snapshot_bytes
     kept = state + snapshots
-    smallest = scratch_bytes(architecture, PREFILL_CHUNKS[-1], expert_tokens)
+    smallest = scratch_bytes(architecture, PREFILL_CHUNKS[-1], batch)
     least = process_bytes + resident + kept + smallest + one_token * slot
-    chunk, expert_tokens = _choose_chunk(architecture, budget_bytes - least, max_positions, expert_tokens)
-    scratch = scratch_bytes(architecture, chunk, expert_tokens)
+    others = (all_experts - one_token) * slot
+    chunk, batch = _choose_chunk(architecture, budget_bytes - least, others, max_positions, batch)
+    scratch = scratch_bytes(architecture, chunk, batch)
     fixed = process_bytes + resident + kept + scratch
     num_slots = min(all_experts, (budget_bytes - fixed) // slot)
     if num_slots < one_token:
@@ -137,7 +138,7 @@ def split_budget(
         }
         raise MemoryBudgetError(_describe_refusal(budget_bytes, parts, snapshot_bytes, sequences))
     fixed_parts = (process_bytes, resident, state, snapshots, scratch)
-    return MemoryPlan(budget_bytes, *fixed_parts, slot, num_slots, chunk, expert_tokens)
+    return MemoryPlan(budget_bytes, *fixed_parts, slot, num_slots, chunk, batch)
 
 
 def _describe_refusal(budget_bytes: int, parts: dict[str, int], snapshot_bytes: int | None, sequences: int) -> str:
@@ -172,45 +173,49 @@ def is_rounded(pack: Pack) -> bool:
     return is_quantized or bool(pack.manifest.resident.quantized)
 
 
-def _choose_chunk(a: Architecture, spare_bytes: int, max_positions: int, expert_tokens: int) -> tuple[int, int]:
-    """The longest chunk that takes little of what is to spare, and the most tokens of experts that go with it.
+def _choose_chunk(
+    a: Architecture, spare_bytes: int, expert_slots_bytes: int, max_positions: int, batch: BatchSizes
+) -> tuple[int, BatchSizes]:
+    """The longest chunk that takes little of what is to spare, and the most that goes with it of what is run together.
 
+    Where all experts have room beside some chunk and whole batches, it is the longest of those: nothing is read again.
     What a token computes does not depend on either.
+
+    spare_bytes          beyond the least scratch and the experts of one token
+    expert_slots_bytes   of all other experts
     """
     shortest = PREFILL_CHUNKS[-1]
-    fewer = (expert_tokens // share for share in EXPERT_SHARES)
-    together = [tokens for tokens in fewer if tokens >= EXPERT_TOKENS] or [expert_tokens]
+    least = chunk_bytes(a, shortest, batch) + expert_bytes(a, shortest, batch)
+    fitting = []
     for chunk in (chunk for chunk in PREFILL_CHUNKS if chunk < 2 * max_positions):
-        for tokens in together:
-            experts = expert_bytes(a, chunk, tokens) - expert_bytes(a, shortest, tokens)  # beyond the least
-            if chunk_bytes(a, chunk) + experts <= spare_bytes // SCRATCH_SHARE:
-                return chunk, tokens
-    return shortest, expert_tokens
+        for part in map(batch.divided, BATCH_SHARES):
+            more = chunk_bytes(a, chunk, part) + expert_bytes(a, chunk, part) - least
+            if more <= spare_bytes // SCRATCH_SHARE:
+                if part == batch and more + expert_slots_bytes <= spare_bytes:
+                    return chunk, part
+                fitting.append((chunk, part))
+    return fitting[0] if fitting else (shortest, batch)
 
 
-def scratch_bytes(a: Architecture, chunk: int, expert_tokens: int = EXPERT_TOKENS) -> int:
+def scratch_bytes(a: Architecture, chunk: int, batch: BatchSizes = BATCH) -> int:
     """Upper bound of what the operations hold at once beside weights and state, for a chunk of prefill."""
     logits = FLOAT_BYTES * 3 * logit_rows(a) * a.vocab_size
-    experts = expert_bytes(a, chunk, expert_tokens)
-    return chunk_bytes(a, chunk + 1) + experts + logits + ALLOCATOR_BYTES
+    return chunk_bytes(a, chunk + 1, batch) + expert_bytes(a, chunk, batch) + logits + ALLOCATOR_BYTES
 
 
-def expert_bytes(a: Architecture, chunk: int, expert_tokens: int) -> int:
+def expert_bytes(a: Architecture, chunk: int, batch: BatchSizes) -> int:
     """What is held for the tokens of experts that are computed together: no more than a chunk has, and one token.
 
     The shared expert may be among them.
     """
     width = max(a.moe_intermediate_size, a.shared_expert_intermediate_size)
-    tokens = min(expert_tokens, (chunk + 1) * (a.num_experts_per_tok + 1))
+    tokens = min(batch.experts, (chunk + 1) * (a.num_experts_per_tok + 1))
     return FLOAT_BYTES * tokens * (2 * a.hidden_size + 4 * width)
 
 
-def chunk_bytes(a: Architecture, tokens: int) -> int:
-    """What so many tokens need that are run together, where the most is alive: around the experts or inside a mixer.
-
-    A mixer has no more than MIXER_TOKENS of them at a time, and one.
-    """
-    mixing = min(tokens, MIXER_TOKENS + 1) * _mixer_floats(a)
+def chunk_bytes(a: Architecture, tokens: int, batch: BatchSizes) -> int:
+    """What so many tokens need that are run together, where the most is alive: around the experts or inside a mixer."""
+    mixing = min(tokens, batch.mixer + 1) * _mixer_floats(a)
     choosing = tokens * _choice_floats(a)
     return FLOAT_BYTES * (tokens * 7 * a.hidden_size + max(mixing, choosing))
 

@@ -43,7 +43,6 @@ from moepack.runtime.resident import ResidentWeights
 from moepack.runtime.state import DeltaState, KeyValueCache, SequenceState
 
 SCAN_CHOICES = 4  # for each expert, in a prompt: evenly spread, 2 % of the experts are then chosen by nobody
-MIXER_TOKENS = 1024  # of a prompt, that a mixer has at a time: it needs much more memory for a token than experts do
 LAYERS_AHEAD = 4  # of a prompt: the GPU never lacks work, and who breaks it off or watches it is not far ahead
 Observer = Callable[[int, Expert, torch.Tensor, torch.Tensor], None]  # expert id, expert, inputs [n, D], weights [n]
 
@@ -254,10 +253,10 @@ class SparseMoe:
         self._read_use = None
 
 
-def mixer_sizes(tokens: int) -> list[int]:
-    """How many tokens a mixer has at a time. A last single one joins the others: it has operations of its own."""
-    sizes = [min(MIXER_TOKENS, tokens - first) for first in range(0, tokens, MIXER_TOKENS)]
-    return [*sizes[:-2], MIXER_TOKENS + 1] if sizes[-1] == 1 < len(sizes) else sizes
+def part_sizes(tokens: int, most: int) -> list[int]:
+    """Tokens in parts of so many. A last single one joins the part before: it has operations of its own."""
+    sizes = [min(most, tokens - first) for first in range(0, tokens, most)]
+    return [*sizes[:-2], most + 1] if sizes[-1] == 1 < len(sizes) else sizes
 
 
 class DecoderLayer:
@@ -275,9 +274,12 @@ class DecoderLayer:
         self.experts = SparseMoe(layer, a, weights, store, ops, lanes)
 
     def __call__(self, x: torch.Tensor, state: DeltaState | KeyValueCache) -> torch.Tensor:
-        """x [T, D], which is not kept, through the layer: the mixer goes through it in parts, experts see it once."""
+        """x [T, D], which is not kept, through the layer.
+
+        Experts see all tokens once. The mixer, which needs more memory for each, has a part of them at a time.
+        """
         if len(x) > 1:
-            for part in x.split(mixer_sizes(len(x))):
+            for part in x.split(part_sizes(len(x), self.ops.batch.mixer)):
                 part.copy_(self.mix(part, state))
             return self.experts(x)
         x = self.mix(x, state)

@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 import torch
 
+from expert_stores import gate, make_store, pack  # noqa: F401
 from kernel_devices import CHOSEN, Runner, default_runner
 from moepack.convert.pipeline import convert
 from moepack.convert.plan import plan_conversion

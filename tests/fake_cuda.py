@@ -313,7 +313,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(CudaDevice, "zeros", lambda self, *shape: _adopt(torch.zeros(shape)))
     monkeypatch.setattr(CudaDevice, "empty", _empty)
     # Budgets of tests are those of the processor, whose kernels hold as much at a time.
-    monkeypatch.setattr(CudaDevice, "expert_tokens", reference.expert_tokens)
+    monkeypatch.setattr(CudaDevice, "batch", reference.batch)
     monkeypatch.setattr(CudaDevice, "_place_argument", _check_place)
     monkeypatch.setattr(CudaDevice, "upload", lambda self, tensor: _adopt(tensor.clone()))
     return driver

@@ -13,6 +13,7 @@ import torch
 import fake_cuda
 from conftest import budget_of, make_pack
 from moepack.kernels import cuda_device, cuda_slots, launches, token_launches
+from moepack.kernels.batch import BatchSizes
 from moepack.layout.errors import MoepackError
 from moepack.runtime import Engine, SamplingParams, qwen35
 from moepack.runtime.evaluate import evaluate_text
@@ -68,7 +69,7 @@ def test_what_the_gpu_holds_at_a_time_is_planned_for(
     """And no more than a chunk can have: a budget that is enough for short chunks is not refused."""
     plans = {}
     for tokens in (512, 2048):
-        monkeypatch.setattr(cuda_device.CudaDevice, "expert_tokens", tokens)
+        monkeypatch.setattr(cuda_device.CudaDevice, "batch", BatchSizes(tokens, 512))
         for context in (64, 1024):
             with Engine.open(tiny_pack, device="cuda", exact=True, max_context=context) as engine:
                 plans[tokens, engine.memory_plan.prefill_chunk] = engine.memory_plan.scratch_bytes
@@ -131,7 +132,7 @@ def test_a_prompt_asks_nobody_where_everything_is_in_memory(
     driver: fake_cuda.Driver, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch, is_watched: bool
 ) -> None:
     """The GPU finds who chose which expert, a few pairs at a time: the bits and the counts of the other way."""
-    monkeypatch.setattr(cuda_device.CudaDevice, "expert_tokens", 64)
+    monkeypatch.setattr(cuda_device.CudaDevice, "batch", BatchSizes(64, 512))
     ids = [place * place % 61 for place in range(60)]
     few = budget_of(Engine.open(tiny_pack, exact=True, max_context=CONTEXT), 12)
     found, fetched = [], []

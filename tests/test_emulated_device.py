@@ -22,6 +22,7 @@ from conftest import budget_of, make_pack
 from kernel_memory import lay_out
 from moepack.kernels import backend, gpu_ops, launches, metal_device, msl, reference
 from moepack.kernels.backend import describe_arithmetic, describe_backend
+from moepack.kernels.batch import BatchSizes
 from moepack.kernels.cuda_device import CudaDevice
 from moepack.kernels.device import DeviceSlots
 from moepack.kernels.emulated_device import EmulatedDevice, EmulatedTensor
@@ -105,8 +106,8 @@ def test_a_greedy_answer_takes_every_kernel(tiny_pack: Path, monkeypatch: pytest
 def test_experts_of_a_prompt_may_come_in_any_parts(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits whether pairs are computed at once or by three: an expert is then split, and so is a token."""
     results = []
-    for pairs in (EmulatedDevice.expert_tokens, 3):
-        monkeypatch.setattr(EmulatedDevice, "expert_tokens", pairs)
+    for batch in (EmulatedDevice.batch, BatchSizes(3, 64)):
+        monkeypatch.setattr(EmulatedDevice, "batch", batch)
         engine = Engine.open(tiny_pack, device="metal-emulated", exact=True, max_context=CONTEXT)
         results.append(engine.logits(IDS).as_subclass(torch.Tensor))
     assert torch.equal(*results)

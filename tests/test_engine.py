@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from conftest import budget_of, make_pack
+from moepack.kernels.batch import BatchSizes
 from moepack.layout.errors import DamagedPack, MemoryBudgetError, MoepackError, UsageError
 from moepack.layout.reader import Pack
 from moepack.runtime import Engine, SamplingParams, qwen35
@@ -191,13 +192,12 @@ def test_how_much_of_a_chunk_a_mixer_has_at_a_time_does_not_change_a_bit(
         expected = engine.logits(ids)
         for tokens in (64, 128):
             with monkeypatch.context() as patch:
-                patch.setattr(qwen35, "MIXER_TOKENS", tokens)
+                patch.setattr(engine.model.ops, "batch", BatchSizes(512, tokens))
                 assert torch.equal(engine.logits(ids), expected), f"parts of {tokens}"
 
 
-def test_a_mixer_never_has_one_token_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qwen35, "MIXER_TOKENS", 64)
-    sizes = {tokens: qwen35.mixer_sizes(tokens) for tokens in range(2, 300)}
+def test_a_mixer_never_has_one_token_of_several() -> None:
+    sizes = {tokens: qwen35.part_sizes(tokens, 64) for tokens in range(2, 300)}
     assert all(sum(parts) == tokens for tokens, parts in sizes.items())
     assert all(set(parts[:-1]) <= {64} and 1 < parts[-1] <= 65 for parts in sizes.values())
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from conftest import DEMO
+from moepack.kernels.batch import BatchSizes
 from moepack.layout.architecture import Architecture
 from moepack.layout.errors import MemoryBudgetError
 from moepack.runtime import memory
@@ -105,21 +106,38 @@ def test_what_there_is_not_limits_nothing(system: Path) -> None:
     assert 0 < memory.available_bytes() <= total
 
 
-def test_a_longer_chunk_is_worth_fewer_tokens_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a GPU, which holds many at a time: half or a quarter of them where a budget is tight, never fewer."""
+def test_a_longer_chunk_never_costs_a_place_in_memory_for_all_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they fit beside a short one: then nothing is read twice."""
+
+    def slots(budget_mib: int) -> int:
+        return memory.split_budget(MODEL, budget_mib * 2**20, 8192, 2**28, 10 * 2**20, 4 * 2**20).num_slots
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "PREFILL_CHUNKS", (64,))
+        short = {budget: slots(budget) for budget in range(1700, 2500, 4)}
+    most = MODEL.num_hidden_layers * MODEL.num_experts
+    assert min(short.values()) < most
+    assert {budget for budget in short if slots(budget) == most} == {b for b, found in short.items() if found == most}
+
+
+def test_a_longer_chunk_is_worth_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a GPU, whose batches are large: half or a quarter of them where a budget is tight, never less."""
+    whole = BatchSizes(8192, 2048)
 
     def plan(budget_mib: int, shares: tuple[int, ...]) -> memory.MemoryPlan:
-        monkeypatch.setattr(memory, "EXPERT_SHARES", shares)
-        sizes = (10 * 2**20, 40960, 0)
-        return memory.split_budget(MODEL, budget_mib * 2**20, 4096, 2**28, *sizes, expert_tokens=8192)
+        monkeypatch.setattr(memory, "BATCH_SHARES", shares)
+        sizes = (10 * 2**20, 4 * 2**20, 0)
+        return memory.split_budget(MODEL, budget_mib * 2**20, 8192, 2**28, *sizes, batch=whole)
 
-    budgets = range(400, 4000, 20)
-    pairs = [(plan(budget, (1,)), plan(budget, (1, 2, 4))) for budget in budgets]
-    assert {fixed.expert_tokens for fixed, _ in pairs} == {8192}
-    assert {fitted.expert_tokens for _, fitted in pairs} == {8192, 4096, 2048}
+    pairs = [(plan(budget, (1,)), plan(budget, (1, 2, 4))) for budget in range(600, 4000, 10)]
+    assert {fixed.batch for fixed, _ in pairs} == {whole}
+    assert {fitted.batch for _, fitted in pairs} == {whole, (4096, 1024), (2048, 512)}
     for fixed, fitted in pairs:
         assert fitted.total_bytes <= fitted.budget_bytes
-        assert fitted.scratch_bytes == memory.scratch_bytes(MODEL, fitted.prefill_chunk, fitted.expert_tokens)
+        assert fitted.scratch_bytes == memory.scratch_bytes(MODEL, fitted.prefill_chunk, fitted.batch)
         assert fitted.prefill_chunk >= fixed.prefill_chunk
         if fitted.prefill_chunk == fixed.prefill_chunk:
-            assert fitted.expert_tokens == 8192
+            assert fitted.batch == whole
+        if fixed.num_slots == MODEL.num_hidden_layers * MODEL.num_experts:
+            assert fitted == fixed
+    assert BatchSizes(512, 256).divided(4) == (512, 256)

@@ -255,6 +255,12 @@ def test_no_choice_of_victims_beats_belady(steps: list[tuple[int, ...]], num_slo
     assert replay(trace, FarthestNextUse(trace), num_slots).misses == fewest_misses(trace, num_slots)
 
 
+def test_belady_knows_what_comes_first_of_the_same_request() -> None:
+    requests = [Request(0, expert_ids, True) for expert_ids in ((0, 1, 3), (0, 1, 2, 3), (0, 2, 3))]
+    found = compare_policies(Trace(1, 4, 1, requests), 2)
+    assert {name: result.prefill_hits for name, result in found.items()} == dict.fromkeys([*POLICIES, OPTIMAL], 4)
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(sorted(POLICIES)),
