@@ -57,7 +57,7 @@ def run_moepack(pack: Path, device: str, share: float) -> dict[str, Any]:
     from moepack.runtime import Engine
 
     options: dict[str, Any] = {"device": device, "max_context": PROMPT + 8}
-    if share < 1:  # a budget this tight shortens a prompt's chunks too
+    if share < 1:  # a budget this tight makes a prompt's chunks and batches smaller too
         with Engine.open(pack, **options) as engine:
             plan = engine.memory_plan
         memory = plan.total_bytes - int((1 - share) * plan.num_slots) * plan.slot_bytes

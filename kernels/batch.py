@@ -1,6 +1,6 @@
 """How many of a prompt's tokens a backend computes together: what its scratch memory is planned by.
 
-More of them keep a GPU busy, and change no bit of the result.
+More of them keep a GPU busy, and change no bit of the result: what a mixer has is whole chunks of DeltaNet (64 tokens).
 """
 
 from __future__ import annotations

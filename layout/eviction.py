@@ -29,16 +29,16 @@ def is_flushing_scan(num_experts: int, num_layers: int, num_slots: int) -> bool:
 
 
 class EvictionPolicy(ABC):
-    """Order of the keys that are held, by what evicting them would cost."""
+    """Order of the keys that may be evicted, by what that would cost."""
 
     name: str
 
     @abstractmethod
     def use(self, key: Key, cold: bool = False) -> None:
-        """A key is asked for: one that is held, or one that is held from now on.
+        """A key is asked for, or may be evicted from now on.
 
         cold   it will not be needed soon: evict it before all others, the latest such key first. For scans that are
-               larger than the cache: of a cycle, the key used last is the one needed last.
+               larger than the cache (of a cycle, the key used last is the one needed last) and for guesses.
         """
 
     @abstractmethod
@@ -47,7 +47,7 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def forget(self, key: Key) -> None:
-        """A held key is gone, without the policy having chosen it."""
+        """A key is not to be evicted any more: it is gone, without the policy having chosen it."""
 
 
 class LeastRecentlyUsed(EvictionPolicy):

@@ -221,7 +221,7 @@ def _prompt_s(
     total_s, position = 0.0, 0
     while position < prompt_tokens:
         tokens = min(prefill_chunk, prompt_tokens - position)
-        # A scan larger than memory keeps most of what it finds there: FORMAT of the store, eviction.is_flushing_scan.
+        # A scan larger than memory keeps most of what it finds there: eviction.is_flushing_scan.
         held = min(1.0, num_slots / model.num_blocks) if position else 0.0
         asked = model.num_experts * (1 - (1 - model.num_experts_per_tok / model.num_experts) ** tokens)
         read_s = asked * (1 - held) * model.block_bytes / disk.in_order_bytes_s

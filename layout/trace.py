@@ -152,7 +152,7 @@ def _let_in(key: Key, held: set[Key], policy: EvictionPolicy, num_slots: int, bu
 class FarthestNextUse(RankedPolicy):
     """Belady's policy: evicts what will not be needed for longest. It knows the whole trace.
 
-    In decode none hits more, in prompts hardly one: there what is hit makes room for nothing of the same request.
+    In decode none hits more. In a prompt another may, a little: what is hit is not evicted while its request lasts.
     """
 
     name = OPTIMAL

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 
+from moepack.kernels.batch import BatchSizes
 from moepack.kernels.matrix import Expert
 from moepack.layout.architecture import Architecture
 from moepack.layout.calibration import describe_model, statistics_arrays, write_calibration
@@ -36,7 +37,7 @@ from moepack.layout.writer import atomic_file
 from moepack.runtime.chat import ChatTemplate
 from moepack.runtime.engine import Engine, hash_manifest
 from moepack.runtime.evaluate import MAX_ANSWER_TOKENS, ToolPrompt, answer_prompt, render_prompt
-from moepack.runtime.memory import chunk_token_bytes, taken_bytes
+from moepack.runtime.memory import chunk_bytes, taken_bytes
 from moepack.runtime.qwen35 import DecoderLayer
 from moepack.runtime.sampling import SamplingParams
 from moepack.runtime.state import FLOAT_BYTES
@@ -205,7 +206,8 @@ def held_bytes(a: Architecture, tokens: int, full: bool) -> int:
 
 def passing_bytes(a: Architecture, tokens: int, longest: int) -> int:
     """Upper bound of what a layer's operations hold at once: in the mixer a window, in the experts TOKENS_AT_ONCE."""
-    mixer = min(tokens, longest) * (chunk_token_bytes(a) + FLOAT_BYTES * 2 * a.hidden_size)
+    window = min(tokens, longest)
+    mixer = chunk_bytes(a, window, BatchSizes(window, window)) + window * FLOAT_BYTES * 2 * a.hidden_size
     # Eight rows of a token are its inputs, normed, outputs and their sum; and of an expert that all tokens chose what
     # is observed: inputs, weighted, squared, and in the expert's own width five more.
     wide = 8 * a.hidden_size + 5 * a.moe_intermediate_size + 2 * a.num_experts + 8 * a.num_experts_per_tok

@@ -128,7 +128,8 @@ class Engine:
             cache_dtype = _choose_cache_dtype(opened, ops)
             kept = (snapshot_bytes, sequences, cache_dtype)
             plan = plan_memory(opened, architecture, budget, context, process_bytes, *kept, ops.batch)
-            ops.batch = plan.batch
+            if plan.batch != ops.batch:  # of a GPU, where memory is short
+                ops.batch = plan.batch
             settings, settings_note = load_settings(opened.directory)
             store = _open_store(opened, plan.num_slots, settings, policy, verify_reads, ops)
             undo.callback(store.close)

@@ -76,7 +76,7 @@ class StoreCounts:
 class _Held:
     """An expert that has a slot. While it loads or is pinned, the slot is not given away.
 
-    room        where it loads: what lies there until its read begins
+    room        its slot, and until its read has ended who was there before
     is_hinted   read because of a hint, not fetched yet
     """
 
@@ -95,11 +95,10 @@ class _Held:
 
 
 class _Room(NamedTuple):
-    """A slot to be filled, and the expert that has left it for that, if any."""
+    """A slot to be filled, and who has left it for that, if anybody: still there until the read begins."""
 
     slot: int
-    key: Key | None = None
-    held: _Held | None = None
+    left: tuple[Key, _Held] | None = None
 
 
 class _Fetch:
@@ -249,14 +248,16 @@ class ExpertStore:
             self.counts.prefetch_used += held.is_hinted
             held.is_hinted = False
             self._policy.use((layer, expert_id))
+            self._due.discard((layer, expert_id))
 
     def prefetch(self, layer: int, expert_ids: Sequence[int], is_scan: bool = False) -> None:
         """Hint that these experts may be fetched next, the likeliest first.
 
-        A few of them are read while no fetch waits for the disk. What has not started when the next fetch comes is
-        dropped.
+        A few of them are read while no fetch waits for the disk. What has not begun when the next fetch comes is called
+        off, and costs nothing: who made room for it is back.
 
-        is_scan   all of them will be needed, in this order: as many are read as a quarter of the slots holds
+        is_scan   all of them will be needed by the next fetch, in this order, and make room for nobody before it: as
+                  many are read as a quarter of the slots holds
         """
         if self.recorder and not is_scan:
             self.recorder.note_guess(layer, expert_ids)
@@ -270,10 +271,7 @@ class ExpertStore:
                 room = self._take_room(may_wait=False)
                 if room is None:
                     return
-                self._start(layer, (expert_id,), (room,), is_hint=True)
-                if is_scan:
-                    self._policy.forget((layer, expert_id))  # it makes room for nobody until its fetch has come
-                    self._due.add((layer, expert_id))
+                self._start(layer, (expert_id,), (room,), is_hint=True, is_due=is_scan)
 
     def fill(self) -> None:
         """Hint that all experts will be fetched sooner or later, where there is room for all of them."""
@@ -444,17 +442,18 @@ class ExpertStore:
         if victim is None:
             return None
         held = self._leave(victim)
-        return _Room(held.slot, victim, held)
+        return _Room(held.slot, (victim, held))
 
     def _drop(self, key: Key) -> None:
         self._free.append(self._forget(key).slot)
 
     def _call_off(self, key: Key) -> None:
         """Forget an expert whose read has not begun: who has left the slot for it is back, the next to leave it."""
-        slot, last, held = self._forget(key).room
-        if last is None or held is None:
+        slot, left = self._forget(key).room
+        if left is None:
             self._free.append(slot)
             return
+        last, held = left
         assert last not in self._held  # reads begin in turn: if it had been asked for again, this one would have begun
         self._held[last] = held
         self._places[last] = self._slots.describe(self._views.get(slot, *last))
@@ -479,11 +478,15 @@ class ExpertStore:
         rooms: Sequence[_Room],
         is_hint: bool = False,
         is_cold: bool = False,
+        is_due: bool = False,
     ) -> None:
         buffers = []
         for expert_id, room in zip(expert_ids, rooms):
             self._held[layer, expert_id] = _Held(room, is_hint)
-            self._policy.use((layer, expert_id), cold=is_cold or is_hint)
+            if is_due:
+                self._due.add((layer, expert_id))
+            else:
+                self._policy.use((layer, expert_id), cold=is_cold or is_hint)
             self._slots.wait_until_free(room.slot)  # nearly always it is: see _take_room
             buffers.append(self._slots.buffer(room.slot, self.pack.geometry(layer).block(expert_id).block_stride))
         self._reads += 1

@@ -184,7 +184,7 @@ class Generation(Iterator[int]):
             position += len(hidden)
             if position in points:
                 snapshots.keep(prompt_ids[:position], state)
-        return hidden[-1:]
+        return hidden[-1:].clone()  # a view would keep all of the chunk
 
 
 def step_together(generations: Sequence[Generation]) -> None:

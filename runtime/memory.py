@@ -29,11 +29,11 @@ from moepack.runtime.expert_store import largest_block
 from moepack.runtime.resident import ResidentWeights
 from moepack.runtime.state import FLOAT_BYTES, SequenceState
 
-# Prompt tokens run together: multiples of DeltaNet's own 64. The longest are for models of which most is on the SSD.
-PREFILL_CHUNKS = (16384, 8192, 4096, 2048, 1024, 512, 256, 128, 64)
+PREFILL_CHUNKS = (16384, 8192, 4096, 2048, 1024, 512, 256, 128, 64)  # prompt tokens run together: multiples of the last
+RESIDENT_CHUNKS = (4096, 2048, 1024, 512)  # where experts are read once, and longer chunks would only be harder to stop
 SCRATCH_SHARE = 8  # a chunk may take one part in so many of the memory to spare: a longer one reads experts less often
-BATCH = reference.batch  # of the processor; a GPU holds more at a time
-BATCH_SHARES = (1, 2, 4)  # of those: with fewer it lacks work, but a longer chunk saves more than that
+BATCH = reference.batch  # of the processor; a GPU computes more at a time
+BATCH_SHARES = (1, 2, 4)  # a batch may be divided by, for a longer chunk: that saves more than a GPU then lacks in work
 SLOT_VIEW_BYTES = 8 * 2**10  # Python's views of the expert in a slot
 LOGIT_ELEMENTS = 2**22  # scores that exist at the same time where every position is scored
 LOGIT_ROWS = 64  # divides every chunk, so that pieces of scores do not depend on the budget
@@ -52,7 +52,7 @@ class MemoryPlan:
     """The split of a budget; all in bytes but the last three.
 
     prefill_chunk   prompt tokens run together, layer by layer
-    batch           and of them, in a layer
+    batch           of them computed at a time
     """
 
     budget_bytes: int
@@ -174,27 +174,31 @@ def is_rounded(pack: Pack) -> bool:
 
 
 def _choose_chunk(
-    a: Architecture, spare_bytes: int, expert_slots_bytes: int, max_positions: int, batch: BatchSizes
+    a: Architecture, spare_bytes: int, other_experts_bytes: int, max_positions: int, batch: BatchSizes
 ) -> tuple[int, BatchSizes]:
-    """The longest chunk that takes little of what is to spare, and the most that goes with it of what is run together.
+    """The longest chunk that takes little of what is to spare, and the largest batches that fit beside it.
 
-    Where all experts have room beside some chunk and whole batches, it is the longest of those: nothing is read again.
-    What a token computes does not depend on either.
+    Where all experts fit beside one of RESIDENT_CHUNKS, it is the longest such chunk with the largest batches: nothing
+    is read again then. What a token computes does not depend on either.
 
-    spare_bytes          beyond the least scratch and the experts of one token
-    expert_slots_bytes   of all other experts
+    spare_bytes           beyond the least scratch and the experts of one token
+    other_experts_bytes   of all the others
     """
     shortest = PREFILL_CHUNKS[-1]
     least = chunk_bytes(a, shortest, batch) + expert_bytes(a, shortest, batch)
-    fitting = []
-    for chunk in (chunk for chunk in PREFILL_CHUNKS if chunk < 2 * max_positions):
-        for part in map(batch.divided, BATCH_SHARES):
-            more = chunk_bytes(a, chunk, part) + expert_bytes(a, chunk, part) - least
-            if more <= spare_bytes // SCRATCH_SHARE:
-                if part == batch and more + expert_slots_bytes <= spare_bytes:
-                    return chunk, part
-                fitting.append((chunk, part))
-    return fitting[0] if fitting else (shortest, batch)
+    whole = -(-max_positions // shortest) * shortest  # no prompt is longer
+    parts = [batch.divided(share) for share in BATCH_SHARES]
+
+    def fits(chunk: int, part: BatchSizes, experts: int = 0) -> bool:
+        more = chunk_bytes(a, chunk, part) + expert_bytes(a, chunk, part) - least
+        return more <= spare_bytes // SCRATCH_SHARE and more + experts <= spare_bytes
+
+    resident = ((min(chunk, whole), part) for part in parts for chunk in RESIDENT_CHUNKS)
+    streamed = ((min(chunk, whole), part) for chunk in PREFILL_CHUNKS for part in parts)
+    for chunk, part in resident:
+        if fits(chunk, part, other_experts_bytes):
+            return chunk, part
+    return next(((chunk, part) for chunk, part in streamed if fits(chunk, part)), (shortest, batch))
 
 
 def scratch_bytes(a: Architecture, chunk: int, batch: BatchSizes = BATCH) -> int:
@@ -214,15 +218,14 @@ def expert_bytes(a: Architecture, chunk: int, batch: BatchSizes) -> int:
 
 
 def chunk_bytes(a: Architecture, tokens: int, batch: BatchSizes) -> int:
-    """What so many tokens need that are run together, where the most is alive: around the experts or inside a mixer."""
+    """What so many tokens need that are run together, where the most is alive: around the experts or inside a mixer.
+
+    Of the hidden size there are six, and one to spare: the chunk before, which its consumer still has, the embedding,
+    the stream, its norm, what the experts give, and the sum.
+    """
     mixing = min(tokens, batch.mixer + 1) * _mixer_floats(a)
     choosing = tokens * _choice_floats(a)
     return FLOAT_BYTES * (tokens * 7 * a.hidden_size + max(mixing, choosing))
-
-
-def chunk_token_bytes(a: Architecture) -> int:
-    """What one token of a chunk needs where a mixer has all of it."""
-    return FLOAT_BYTES * (7 * a.hidden_size + max(_mixer_floats(a), _choice_floats(a)))
 
 
 def _mixer_floats(a: Architecture) -> int:

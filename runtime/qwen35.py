@@ -274,7 +274,7 @@ class DecoderLayer:
         self.experts = SparseMoe(layer, a, weights, store, ops, lanes)
 
     def __call__(self, x: torch.Tensor, state: DeltaState | KeyValueCache) -> torch.Tensor:
-        """x [T, D], which is not kept, through the layer.
+        """x [T, D], which is overwritten, through the layer.
 
         Experts see all tokens once. The mixer, which needs more memory for each, has a part of them at a time.
         """

@@ -196,6 +196,13 @@ def test_how_much_of_a_chunk_a_mixer_has_at_a_time_does_not_change_a_bit(
                 assert torch.equal(engine.logits(ids), expected), f"parts of {tokens}"
 
 
+def test_a_prompt_that_is_read_holds_one_row(tiny_pack: Path) -> None:
+    """Others may be read before its next step: a view of the chunk would be beyond the plan."""
+    engine = Engine.open(tiny_pack, max_context=64)
+    last = engine.generate(IDS[:50], GREEDY)._prefill(engine.new_state(64), lambda tokens: None)
+    assert last.untyped_storage().nbytes() == last.nbytes == 4 * engine.architecture.hidden_size
+
+
 def test_a_mixer_never_has_one_token_of_several() -> None:
     sizes = {tokens: qwen35.part_sizes(tokens, 64) for tokens in range(2, 300)}
     assert all(sum(parts) == tokens for tokens, parts in sizes.items())

@@ -28,7 +28,7 @@ def test_a_prefetched_expert_is_a_hit(make_store: Callable[..., ExpertStore]) ->
 
 
 def finish_hints(store: ExpertStore, number: int) -> None:
-    """Wait until so many hints have been read, without a fetch, which would drop them."""
+    """Wait until so many hints have been read, without a fetch, which would call them off."""
     while store.counts.prefetched < number:
         read = store._queue.next_done()
         assert read is not None
@@ -138,3 +138,50 @@ def test_a_fetch_that_is_broken_off_leaves_what_it_has_not_replaced(
     assert ids_of(batches) == list(EXPERTS[1:])
     assert sorted(fetch_all(store, 0, EXPERTS[1:])) == list(EXPERTS[1:])
     assert store.places[1].tolist()[1:] == [0] * 5
+
+
+def test_hits_of_a_scan_stay_for_the_decode_that_follows(make_store: Callable[..., ExpertStore]) -> None:
+    store = make_store(8)
+    fetch_all(store, 0, [0, 1, 2])
+    fetch_all(store, 0, EXPERTS, in_order=True)  # 3, 4 and 5 are cold
+    fetch_all(store, 1, [0, 1])
+    fetch_all(store, 1, [2, 3, 4, 5])
+    assert [bool(place) for place in store.places[0]] == [False, True, True, False, False, False]
+
+
+def test_what_a_scan_that_fits_reads_ahead_is_as_recent_as_the_rest(make_store: Callable[..., ExpertStore]) -> None:
+    store = make_store(8)
+    fetch_all(store, 0, EXPERTS)
+    store.prefetch(1, [0, 1], is_scan=True)
+    finish_hints(store, 2)
+    fetch_all(store, 1, [0, 1], in_order=True)
+    fetch_all(store, 2, [0, 1])
+    assert store.places[0].tolist()[:2] == [0, 0]
+    assert store.places[1][:2].all()
+
+
+def test_what_nobody_wanted_goes_first(make_store: Callable[..., ExpertStore]) -> None:
+    store = make_store(8)
+    fetch_all(store, 0, EXPERTS)
+    store.prefetch(1, [0, 1], is_scan=True)
+    finish_hints(store, 2)
+    fetch_all(store, 2, [0, 1])
+    assert store.places[0].all()
+    assert not store.places[1].any()
+
+
+def test_who_is_back_is_the_next_to_go(make_store: Callable[..., ExpertStore], gate: Gate) -> None:
+    store = make_store(6, io=ReadOptions(queue_depth=HINTS_AT_ONCE))
+    ids_of(store.fetch(0, EXPERTS))
+    gate.close()
+    store.prefetch(1, EXPERTS[:4])
+    gate.wait_for_reads(6 + HINTS_AT_ONCE)
+    batches = store.fetch(0, [4, 5])
+    assert store.places[0].tolist()[:2] == [0, 0]
+    assert store.places[0][2:].all()  # 2 and 3 had left
+    gate.open()
+    ids_of(batches)
+    finish_hints(store, HINTS_AT_ONCE)
+    fetch_all(store, 2, [0])
+    assert [bool(place) for place in store.places[0]] == [False, False, False, True, True, True]
+    assert all(held.room.left is None for held in store._held.values())

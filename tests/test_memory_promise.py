@@ -107,17 +107,26 @@ def test_what_there_is_not_limits_nothing(system: Path) -> None:
 
 
 def test_a_longer_chunk_never_costs_a_place_in_memory_for_all_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where they fit beside a short one: then nothing is read twice."""
+    """Where they fit beside one of 512 tokens: then nothing is read twice."""
 
-    def slots(budget_mib: int) -> int:
-        return memory.split_budget(MODEL, budget_mib * 2**20, 8192, 2**28, 10 * 2**20, 4 * 2**20).num_slots
+    def plan(budget_mib: int) -> memory.MemoryPlan:
+        return memory.split_budget(MODEL, budget_mib * 2**20, 8192, 2**28, 10 * 2**20, 4 * 2**20)
 
+    budgets, most = range(1700, 2500, 4), MODEL.num_hidden_layers * MODEL.num_experts
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "PREFILL_CHUNKS", (64,))
-        short = {budget: slots(budget) for budget in range(1700, 2500, 4)}
-    most = MODEL.num_hidden_layers * MODEL.num_experts
-    assert min(short.values()) < most
-    assert {budget for budget in short if slots(budget) == most} == {b for b, found in short.items() if found == most}
+        patch.setattr(memory, "PREFILL_CHUNKS", (512, 64))
+        patch.setattr(memory, "RESIDENT_CHUNKS", (512,))
+        fitting = {budget for budget in budgets if plan(budget).num_slots == most and plan(budget).prefill_chunk == 512}
+    assert 0 < len(fitting) < len(budgets)
+    assert fitting == {budget for budget in budgets if plan(budget).num_slots == most}
+    assert {4096} < {plan(budget).prefill_chunk for budget in fitting} <= set(memory.RESIDENT_CHUNKS)
+
+
+def test_no_chunk_is_longer_than_a_prompt_can_be() -> None:
+    for context in (1, 64, 65, 1000, 2056):
+        plan = memory.split_budget(MODEL, 2**34, context, 2**28, 10 * 2**20, 4096)
+        assert plan.prefill_chunk == -(-context // 64) * 64
+        assert plan.scratch_bytes == memory.scratch_bytes(MODEL, plan.prefill_chunk)
 
 
 def test_a_longer_chunk_is_worth_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
