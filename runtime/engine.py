@@ -37,7 +37,7 @@ from moepack.runtime.expert_io import ReadOptions
 from moepack.runtime.expert_store import ExpertStore
 from moepack.runtime.generate import Constraint, Generation
 from moepack.runtime.memory import MemoryPlan, default_budget_bytes, is_rounded, logit_rows, plan_memory, taken_bytes
-from moepack.runtime.qwen35 import Qwen35
+from moepack.runtime.qwen35 import Qwen35, part_sizes
 from moepack.runtime.resident import ResidentWeights
 from moepack.runtime.sampling import SamplingParams
 from moepack.runtime.snapshots import Snapshots
@@ -202,7 +202,8 @@ class Engine:
 
         Where the chunks are cut does not change what a token computes: they end at multiples of DeltaNet's own chunk.
         """
-        for chunk in split_chunks(torch.tensor(token_ids, dtype=torch.int64), self.memory_plan.prefill_chunk, cuts):
+        sizes = part_sizes(len(token_ids), self.memory_plan.prefill_chunk, cuts)
+        for chunk in torch.tensor(token_ids, dtype=torch.int64).split(sizes):
             part = len(chunk) / self.architecture.num_hidden_layers
             yield self.model(chunk, state, functools.partial(on_progress, part))
 
@@ -284,14 +285,6 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def split_chunks(token_ids: torch.Tensor, chunk: int, cuts: Sequence[int] = ()) -> list[torch.Tensor]:
-    """Chunks of a prompt [T]. A last one of a single token joins its neighbour: one token has operations of its own."""
-    chunks = [part for piece in token_ids.tensor_split(list(cuts)) for part in piece.split(chunk)]
-    if len(chunks) > 1 and len(chunks[-1]) == 1:
-        chunks[-2:] = [torch.cat(chunks[-2:])]
-    return chunks
 
 
 def check_prompt(token_ids: Sequence[int], architecture: Architecture, tokenizer: Tokenizer, max_context: int) -> None:

@@ -125,8 +125,8 @@ def split_budget(
     others = (all_experts - one_token) * slot
     chunk, batch = _choose_chunk(architecture, budget_bytes - least, others, max_positions, batch)
     scratch = scratch_bytes(architecture, chunk, batch)
-    fixed = process_bytes + resident + kept + scratch
-    num_slots = min(all_experts, (budget_bytes - fixed) // slot)
+    fixed = (process_bytes, resident, state, snapshots, scratch)
+    num_slots = min(all_experts, (budget_bytes - sum(fixed)) // slot)
     if num_slots < one_token:
         states = "state" if sequences == 1 else f"{sequences} states (--parallel)"
         parts = {
@@ -137,8 +137,7 @@ def split_budget(
             f"the {one_token} experts of one token": one_token * slot,
         }
         raise MemoryBudgetError(_describe_refusal(budget_bytes, parts, snapshot_bytes, sequences))
-    fixed_parts = (process_bytes, resident, state, snapshots, scratch)
-    return MemoryPlan(budget_bytes, *fixed_parts, slot, num_slots, chunk, batch)
+    return MemoryPlan(budget_bytes, *fixed, slot, num_slots, chunk, batch)
 
 
 def _describe_refusal(budget_bytes: int, parts: dict[str, int], snapshot_bytes: int | None, sequences: int) -> str:

@@ -253,10 +253,14 @@ class SparseMoe:
         self._read_use = None
 
 
-def part_sizes(tokens: int, most: int) -> list[int]:
-    """Tokens in parts of so many. A last single one joins the part before: it has operations of its own."""
-    sizes = [min(most, tokens - first) for first in range(0, tokens, most)]
-    return [*sizes[:-2], most + 1] if sizes[-1] == 1 < len(sizes) else sizes
+def part_sizes(tokens: int, most: int, cuts: Sequence[int] = ()) -> list[int]:
+    """Tokens in parts of so many, which also end at the cuts, ascending.
+
+    A last single one joins the part before: it has operations of its own.
+    """
+    pieces = pairwise([0, *cuts, tokens])
+    sizes = [min(most, end - first) for start, end in pieces for first in range(start, end, most)]
+    return [*sizes[:-2], sizes[-2] + 1] if sizes[-1] == 1 < len(sizes) else sizes
 
 
 class DecoderLayer:

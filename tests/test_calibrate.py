@@ -350,13 +350,16 @@ def test_one_layers_statistics_are_in_memory(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the system's count of a process's largest memory")
 @pytest.mark.parametrize("full", [False, True])
-def test_the_command_stays_within_its_memory(demo_pack: Callable[[int], Path], tmp_path: Path, full: bool) -> None:
+@pytest.mark.parametrize("characters", [16_000, pytest.param(40_000, marks=pytest.mark.slow)])  # two windows, and five
+def test_the_command_stays_within_its_memory(
+    demo_pack: Callable[[int], Path], tmp_path: Path, characters: int, full: bool
+) -> None:
     code = (
         "import atexit, sys; from moepack.layout.process import peak_rss_bytes; from moepack.runtime.cli import main; "
         "atexit.register(lambda: print('peak', peak_rss_bytes(), file=sys.stderr)); main()"
     )
     text = tmp_path / "text"
-    text.write_text(read_default_text()[:16_000])  # two windows
+    text.write_text(read_default_text()[:characters])
 
     def run(memory: str) -> subprocess.CompletedProcess[str]:
         options = ("--text", text, "-o", tmp_path / "out", "--threads", 1, "--memory", memory, *["--full"] * full)
